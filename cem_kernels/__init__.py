@@ -1,0 +1,30 @@
+"""Attention operators on class groups: every class of a batch at once, from labels to statistics.
+
+Three operators, each a documented function that validates its input and dispatches to a backend:
+
+* :func:`slot_attention`: the tokens of a class to its slots;
+* :func:`cross_attention`: every token reads its class's slots;
+* :func:`class_variance`: variance inside each class over a log threshold.
+
+Importing this package needs neither a GPU nor Triton.
+"""
+
+from cem_kernels.backends import BACKENDS, BackendUnavailableError
+from cem_kernels.class_variance import ClassVariance, class_variance
+from cem_kernels.cross_attention import CrossAttentionWeights, cross_attention
+from cem_kernels.groups import ClassGroups
+from cem_kernels.slot_attention import SlotAttentionWeights, slot_attention
+from cem_kernels.validation import set_debug
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "ClassGroups",
+    "ClassVariance",
+    "CrossAttentionWeights",
+    "SlotAttentionWeights",
+    "class_variance",
+    "cross_attention",
+    "set_debug",
+    "slot_attention",
+]

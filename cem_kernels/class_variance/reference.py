@@ -1,0 +1,43 @@
+"""Class variance over a log threshold, one class at a time: the definition the other backends are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cem_kernels.groups import ClassGroups
+
+
+def class_variance(
+    features: Tensor,
+    groups: ClassGroups,
+    threshold: Tensor,
+    eps_var: float,
+    gamma: float,
+    min_samples: int,
+    hinge: str,
+) -> tuple[Tensor, Tensor]:
+    """``features [B, C]`` to the penalty and the mean squared error of every class, ``[K]`` each."""
+    hinges: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "softplus": F.softplus,
+        "identity": lambda height: height,
+    }
+    bounds = groups.offsets.tolist()
+    penalties, errors = [], []
+    for c in range(groups.num_classes):
+        x = features[groups.order[bounds[c] : bounds[c + 1]]]
+        if len(x) < min_samples:
+            # An empty slice's sum is zero, and belongs to the graph.
+            penalties.append(x[:0].sum())
+            errors.append(x[:0].sum())
+            continue
+        mean = x.mean(dim=0)
+        variance = torch.clamp(x.var(dim=0, unbiased=True), min=eps_var)
+        height = torch.log(variance + gamma) - torch.log(threshold + gamma)
+        penalties.append(hinges[hinge](height).mean())
+        errors.append(F.mse_loss(x, mean.expand_as(x)))
+    return torch.stack(penalties), torch.stack(errors)

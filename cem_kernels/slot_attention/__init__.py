@@ -1,0 +1,69 @@
+"""Slot attention over class groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cem_kernels import backends, validation
+from cem_kernels.groups import ClassGroups
+from cem_kernels.slot_attention import eager, reference
+from cem_kernels.slot_attention.weights import SlotAttentionWeights
+
+__all__ = ["SlotAttentionWeights", "slot_attention"]
+
+IMPLEMENTATIONS = {"reference": reference.slot_attention, "eager": eager.slot_attention}
+
+
+def slot_attention(
+    tokens: Tensor,
+    slots: Tensor,
+    groups: ClassGroups,
+    weights: SlotAttentionWeights,
+    *,
+    num_iterations: int = 3,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    """Summarise the tokens of every class into that class's slots.
+
+    Per class, with ``x`` its tokens and ``s`` its slots, ``num_iterations`` times::
+
+        q = W_q LN_s(s) · D^-1/2      l = (W_k LN_x(x)) qᵀ / D^1/4      p = softmax over slots (l)
+        a = (p + eps) / Σ_tokens (p + eps)      u = aᵀ (W_v LN_x(x))
+        s ← GRU(u, s);  s ← s + MLP(LN_m(s))
+
+    Args:
+        tokens: ``[B, T, D]``, fp16, bf16, fp32 or fp64; any strides.
+        slots: ``[K, S, D]``, where each class's slots start (``μ + exp(log σ)·ε``).
+        groups: the batch's classes, ``B`` samples and ``K`` classes.
+        weights: see :class:`SlotAttentionWeights`.
+        num_iterations: ``J ≥ 1``.
+        eps: added to every attention weight before it is normalised over tokens.
+        backend: see :mod:`cem_kernels.backends`.
+
+    Returns:
+        ``[K, S, D]`` in fp32 (fp64 for fp64 tokens). A class without samples keeps the slots it started with. Same
+        bits for the same call; differentiable in tokens, slots and weights.
+
+    Raises:
+        TypeError: a dtype is not floating-point, or fp64 is mixed with narrower ones.
+        ValueError: shapes or devices do not fit, ``num_iterations`` or ``eps`` is not positive, unknown backend.
+        BackendUnavailableError: the backend asked for by name cannot run this call.
+
+    Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention".
+    """
+    implementation = backends.pick(backend, "slot_attention", IMPLEMENTATIONS)
+    validation.check_float("tokens", tokens)
+    validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
+    width = tokens.shape[2]
+    validation.check_shape("slots", slots, {"K": groups.num_classes, "S": None, "D": width})
+    validation.check_weights(tokens, weights, weights.expected_shapes())
+    validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
+    validation.check_positive(num_iterations=num_iterations, eps=eps)
+
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    with torch.autocast(tokens.device.type, enabled=False):
+        wide = SlotAttentionWeights(*(weight.to(dtype) for weight in weights))
+        result: Tensor = implementation(tokens.to(dtype), slots.to(dtype), groups, wide, num_iterations, eps)
+        return result

@@ -1,0 +1,103 @@
+"""Checks shared by the operators: errors that name what was expected and what came.
+
+Shapes, dtypes and devices are known on the host and always checked. Values (label range, finiteness) are not: reading
+them waits for the device, so they are checked for free on the CPU and on CUDA only in debug mode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_debug = os.environ.get("CEM_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def set_debug(enabled: bool) -> None:
+    """Check values on every device, at the price of host synchronisations.
+
+    In debug mode every operator checks label ranges and class bounds on CUDA too, and refuses tokens that hold NaN or
+    infinity. The environment variable ``CEM_KERNELS_DEBUG=1`` switches it on from outside.
+    """
+    global _debug
+    _debug = bool(enabled)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` may be read: on the CPU or in debug mode, never while being compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    return _debug or tensor.device.type == "cpu"
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Rank, dtype and, where :func:`values_are_checked`, range of ``labels``."""
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor, got {kind}")
+    if labels.dtype == torch.bool:
+        raise TypeError("labels must be an integer tensor, got torch.bool")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be positive, got {num_classes}")
+    if labels.numel() and values_are_checked(labels):
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must lie in [0, {num_classes}), got values from {low} to {high}")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """``tensor`` is a floating-point tensor; in debug mode, a finite one."""
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+    if _debug and not torch.compiler.is_compiling() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity (checked because debug mode is on)")
+
+
+def check_shape(name: str, tensor: Tensor, expected: dict[str, int | None]) -> None:
+    """``tensor`` has one axis per entry of ``expected``: letter to size, None where any size from 1 will do."""
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) == len(expected) and all(
+        have == want if want is not None else have > 0 for have, want in zip(sizes, expected.values(), strict=True)
+    )
+    if not fits:
+        letters = ", ".join(f"{letter}>0" if want is None else f"{letter}={want}" for letter, want in expected.items())
+        raise ValueError(f"{name} must have shape [{letters}], got {list(sizes)}")
+
+
+def check_together(tokens: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """Everything is on the tokens' device, and fp64 is everywhere or nowhere.
+
+    Half, bfloat16 and single precision mix freely, because all of them are computed in single precision.
+    """
+    for name, tensor in others:
+        if tensor.device != tokens.device:
+            raise ValueError(f"{name} must be on the tokens' device {tokens.device}, got {tensor.device}")
+        if tensor.dtype.is_floating_point and (tensor.dtype == torch.float64) != (tokens.dtype == torch.float64):
+            raise TypeError(f"{name} is {tensor.dtype} but the tokens are {tokens.dtype}: fp64 does not mix")
+
+
+def check_weights(tokens: Tensor, weights: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """The named tuple ``weights`` has these shapes, is as wide as the tokens, and is where they are.
+
+    Its first field is the square projection of the tokens, by which the other shapes are judged.
+    """
+    width = tokens.shape[-1]
+    named = [(f"weights.{name}", weight) for name, weight in zip(weights._fields, weights, strict=True)]
+    check_shape(named[0][0], named[0][1], {"D": width, "D'": width})
+    for (name, weight), shape in zip(named, shapes, strict=True):
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+    check_together(tokens, named)
+
+
+def check_positive(**values: float) -> None:
+    """Each value is finite and above zero."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be finite and positive, got {value}")
