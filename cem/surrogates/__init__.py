@@ -1,0 +1,17 @@
+"""Conditional-entropy surrogates, one protocol."""
+
+from cem.surrogates.attention import CrossAttention, SlotAttention, SlotCrossAttentionCEM
+from cem.surrogates.base import NoSurrogate, Surrogate
+from cem.surrogates.build import SURROGATES, build_surrogate
+from cem.surrogates.mixture import GaussianMixtureCEM
+
+__all__ = [
+    "SURROGATES",
+    "CrossAttention",
+    "GaussianMixtureCEM",
+    "NoSurrogate",
+    "SlotAttention",
+    "SlotCrossAttentionCEM",
+    "Surrogate",
+    "build_surrogate",
+]

@@ -38,9 +38,7 @@ class Surrogate(nn.Module):
 class NoSurrogate(Surrogate):
     """The third choice: no penalty. Both results are zeros attached to the graph."""
 
-    def forward(
-        self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :class:`Surrogate`."""
         zero = attached_zero(features)
         return zero, zero

@@ -1,0 +1,335 @@
+"""SlotCrossAttentionCEM: the seeds' names and defaults, and what a training loop relies on."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import cem
+from cem.surrogates.build import build_surrogate
+from cem_kernels import BackendUnavailableError
+
+SEED_STATE = [
+    "slot_attention.slot_mu",
+    "slot_attention.slot_log_sigma",
+    "slot_attention.to_q.weight",
+    "slot_attention.to_k.weight",
+    "slot_attention.to_v.weight",
+    "slot_attention.gru.weight_ih",
+    "slot_attention.gru.weight_hh",
+    "slot_attention.gru.bias_ih",
+    "slot_attention.gru.bias_hh",
+    "slot_attention.mlp.0.weight",
+    "slot_attention.mlp.0.bias",
+    "slot_attention.mlp.2.weight",
+    "slot_attention.mlp.2.bias",
+    "slot_attention.norm_inputs.weight",
+    "slot_attention.norm_inputs.bias",
+    "slot_attention.norm_slots.weight",
+    "slot_attention.norm_slots.bias",
+    "slot_attention.norm_mlp.weight",
+    "slot_attention.norm_mlp.bias",
+    "cross_attention.ln_q.weight",
+    "cross_attention.ln_q.bias",
+    "cross_attention.ln_kv.weight",
+    "cross_attention.ln_kv.bias",
+    "cross_attention.ln_ff.weight",
+    "cross_attention.ln_ff.bias",
+    "cross_attention.to_q.weight",
+    "cross_attention.to_k.weight",
+    "cross_attention.to_v.weight",
+    "cross_attention.proj.weight",
+    "cross_attention.proj.bias",
+    "cross_attention.alpha_xattn",
+    "cross_attention.alpha_ffn",
+    "cross_attention.ffn.0.weight",
+    "cross_attention.ffn.0.bias",
+    "cross_attention.ffn.2.weight",
+    "cross_attention.ffn.2.bias",
+]
+
+
+def surrogate(feature_dim=16, **kwargs):
+    kwargs = {"num_slots": 4, "reg_strength": 0.5, "num_classes": 5, **kwargs}
+    return cem.SlotCrossAttentionCEM(feature_dim, **kwargs)
+
+
+def batch(num_samples=24, width=16, num_classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, width, generator=generator)
+    return features, torch.randint(0, num_classes, (num_samples,), generator=generator)
+
+
+def test_defaults_are_the_original_ones():
+    parameters = inspect.signature(cem.SlotCrossAttentionCEM).parameters
+    positional = {n: p.default for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert positional == {
+        "feature_dim": inspect.Parameter.empty,
+        "num_slots": 8,
+        "num_heads": 4,
+        "num_iterations": 3,
+        "eps_var": 1e-4,
+        "var_threshold": 0.1,
+        "reg_strength": 0.0,
+    }
+
+
+def test_state_dict_has_the_original_names_and_nothing_else():
+    assert set(surrogate().state_dict()) == set(SEED_STATE)
+
+
+def test_state_dict_of_the_original_loads_strictly():
+    shapes = {name: tensor.shape for name, tensor in surrogate().state_dict().items()}
+    original = {name: torch.randn(shapes[name]) for name in SEED_STATE}
+    target = surrogate()
+    target.load_state_dict(original, strict=True)
+    assert torch.equal(target.slot_attention.slot_mu, original["slot_attention.slot_mu"])
+    assert target.slot_attention.slot_mu.shape == (1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"reduce_dim": 8}, {"reduce_dim": 2, "reduce": "conv1x1", "feature_shape": (4, 2, 2)}]
+)
+def test_reduction_adds_one_weight_and_nothing_else(kwargs):
+    assert set(surrogate(**kwargs).state_dict()) == {*SEED_STATE, "reduction.weight"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eager_equals_reference_end_to_end(training):
+    features, labels = batch()
+    noise = torch.randn(5, 4, 16, dtype=torch.float64)
+    results = []
+    for backend in ("eager", "reference"):
+        torch.manual_seed(0)
+        module = surrogate(backend=backend).double().train(training)
+        x = features.double().requires_grad_()
+        rob_loss, intra_mse = module(x, labels, slot_noise=noise)
+        gradients = torch.autograd.grad(rob_loss + intra_mse, [x, *module.parameters()])
+        results.append([rob_loss, intra_mse, *gradients])
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+
+
+def test_training_draws_fresh_slots_each_call():
+    features, labels = batch()
+    module = surrogate().train()
+    assert not torch.equal(module(features, labels)[0], module(features, labels)[0])
+
+
+def test_evaluation_repeats_exactly_and_survives_a_reload():
+    features, labels = batch()
+    module = surrogate().eval()
+    other = surrogate().eval()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(features, labels)[0], module(features, labels)[0])
+    assert torch.equal(module(features, labels)[0], other(features, labels)[0])
+
+
+def test_evaluation_draw_keeps_slots_apart():
+    module = surrogate().eval()
+    tokens = torch.randn(3, 6, 16)
+    slots = module.slot_attention(tokens)
+    assert slots.shape == (3, 4, 16)
+    distances = torch.cdist(slots, slots) + torch.eye(4)
+    assert float(distances.min().detach()) > 1e-3
+
+
+def test_maps_are_flattened():
+    features, labels = batch()
+    module = surrogate().eval()
+    assert torch.equal(module(features.view(-1, 4, 2, 2), labels)[0], module(features, labels)[0])
+
+
+def test_conv1x1_reduces_channels_before_flattening():
+    features, labels = batch(width=32)
+    module = surrogate(32, reduce_dim=2, reduce="conv1x1", feature_shape=(8, 2, 2), num_heads=2).eval()
+    weight = module.reduction.weight[:, :, 0, 0]
+    by_hand = surrogate(8, num_heads=2).eval()
+    by_hand.load_state_dict({n: t for n, t in module.state_dict().items() if n != "reduction.weight"})
+    reduced = torch.einsum("oc,bchw->bohw", weight, features.view(-1, 8, 2, 2)).flatten(1)
+    torch.testing.assert_close(module(features, labels), by_hand(reduced, labels))
+    torch.testing.assert_close(module(features.view(-1, 8, 2, 2), labels), by_hand(reduced, labels))
+
+
+def test_linear_reduction_works_in_the_smaller_width():
+    module = surrogate(64, reduce_dim=8)
+    assert module.slot_attention.to_q.weight.shape == (8, 8)
+    features, labels = batch(width=64)
+    x = features.requires_grad_()
+    module(x, labels)[0].backward()
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_no_class_with_enough_samples_gives_an_attached_zero():
+    features = torch.randn(4, 16, requires_grad=True)
+    rob_loss, intra_mse = surrogate()(features, torch.arange(4))
+    assert rob_loss.item() == 0
+    assert intra_mse.item() == 0
+    rob_loss.backward()
+    assert torch.equal(features.grad, torch.zeros_like(features))
+
+
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_empty_batch_gives_zero(num_classes):
+    features = torch.randn(0, 16, requires_grad=True)
+    rob_loss, _ = surrogate(num_classes=num_classes)(features, torch.zeros(0, dtype=torch.long))
+    assert rob_loss.item() == 0
+    rob_loss.backward()
+
+
+def test_classes_are_read_off_the_labels_without_num_classes():
+    features, labels = batch()
+    known, unknown = surrogate().eval(), surrogate(num_classes=None).eval()
+    unknown.load_state_dict(known.state_dict())
+    names = torch.tensor([100, -3, 7, 2_000_000_000, 5])  # any integers name classes
+    torch.testing.assert_close(unknown(features, names[labels]), known(features, labels))
+
+
+def test_unique_labels_of_the_batch_change_nothing():
+    features, labels = batch()
+    module = surrogate().eval()
+    torch.testing.assert_close(module(features, labels, torch.unique(labels)), module(features, labels))
+
+
+def test_unique_labels_restrict_to_those_classes():
+    features, labels = batch()
+    module = surrogate().eval()
+    chosen = (labels == 1) | (labels == 3)
+    torch.testing.assert_close(module(features, labels, torch.tensor([1, 3])), module(features[chosen], labels[chosen]))
+
+
+def test_penalty_is_what_gradient_descent_on_the_features_lowers():
+    features, labels = batch()
+    module = surrogate(var_threshold=0.1).eval()
+    before = module(features, labels)[0].item()
+    x = features.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        module(x, labels)[0].backward()
+        optimizer.step()
+    assert module(x, labels)[0].item() < 0.5 * before
+
+
+def test_original_calls_of_the_parts_are_accepted():
+    parts = surrogate()
+    tokens = torch.randn(6, 16)
+    slots = parts.slot_attention(tokens[None])
+    assert slots.shape == (1, 4, 16)
+    assert parts.cross_attention(tokens, slots).shape == (6, 16)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"reg_strength": 0.0}, "eps_var=0.0001 is above the variance threshold 1e-08"),
+        ({"reg_strength": 0.0, "eps_var": 1e-9}, "gamma=1e-06 is above the variance threshold 1e-08"),
+        ({"reg_strength": 0.025}, "eps_var=0.0001 is above the variance threshold 6.25e-05"),
+    ],
+)
+def test_swamped_threshold_warns(kwargs, message):
+    with pytest.warns(UserWarning, match=message):
+        surrogate(**kwargs)
+
+
+def test_sound_threshold_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surrogate(reg_strength=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"feature_dim": 10}, "feature_dim=10 must be a multiple of num_heads, got num_heads=4"),
+        ({"feature_dim": 0}, "feature_dim must be at least 1, got 0"),
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"reg_strength": -1.0}, "reg_strength must be finite and not negative, got -1.0"),
+        ({"var_threshold": float("nan")}, "var_threshold must be finite and not negative, got nan"),
+        ({"reduce_dim": 0}, "reduce_dim must be at least 1, got 0"),
+        ({"reduce_dim": 4, "reduce": "conv1x1"}, r"reduce='conv1x1' needs feature_shape=\(C, H, W\)"),
+        ({"reduce_dim": 4, "reduce": "pool"}, "reduce must be 'linear' or 'conv1x1', got 'pool'"),
+        ({"feature_shape": (4, 2, 3)}, r"feature_shape \(4, 2, 3\) does not hold feature_dim=16"),
+        ({"backend": "gpu"}, "backend must be one of auto, triton, eager, reference, got 'gpu'"),
+    ],
+)
+def test_bad_construction_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        surrogate(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (torch.randn(4, 15), torch.zeros(4, dtype=torch.long), r"features must have shape \[B, D=16\]"),
+        (torch.randn(4, 2, 8), torch.zeros(4, dtype=torch.long), r"got \[4, 2, 8\]"),
+        (torch.randn(4, 16), torch.zeros(3, dtype=torch.long), r"labels must have shape \[B=4\], got \[3\]"),
+        (torch.randn(4, 16), torch.full((4,), 5), r"labels must lie in \[0, 5\)"),
+    ],
+)
+def test_bad_batch_is_refused(features, labels, message):
+    with pytest.raises(ValueError, match=message):
+        surrogate()(features, labels)
+
+
+def test_slot_noise_of_wrong_shape_is_refused():
+    features, labels = batch()
+    with pytest.raises(ValueError, match=r"slot_noise must have shape \[K, S, D\] = \[5, 4, 16\], got \[4, 16\]"):
+        surrogate()(features, labels, slot_noise=torch.randn(4, 16))
+
+
+def test_triton_is_refused_by_name_until_it_exists():
+    features, labels = batch()
+    with pytest.raises(BackendUnavailableError, match="no 'triton' backend"):
+        surrogate(backend="triton")(features, labels)
+
+
+def test_bf16_module_and_autocast_run():
+    features, labels = batch()
+    rob_loss, _ = surrogate().bfloat16()(features.bfloat16(), labels)
+    assert rob_loss.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rob_loss, _ = surrogate()(nn.Linear(16, 16)(features), labels)
+    assert rob_loss.isfinite()
+
+
+def test_build_reduces_wide_features_only():
+    common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
+    assert not hasattr(build_surrogate("attention", feature_shape=(8, 8, 8), **common), "reduction")
+    assert build_surrogate("attention", feature_shape=(16, 8, 8), **common).reduction.weight.shape == (
+        128,
+        1024,
+    )
+    assert not hasattr(build_surrogate("attention", feature_shape=(1024,), reduce_dim=0, **common), "reduction")
+    assert build_surrogate("attention", feature_shape=(512,), reduce_dim=64, **common).reduction.out_features == 64
+
+
+def test_build_makes_the_three_choices_and_refuses_others():
+    common = {"feature_shape": (8, 2, 2), "num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
+    assert isinstance(build_surrogate("attention", **common), cem.SlotCrossAttentionCEM)
+    assert isinstance(build_surrogate("gmm", **common), cem.GaussianMixtureCEM)
+    assert isinstance(build_surrogate("none", **common), cem.NoSurrogate)
+    with pytest.raises(ValueError, match="surrogate must be one of attention, gmm, none, got 'pca'"):
+        build_surrogate("pca", **common)
+
+
+def test_no_surrogate_is_a_zero_whose_gradient_is_zero_even_for_nan():
+    features = torch.full((3, 4), float("nan"), requires_grad=True)
+    rob_loss, _ = cem.NoSurrogate()(features, torch.zeros(3, dtype=torch.long))
+    rob_loss.backward()
+    assert rob_loss.item() == 0
+    assert torch.equal(features.grad, torch.zeros(3, 4))
+
+
+def test_eager_compiles_as_one_graph_under_a_static_bound():
+    features, labels = batch()
+    module = surrogate(max_class_size=24, backend="eager").eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, y = features.clone().requires_grad_(), features.clone().requires_grad_()
+    found, want = compiled(x, labels), module(y, labels)
+    torch.testing.assert_close(found, want)
+    sum(found).backward()
+    sum(want).backward()
+    torch.testing.assert_close(x.grad, y.grad)
