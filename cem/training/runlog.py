@@ -1,0 +1,95 @@
+"""What a run writes while it goes: its log, the warnings raised meanwhile, and the table of epochs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+COLUMNS = (
+    "epoch",
+    "lr",
+    "lambda_eff",
+    "train_loss",
+    "cross_entropy",
+    "rob_loss",
+    "intra_mse",
+    "train_accuracy",
+    "val_accuracy",
+    "seconds",
+    "surrogate_seconds",
+)
+"""Columns of ``metrics.csv``; also the keys of a row of a run's history."""
+
+
+class _ProgressBarHandler(logging.Handler):
+    """Writes to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def run_log(run_dir: Path) -> Iterator[logging.Logger]:
+    """Open a run's logger: ``train.log`` with times, and the same lines on stderr.
+
+    There is one logger per run directory. Entering again while it is open gives the same one, without
+    doubling its handlers; the outermost exit closes them. Python warnings raised inside go to the log as
+    well.
+    """
+    logger = logging.getLogger(f"cem.run.{run_dir.resolve()}")
+    if logger.handlers:
+        yield logger
+        return
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(file)
+    logger.addHandler(_ProgressBarHandler())
+    try:
+        with warnings.catch_warnings():  # puts showwarning back on exit
+            warnings.showwarning = lambda message, category, *_, **__: logger.warning(
+                "%s: %s", category.__name__, message
+            )
+            yield logger
+    finally:
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """One epoch of the history as a line for people."""
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:.2g}  λ {row['lambda_eff']:.3g}  "
+        f"loss {row['train_loss']:.3f} = ce {row['cross_entropy']:.3f} + λ·rob {row['rob_loss']:.3f}  "
+        f"train {row['train_accuracy']:.1%}  val {row['val_accuracy']:.1%}  "
+        f"{row['seconds']:.1f} s (surrogate {row['surrogate_seconds']:.1f})"
+    )
+
+
+def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table of epochs, whole, in place of the one before: after a resume it holds no row twice."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(history)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as indented JSON, atomically: a file that exists is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

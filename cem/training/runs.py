@@ -1,0 +1,119 @@
+"""The run directory: whether a run may start in it, and how to get a trained model back out of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import torch
+
+from cem.models.split import SplitModel, build_split_model
+from cem.training import checkpoint
+from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
+
+
+def check_new(run_dir: Path) -> None:
+    """Raise :class:`ConfigError` if starting a run in ``run_dir`` would overwrite something."""
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return
+    if (run_dir / "summary.json").exists():
+        hint = "a finished run lies there; choose another --out, or another --seed"
+    elif (run_dir / "last.pt").exists():
+        hint = f"to continue the run that lies there: {resume_command(run_dir)}"
+    else:
+        hint = "choose another --out"
+    raise ConfigError(f"run directory {run_dir} exists and is not empty: {hint}")
+
+
+def check_same(before: TrainConfig, after: TrainConfig, run_dir: Path) -> None:
+    """Raise :class:`ConfigError` if ``after`` cannot continue what ``before`` began in ``run_dir``."""
+    changed = changed_options(before, after)
+    if changed:
+        raise ConfigError(f"the run in {run_dir} cannot be continued with other options: {', '.join(changed)}")
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command line that continues the run in ``run_dir``."""
+    return f"python -m cem.train --resume {shlex.quote(str(run_dir))}"
+
+
+def build_model(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitModel:
+    """The untrained model of a run.
+
+    Args:
+        config: the run's options.
+        data_facts: ``num_classes``, ``image_shape``, ``mean`` and ``std`` of its data.
+    """
+    return build_split_model(
+        config.arch,
+        num_classes=data_facts["num_classes"],
+        image_shape=data_facts["image_shape"],
+        mean=data_facts["mean"],
+        std=data_facts["std"],
+        cut_layer=config.cut_layer,
+        # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the threshold.
+        bottleneck="none" if config.centralised else config.bottleneck,
+        noise_std=0.0 if config.centralised else config.noise_std,
+        centralised=config.centralised,
+    )
+
+
+def load_weights(model: SplitModel, content: dict[str, Any], path: Path) -> None:
+    """Load the model's three parts out of a checkpoint.
+
+    Raises:
+        CheckpointError: if they are another model's.
+    """
+    for part in ("encoder", "defense", "server"):
+        checkpoint.load_state(getattr(model, part), content, part, path)
+
+
+def load_run(run_dir: Path | str, device: str = "auto") -> tuple[TrainConfig, SplitModel]:
+    """Get back what a run trained: its options, and its model with the weights of ``best.pt``.
+
+    The model is in evaluation mode, where noise stays on, as it does in use. The data set is not needed.
+
+    Raises:
+        ConfigError: if ``run_dir`` is no run directory, or there is no such device.
+        CheckpointError: if ``best.pt`` is missing, damaged or another run's.
+    """
+    run_dir = Path(run_dir)
+    config = TrainConfig.from_yaml(run_dir / "config.yaml")
+    path = run_dir / "best.pt"
+    content = checkpoint.load(path)
+    model = build_model(config, content["data_facts"])
+    load_weights(model, content, path)
+    return config, model.to(resolve_device(device)).eval()
+
+
+def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
+    """The ``summary.json`` of a finished run, or ``None``: it is the last file that a run writes."""
+    path = Path(run_dir) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computed the numbers; ``None`` where a package is not installed."""
+    found: dict[str, str | None] = {"python": python_version()}
+    for name, package in [
+        ("torch", "torch"),
+        ("triton", "triton"),
+        ("numpy", "numpy"),
+        ("scikit-learn", "scikit-learn"),
+        ("cem", "cem-kernels"),
+    ]:
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """``"cpu"``, or ``"cuda (NVIDIA H200)"``: a figure is worth nothing without the machine."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"

@@ -1,0 +1,172 @@
+"""Options of a run: defaults, ranges, and the way to YAML and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
+
+EVERY_OPTION = TrainConfig(
+    data="cifar10",
+    data_root=Path("images"),
+    download=True,
+    train_size=500,
+    image_size=32,
+    augment=True,
+    num_workers=2,
+    arch="vgg11",
+    cut_layer=3,
+    bottleneck="none",
+    noise_std=0.025,
+    centralised=True,
+    surrogate="gmm",
+    lambd=8.0,
+    var_threshold=0.125,
+    surrogate_policy="separate",
+    surrogate_lr=3e-5,
+    reduce_dim=0,
+    injection="two_pass",
+    backend="eager",
+    epochs=240,
+    batch_size=64,
+    lr=0.01,
+    momentum=0.5,
+    weight_decay=1e-6,
+    warmup_epochs=2.5,
+    init_from=Path("runs/before"),
+    seed=7,
+    device="cpu",
+    out=Path("runs/here"),
+)
+
+
+def test_defaults_are_valid() -> None:
+    TrainConfig().validate()
+
+
+def test_yaml_gives_back_every_option(tmp_path: Path) -> None:
+    default = TrainConfig()
+    unchanged = [f.name for f in fields(TrainConfig) if getattr(EVERY_OPTION, f.name) == getattr(default, f.name)]
+    assert unchanged == [], "the example must differ from the default in every option"
+    EVERY_OPTION.to_yaml(tmp_path / "config.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == EVERY_OPTION
+
+
+def test_yaml_gives_back_the_defaults(tmp_path: Path) -> None:
+    TrainConfig().to_yaml(tmp_path / "config.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == TrainConfig()
+
+
+def test_options_absent_from_yaml_keep_their_defaults(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("epochs: 3\n")
+    assert TrainConfig.from_yaml(tmp_path / "short.yaml") == TrainConfig(epochs=3)
+
+
+def test_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("lambda: 3\n")
+    with pytest.raises(ConfigError, match=r"typo\.yaml: unknown option lambda; .*lambd"):
+        TrainConfig.from_yaml(tmp_path / "typo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("epochs", 2.5, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("lr", "fast", "a number"),
+        ("lr", True, "a number"),
+        ("augment", 1, "true or false"),
+        ("arch", 18, "text"),
+        ("data_root", 3, "a path"),
+        ("surrogate", "kmeans", "one of attention, gmm, none"),
+        ("train_size", "all", "a whole number or nothing"),
+        ("seed", None, "a whole number"),
+    ],
+)
+def test_wrong_type_is_refused_with_option_and_value(name: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError, match="--" + name.replace("_", "-")) as error:
+        TrainConfig.from_dict({name: value})
+    assert expected in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+def test_scientific_notation_without_point_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("surrogate_lr: 1e-4\n")
+    assert isinstance(yaml.safe_load("1e-4"), str), "the reason for this test"
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml").surrogate_lr == 1e-4
+
+
+@pytest.mark.parametrize("content", ["- epochs\n", "epochs\n", "", "a: [1\n"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        TrainConfig.from_yaml(tmp_path / "config.yaml")
+
+
+def test_missing_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read options from"):
+        TrainConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("train_size", 0),
+        ("cut_layer", 0),
+        ("lambd", -1.0),
+        ("lambd", float("nan")),
+        ("noise_std", float("inf")),
+        ("reduce_dim", -1),
+        ("lr", 0.0),
+        ("surrogate_lr", -1e-4),
+        ("momentum", 1.0),
+        ("warmup_epochs", 1000.0),
+        ("seed", 2**32),
+        ("num_workers", -1),
+    ],
+)
+def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be .* got {value}"):
+        replace(TrainConfig(), **{name: value}).validate()
+
+
+def test_validate_turns_text_into_the_path_it_names() -> None:
+    config = TrainConfig(out="runs/a")  # type: ignore[arg-type]
+    config.validate()
+    assert config.run_dir == Path("runs/a")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", ""])
+def test_device_that_cannot_be_used_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="--device"):
+        resolve_device(device)
+
+
+def test_cuda_device_beyond_the_last_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"--device cuda:99: PyTorch sees {torch.cuda.device_count()} CUDA"):
+        resolve_device("cuda:99")
+
+
+def test_run_directory_is_named_after_what_tells_runs_apart() -> None:
+    config = TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3)
+    assert config.run_dir == Path("runs/digits-resnet20-gmm-lambd8-noise0.025-seed3")
+
+
+def test_no_penalty_without_weight_or_surrogate() -> None:
+    assert TrainConfig().penalised
+    assert not TrainConfig(lambd=0.0).penalised
+    assert not TrainConfig(surrogate="none").penalised
+
+
+def test_changed_options_name_what_would_change_the_numbers() -> None:
+    before = TrainConfig()
+    assert changed_options(before, replace(before, lr=0.1, device="cpu", backend="eager", out=Path("x"))) == [
+        "--lr (was 0.05, got 0.1)"
+    ]
