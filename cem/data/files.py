@@ -1,0 +1,156 @@
+"""What lies on disk: one reader for each data set, all giving the same thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from cem.data.idx import find_idx, read_idx
+
+Labelled = tuple[Tensor, Tensor]
+"""Images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``, in the order of the file."""
+
+
+class Files(NamedTuple):
+    """A data set as it is published.
+
+    Attributes:
+        train: the training file, or everything if there is only one file.
+        test: the test file, or None.
+        class_names: name of each label.
+    """
+
+    train: Labelled
+    test: Labelled | None
+    class_names: tuple[str, ...]
+
+
+def read_digits() -> Files:
+    """scikit-learn's 8x8 digits, 1797 images; their 17 grey levels are spread over 0..255."""
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    return Files((images, torch.from_numpy(digits.target).long()), None, tuple("0123456789"))
+
+
+def read_mnist(dataset: type[datasets.MNIST], root: Path, download: bool) -> Files:
+    """MNIST or a data set of the same form, from idx files in ``root`` or where torchvision would put them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is corrupt, or the files do not belong together.
+    """
+    folders = (root, root / dataset.__name__ / "raw")
+
+    def find(name: str) -> Path:
+        path = next(filter(None, (find_idx(folder, name) for folder in folders)), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"{name}[.gz] is neither in {folders[0]} nor in {folders[1]}; "
+                "put it there, or let it be fetched with download=True (--download)"
+            )
+        return path
+
+    def read(prefix: str) -> Labelled:
+        images_path, labels_path = find(f"{prefix}-images-idx3-ubyte"), find(f"{prefix}-labels-idx1-ubyte")
+        images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
+        if len(images) != len(labels):
+            raise ValueError(f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} labels")
+        if len(labels) == 0 or labels.max() >= len(dataset.classes):
+            raise ValueError(f"{labels_path}: expected labels 0..{len(dataset.classes) - 1}, got {labels.unique()}")
+        return images.unsqueeze(1), labels.long()
+
+    if download:
+        dataset(str(root), download=True)
+    return Files(read("train"), read("t10k"), tuple(dataset.classes))
+
+
+def read_cifar(dataset: type[datasets.CIFAR10], root: Path, download: bool) -> Files:
+    """CIFAR-10 or CIFAR-100, as torchvision stores them.
+
+    Raises:
+        FileNotFoundError: the data set is not in ``root``.
+    """
+    try:
+        train, test = (dataset(str(root), train=train, download=download) for train in (True, False))
+    except RuntimeError as error:
+        raise _missing(root / dataset.base_folder) from error
+
+    def labelled(part: datasets.CIFAR10) -> Labelled:
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+
+    return Files(labelled(train), labelled(test), tuple(train.classes))
+
+
+def read_svhn(root: Path, download: bool) -> Files:
+    """Street View House Numbers, cropped digits, as torchvision stores them.
+
+    Raises:
+        FileNotFoundError: the data set is not in ``root``.
+    """
+    try:
+        train, test = (datasets.SVHN(str(root), split, download=download) for split in ("train", "test"))
+    except RuntimeError as error:
+        raise _missing(root / "{train,test}_32x32.mat") from error
+
+    def labelled(part: datasets.SVHN) -> Labelled:
+        return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
+
+    return Files(labelled(train), labelled(test), tuple("0123456789"))
+
+
+def read_folder(root: Path, image_size: int) -> Files:
+    """One folder of images per class, as RGB of ``image_size`` x ``image_size`` pixels (stretched if needed).
+
+    Either ``root/train/CLASS/*`` with the same classes in ``root/test`` or ``root/val``, or ``root/CLASS/*``.
+
+    Raises:
+        FileNotFoundError: no such folder, no class folder, or a class without an image.
+        ValueError: an image cannot be read.
+    """
+    if not _classes(root / "train"):
+        if not _classes(root):
+            raise FileNotFoundError(
+                f"no class folders at {root}: expected {root}/train/CLASS/* and {root}/test/CLASS/*, or {root}/CLASS/*"
+            )
+        return Files(_read_class_folders(root, image_size), None, _classes(root))
+
+    classes = _classes(root / "train")
+    test = next((root / name for name in ("test", "val") if _classes(root / name) == classes), None)
+    if test is None:
+        raise FileNotFoundError(
+            f"{root}/train has {len(classes)} class folders, but neither {root}/test nor {root}/val has the same ones"
+        )
+    return Files(_read_class_folders(root / "train", image_size), _read_class_folders(test, image_size), classes)
+
+
+def _read_class_folders(directory: Path, image_size: int) -> Labelled:
+    folder = datasets.ImageFolder(str(directory))
+    to_tensor = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
+    images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
+    for position, (path, _) in enumerate(tqdm(folder.samples, f"reading {directory}", unit="image", disable=None)):
+        try:
+            images[position] = to_tensor(folder.loader(path))
+        except (OSError, SyntaxError) as error:  # Pillow raises either for broken files
+            raise ValueError(f"{path} is not a readable image: {error}") from error
+    return images, torch.tensor(folder.targets)
+
+
+def _classes(directory: Path) -> tuple[str, ...]:
+    """Names of the sub-folders in the order in which torchvision's ImageFolder numbers them."""
+    if not directory.is_dir():
+        return ()
+    return tuple(sorted(entry.name for entry in directory.iterdir() if entry.is_dir()))
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{path} not found or incomplete; put the data set there, or let it be fetched with download=True (--download)"
+    )

@@ -1,0 +1,80 @@
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from cem.data import load_data
+from cem.data.synthetic import main, make_test_images, write_test_images
+
+
+def test_shapes_types_and_labels() -> None:
+    images, labels = make_test_images(3, 5, (1, 8, 12))
+    assert images.shape == (15, 1, 8, 12)
+    assert images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_the_same_seed_gives_the_same_images_and_another_seed_others() -> None:
+    assert torch.equal(make_test_images(seed=3)[0], make_test_images(seed=3)[0])
+    assert not torch.equal(make_test_images(seed=3)[0], make_test_images(seed=4)[0])
+
+
+def test_the_default_images_are_these() -> None:
+    # A fixed value: what is measured on these images must mean the same on every machine and version.
+    images, _ = make_test_images()
+    assert zlib.crc32(images.numpy().tobytes()) == 2433322901
+
+
+def test_generating_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    make_test_images()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_classes_can_be_told_apart() -> None:
+    """A nearest-mean classifier on the spectra, which do not depend on where the stripes begin."""
+
+    def spectra(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = make_test_images(8, 16, seed=seed)
+        return torch.fft.rfft2(images / 255).abs().flatten(1), labels
+
+    train, train_labels = spectra(0)
+    test, test_labels = spectra(1)
+    means = torch.stack([train[train_labels == label].mean(0) for label in range(8)])
+    assert (torch.cdist(test, means).argmin(1) == test_labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, (3, 8, 8)), (1, 0, (3, 8, 8)), (1, 1, (3, 0, 8))])
+def test_empty_sizes_are_refused(sizes: tuple) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        make_test_images(*sizes)
+
+
+def test_a_written_folder_reads_back_without_loss(tmp_path: Path) -> None:
+    write_test_images(tmp_path, num_classes=3, train_per_class=10, test_per_class=2, image_size=16)
+    data = load_data("folder", tmp_path, image_size=16)
+    images, labels = make_test_images(3, 12, (3, 16, 16))
+    in_train = torch.arange(36) % 12 < 10
+
+    for image_set in (data.train, data.val):
+        assert torch.equal(image_set.images, images[in_train][image_set.indices])
+        assert torch.equal(image_set.labels, labels[in_train][image_set.indices])
+    assert torch.equal(data.test.images, images[~in_train][data.test.indices])
+    assert data.class_names == ("class000", "class001", "class002")
+
+
+def test_writing_into_a_folder_with_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileExistsError, match="has images already"):
+        write_test_images(tmp_path)
+
+
+def test_command_line_writes_a_folder_and_will_not_write_it_twice(tmp_path: Path) -> None:
+    args = [str(tmp_path / "out"), "--num-classes", "2", "--train-per-class", "3", "--test-per-class", "1"]
+    main(args)
+    assert len(list(tmp_path.glob("out/train/*/*.png"))) == 6
+    assert len(list(tmp_path.glob("out/test/*/*.png"))) == 2
+    with pytest.raises(SystemExit, match=r"error: .*out has images already"):
+        main(args)
