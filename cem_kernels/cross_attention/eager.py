@@ -20,17 +20,16 @@ def cross_attention(
 ) -> Tensor:
     """``tokens [B, T, D]`` read ``slots [K, S, D]`` of their own class; returns ``[B, T, D]``."""
     w = weights
-    _, num_tokens, width = tokens.shape
-    num_slots = slots.shape[1]
+    num_samples, num_tokens, width = tokens.shape
+    num_classes, num_slots, _ = slots.shape
     keep = F.dropout(torch.ones_like(tokens), dropout) if dropout > 0 else None
 
     context = F.layer_norm(slots, (width,), w.ln_kv_weight, w.ln_kv_bias)
-    queries, outputs = absorb(context, w, num_heads)  # [K, H·S, D] each
     inputs = F.layer_norm(tokens, (width,), w.ln_q_weight, w.ln_q_bias)
-    inputs = groups.pad(inputs).flatten(1, 2)  # [K, L·T, D]
-    logits = (inputs @ queries.mT).unflatten(-1, (num_heads, num_slots))
-    read = torch.softmax(logits, dim=-1).flatten(-2) @ outputs  # [K, L·T, D]
-    out = groups.unpad(read.unflatten(1, (-1, num_tokens))) + w.proj_bias
+    # Absorbing costs two more D × D products a slot and saves two a token. Both counts are known on the host.
+    absorbing = num_samples * num_tokens >= num_classes * num_slots
+    read = read_absorbed if absorbing else read_materialised
+    out = read(inputs, context, groups, w, num_heads) + w.proj_bias
     if keep is not None:
         out = out * keep
     y = tokens + torch.tanh(w.alpha_xattn) * out
@@ -38,3 +37,30 @@ def cross_attention(
     hidden = F.layer_norm(y, (width,), w.ln_ff_weight, w.ln_ff_bias)
     hidden = F.gelu(F.linear(hidden, w.ffn_in_weight, w.ffn_in_bias))
     return y + torch.tanh(w.alpha_ffn) * F.linear(hidden, w.ffn_out_weight, w.ffn_out_bias)
+
+
+def read_absorbed(
+    inputs: Tensor, context: Tensor, groups: ClassGroups, w: CrossAttentionWeights, num_heads: int
+) -> Tensor:
+    """``W_p o`` of the normalised tokens ``[B, T, D]``, without queries and head outputs of the tokens."""
+    queries, outputs = absorb(context, w, num_heads)  # [K, H·S, D] each
+    padded = groups.pad(inputs).flatten(1, 2)  # [K, N, D], N = L·T
+    logits = (queries @ padded.mT).unflatten(1, (num_heads, -1))  # [K, H, S, N]
+    attention = torch.softmax(logits, dim=2).flatten(1, 2)
+    return groups.unpad((attention.mT @ outputs).unflatten(1, (-1, inputs.shape[1])))
+
+
+def read_materialised(
+    inputs: Tensor, context: Tensor, groups: ClassGroups, w: CrossAttentionWeights, num_heads: int
+) -> Tensor:
+    """The same through queries of the tokens and keys of the slots, cheaper where slots outnumber tokens."""
+
+    def heads(x: Tensor) -> Tensor:  # [K, N, D] to [K, H, N, d]
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    head_width = inputs.shape[-1] // num_heads
+    queries = groups.pad(F.linear(inputs, w.to_q * head_width**-0.5)).flatten(1, 2)
+    keys, values = F.linear(context, w.to_k), F.linear(context, w.to_v)
+    attention = torch.softmax(heads(keys) @ heads(queries).mT, dim=2)  # [K, H, S, N]
+    outputs = (attention.mT @ heads(values)).transpose(1, 2).flatten(2)  # [K, N, D]
+    return F.linear(groups.unpad(outputs.unflatten(1, (-1, inputs.shape[1]))), w.proj_weight)

@@ -42,7 +42,6 @@ def test_run_ends_with_where_things_are_and_what_comes_next(capsys: pytest.Captu
     assert summary is not None
     out = capsys.readouterr().out
     assert f"test accuracy  {summary['test_accuracy']:.1%} (epoch 1 of 1)" in out
-    assert f"python -m cem.attack {run_dir}" in out
 
 
 def test_options_override_the_config_file(tmp_path: Path) -> None:

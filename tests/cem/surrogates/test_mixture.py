@@ -101,9 +101,7 @@ def test_forward_equals_the_loop(options, num_samples):
     features.requires_grad_()
     expected, actual = loop(surrogate, features, labels), surrogate(features, labels)
     for name, want, have in zip(("rob_loss", "intra_mse"), expected, actual, strict=True):
-        torch.testing.assert_close(
-            have, want, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(gradient(have, features), gradient(want, features), rtol=1e-10, atol=1e-12)
 
 
@@ -131,9 +129,7 @@ def test_order_of_samples_does_not_matter():
     surrogate = fitted()
     features, labels = training_set(seed=1, num_samples=30)
     shuffled = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    for have, want in zip(
-        surrogate(features[shuffled], labels[shuffled]), surrogate(features, labels), strict=True
-    ):
+    for have, want in zip(surrogate(features[shuffled], labels[shuffled]), surrogate(features, labels), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-12, atol=0)
 
 
@@ -242,9 +238,7 @@ def test_empty_clusters_are_no_anomaly():
     surrogate = two_classes()
     surrogate.weights[:, 0] = 0.0
     features = torch.tensor([[1.0, 1.0], [12.0, 12.0]], dtype=torch.float64, requires_grad=True)
-    with (
-        torch.autograd.detect_anomaly()
-    ):  # raises where a backward function returns NaN, even if masked later
+    with torch.autograd.detect_anomaly():  # raises where a backward function returns NaN, even if masked later
         surrogate(features, torch.tensor([0, 1]))[0].backward()
     assert features.grad.isfinite().all()
 

@@ -324,9 +324,7 @@ def test_full_fit_is_silent_about_its_cap_on_steps():
 def test_information_equals_the_formula_on_whole_covariances(kind, noise_std):
     features, labels = blobs(spread=2.0)
     options = {"pca_components": 3} if kind == "full" else {}
-    surrogate = fit(
-        features, labels, num_classes=4, num_clusters=3, fit=kind, **options
-    )  # class 3 is unfitted
+    surrogate = fit(features, labels, num_classes=4, num_clusters=3, fit=kind, **options)  # class 3 is unfitted
     noise = noise_std**2 * torch.eye(5, dtype=torch.float64)
     per_class = []
     for c in range(3):
