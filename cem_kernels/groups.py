@@ -55,9 +55,8 @@ class ClassGroups:
             TypeError: labels are not an integer tensor.
             ValueError: labels are not of rank 1, ``num_classes`` or ``max_class_size`` is not positive, a label is
                 out of range, or a class is larger than ``max_class_size``. The last two cost a synchronisation:
-                they are checked on the CPU, and on CUDA only under :func:`cem_kernels.set_debug`. There, a class
-                above the bound trips a device assertion in eager, and a label out of range leaves its sample in
-                no class.
+                they are checked on the CPU, and on CUDA only under :func:`cem_kernels.set_debug`. Without the check
+                either of them trips a device assertion in eager: no class takes another's rows.
         """
         validation.check_labels(labels, num_classes)
         if max_class_size is not None and max_class_size < 1:

@@ -19,8 +19,9 @@ _debug = os.environ.get("CEM_KERNELS_DEBUG", "0") not in ("", "0")
 def set_debug(enabled: bool) -> None:
     """Check values on every device, at the price of host synchronisations.
 
-    In debug mode every operator checks label ranges and class bounds on CUDA too, and refuses tokens that hold NaN or
-    infinity. The environment variable ``CEM_KERNELS_DEBUG=1`` switches it on from outside.
+    In debug mode :meth:`cem_kernels.ClassGroups.from_labels` checks label ranges and class bounds on CUDA too, and
+    every operator refuses tokens that hold NaN or infinity. The environment variable ``CEM_KERNELS_DEBUG=1`` switches
+    it on from outside.
     """
     global _debug
     _debug = bool(enabled)
@@ -33,21 +34,23 @@ def values_are_checked(tensor: Tensor) -> bool:
     return _debug or tensor.device.type == "cpu"
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Rank, dtype and, where :func:`values_are_checked`, range of ``labels``."""
+def check_labels(labels: Tensor, num_classes: int | None, name: str = "labels") -> None:
+    """Rank, dtype and, where :func:`values_are_checked`, range of ``labels``; any range without ``num_classes``."""
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an integer tensor, got {kind}")
+        raise TypeError(f"{name} must be an integer tensor, got {kind}")
     if labels.dtype == torch.bool:
-        raise TypeError("labels must be an integer tensor, got torch.bool")
+        raise TypeError(f"{name} must be an integer tensor, got torch.bool")
     if labels.dim() != 1:
-        raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
+        raise ValueError(f"{name} must have shape [B], got {list(labels.shape)}")
+    if num_classes is None:
+        return
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}")
     if labels.numel() and values_are_checked(labels):
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must lie in [0, {num_classes}), got values from {low} to {high}")
+            raise ValueError(f"{name} must lie in [0, {num_classes}), got values from {low} to {high}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:

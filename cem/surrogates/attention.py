@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import cem_kernels
 from cem.surrogates.base import Surrogate
 from cem.surrogates.threshold import coupled_threshold, warn_if_swamped
-from cem_kernels import ClassGroups, CrossAttentionWeights, SlotAttentionWeights
-from cem_kernels.backends import check_backend
-from cem_kernels.class_variance import Hinge
+from cem_kernels import ClassGroups, CrossAttentionWeights, SlotAttentionWeights, backends, validation
+from cem_kernels.class_variance import HINGES, Hinge
+from cem_kernels.cross_attention import IMPLEMENTATIONS as CROSS_ATTENTION
+from cem_kernels.slot_attention import IMPLEMENTATIONS as SLOT_ATTENTION
 
 EVALUATION_SEED = 0
 
@@ -23,6 +24,13 @@ def _groups_of_rows(tokens: Tensor) -> ClassGroups:
     """Every row of the batch is a class of its own."""
     rows = tokens.shape[0]
     return ClassGroups.from_labels(torch.arange(rows, device=tokens.device), max(rows, 1), max_class_size=1)
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    """Each size is at least 1, or None."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,14 +71,10 @@ class SlotAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_slots", num_slots),
-            ("slot_dim", slot_dim),
-            ("num_iterations", num_iterations),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        check_backend(backend)
+        hidden_dim = 2 * slot_dim if hidden_dim is None else hidden_dim
+        _check_sizes(num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim)
+        validation.check_positive(eps=eps)
+        backends.pick(backend, "slot_attention", SLOT_ATTENTION)
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
         self.eps, self.backend = eps, backend
         self.slot_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -81,7 +85,6 @@ class SlotAttention(nn.Module):
         self.to_k = nn.Linear(slot_dim, slot_dim, bias=False)
         self.to_v = nn.Linear(slot_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
-        hidden_dim = 2 * slot_dim if hidden_dim is None else hidden_dim
         self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
         self.norm_inputs = nn.LayerNorm(slot_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
@@ -166,9 +169,12 @@ class CrossAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or feature_dim % num_heads:
+        _check_sizes(feature_dim=feature_dim, num_heads=num_heads, ffn_mult=ffn_mult)
+        if feature_dim % num_heads:
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of num_heads, got num_heads={num_heads}")
-        check_backend(backend)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        backends.pick(backend, "cross_attention", CROSS_ATTENTION)
         self.feature_dim, self.num_heads, self.dropout, self.backend = (
             feature_dim,
             num_heads,
@@ -260,6 +266,7 @@ class SlotCrossAttentionCEM(Surrogate):
 
     Raises:
         ValueError: sizes do not fit together, a number is out of range, or a name is unknown.
+        BackendUnavailableError: an operator does not have the backend that is asked for by name.
 
     Warns:
         UserWarning: ``eps_var`` or ``gamma`` swamps the threshold (as they do at ``reg_strength=0``, the default).
@@ -287,10 +294,25 @@ class SlotCrossAttentionCEM(Surrogate):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if feature_dim < 1:
-            raise ValueError(f"feature_dim must be at least 1, got {feature_dim}")
-        if feature_shape is not None and math.prod(feature_shape) != feature_dim:
-            raise ValueError(f"feature_shape {tuple(feature_shape)} does not hold feature_dim={feature_dim} numbers")
+        _check_sizes(
+            feature_dim=feature_dim, num_classes=num_classes, max_class_size=max_class_size, reduce_dim=reduce_dim
+        )
+        if feature_shape is not None and (len(feature_shape) != 3 or math.prod(feature_shape) != feature_dim):
+            raise ValueError(
+                f"feature_shape must be (C, H, W) with C*H*W = feature_dim = {feature_dim}, got {tuple(feature_shape)}"
+            )
+        if reduce not in ("linear", "conv1x1"):
+            raise ValueError(f"reduce must be 'linear' or 'conv1x1', got {reduce!r}")
+        if reduce == "conv1x1" and (reduce_dim is None or feature_shape is None):
+            raise ValueError(
+                "reduce='conv1x1' needs reduce_dim and feature_shape=(C, H, W), "
+                f"got reduce_dim={reduce_dim} and feature_shape={feature_shape}"
+            )
+        validation.check_positive(eps_var=eps_var, gamma=gamma)
+        if min_samples < 2:
+            raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
+        if hinge not in HINGES:
+            raise ValueError(f"hinge must be one of {', '.join(HINGES)}, got {hinge!r}")
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
         self.num_classes, self.max_class_size = num_classes, max_class_size
         self.eps_var, self.gamma, self.min_samples = eps_var, gamma, min_samples
@@ -300,39 +322,40 @@ class SlotCrossAttentionCEM(Surrogate):
         warn_if_swamped(self.threshold, eps_var, gamma)
 
         width = feature_dim
-        if reduce_dim is not None:
-            width = self._add_reduction(reduce_dim, reduce)
+        if reduce_dim is not None and feature_shape is not None and reduce == "conv1x1":
+            channels, height, breadth = feature_shape
+            self.reduction: nn.Conv2d | nn.Linear = nn.Conv2d(channels, reduce_dim, kernel_size=1, bias=False)
+            width = reduce_dim * height * breadth
+        elif reduce_dim is not None:
+            self.reduction = nn.Linear(feature_dim, reduce_dim, bias=False)
+            width = reduce_dim
         self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend)
         self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
 
-    def _add_reduction(self, reduce_dim: int, reduce: str) -> int:
-        """Register the reduction; returns the width of what it makes."""
-        if reduce_dim < 1:
-            raise ValueError(f"reduce_dim must be at least 1, got {reduce_dim}")
-        self.reduction: nn.Module
-        if reduce == "linear":
-            self.reduction = nn.Linear(self.feature_dim, reduce_dim, bias=False)
-            return reduce_dim
-        if reduce == "conv1x1":
-            if self.feature_shape is None:
-                raise ValueError("reduce='conv1x1' needs feature_shape=(C, H, W)")
-            channels, height, width = self.feature_shape
-            self.reduction = nn.Conv2d(channels, reduce_dim, kernel_size=1, bias=False)
-            return reduce_dim * height * width
-        raise ValueError(f"reduce must be 'linear' or 'conv1x1', got {reduce!r}")
-
     def _flat(self, features: Tensor) -> Tensor:
-        """``[B, D]`` or ``[B, C, H, W]`` to ``[B, width]``, reduced where that was asked for."""
-        if features.dim() not in (2, 4) or math.prod(features.shape[1:]) != self.feature_dim:
+        """``[B, D]`` or ``[B, C, H, W]`` to ``[B, width]`` in fp32 or wider, reduced where that was asked for.
+
+        Neither under autocast nor in half precision: the spread inside a class that is left when training succeeds is
+        lost in half precision's rounding.
+        """
+        validation.check_float("features", features)
+        shape = self.feature_shape
+        maps_fit = features.dim() == 4 and (shape is None or tuple(features.shape[1:]) == tuple(shape))
+        if not (features.dim() == 2 or maps_fit) or math.prod(features.shape[1:]) != self.feature_dim:
+            maps = "[B, C, H, W] with as many numbers" if shape is None else f"[B, {', '.join(map(str, shape))}]"
             raise ValueError(
-                f"features must have shape [B, D={self.feature_dim}] or [B, C, H, W] with C*H*W = {self.feature_dim}, "
-                f"got {list(features.shape)}"
+                f"features must have shape [B, D={self.feature_dim}] or {maps}, got {list(features.shape)}"
             )
-        reduction = getattr(self, "reduction", None)
-        if isinstance(reduction, nn.Conv2d) and self.feature_shape is not None:
-            return reduction(features.reshape(-1, *self.feature_shape)).flatten(1)
-        features = features.flatten(1)
-        return features if reduction is None else reduction(features)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        reduction: nn.Conv2d | nn.Linear | None = getattr(self, "reduction", None)
+        if reduction is None:
+            return features.flatten(1)
+        validation.check_together(features, [("reduction.weight", reduction.weight)])
+        weight = reduction.weight.to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            if shape is not None and isinstance(reduction, nn.Conv2d):
+                return F.conv2d(features.reshape(-1, *shape), weight).flatten(1)
+            return F.linear(features.flatten(1), weight)
 
     def _groups(self, labels: Tensor) -> ClassGroups:
         """The batch's classes; those of the labels themselves where ``num_classes`` is None."""
@@ -366,9 +389,11 @@ class SlotCrossAttentionCEM(Surrogate):
             TypeError, ValueError: see :meth:`cem_kernels.ClassGroups.from_labels` and the operators.
         """
         flat = self._flat(features)
+        validation.check_labels(labels, self.num_classes)
         if labels.shape != flat.shape[:1]:
             raise ValueError(f"labels must have shape [B={len(flat)}], got {list(labels.shape)}")
         if unique_labels is not None:
+            validation.check_labels(unique_labels, self.num_classes, "unique_labels")
             chosen = torch.isin(labels, unique_labels)
             flat, labels = flat[chosen], labels[chosen]
         groups = self._groups(labels)

@@ -31,8 +31,13 @@ class Surrogate(nn.Module):
 
     needs_refit: bool = False
 
-    def refit(self, features: Tensor, labels: Tensor) -> None:
-        """Refit on the whole training set's clean features ``[N, ...]`` and labels ``[N]``; default: nothing."""
+    def refit(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+        """Refit on the whole training set's clean features ``[N, ...]`` and labels ``[N]``; default: nothing.
+
+        Returns:
+            What the fit says about the features, by name, for the log.
+        """
+        return {}
 
 
 class NoSurrogate(Surrogate):

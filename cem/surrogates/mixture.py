@@ -45,7 +45,8 @@ class GaussianMixtureCEM(Surrogate):
         max_iterations: Lloyd steps (``"kmeans"``) or EM steps (``"full"``) of one refit, at most.
         fit: ``"kmeans"``, in torch on the features' device, warm-started from the previous refit; or
             ``"full"``, scikit-learn's full-covariance mixture on the CPU after a PCA per class, started
-            afresh every time.
+            afresh every time. The penalty uses means, weights and traces of either; the full covariances speak
+            in :meth:`information` alone, as in the original.
         pca_components: ``r``, directions kept per class by the ``"full"`` fit; default
             ``min(100, feature_dim)``. A class with fewer samples keeps as many as it has.
 
@@ -189,7 +190,7 @@ class GaussianMixtureCEM(Surrogate):
         return rob_loss, intra_mse
 
     @torch.no_grad()
-    def refit(self, features: Tensor, labels: Tensor) -> None:
+    def refit(self, features: Tensor, labels: Tensor) -> dict[str, float]:
         """Fit the mixture of each class to the whole training set's clean features.
 
         Random numbers (seeds of classes fitted for the first time; scikit-learn's ``random_state``) come from
@@ -198,6 +199,10 @@ class GaussianMixtureCEM(Surrogate):
         Args:
             features: ``[N, D]`` or ``[N, C, H, W]``, any floating dtype, on any device: the fit runs there.
             labels: ``[N]``, integer, in ``0..K-1``, on that device. A class without samples becomes unfitted.
+
+        Returns:
+            ``information_nats``, see :meth:`information`, at the noise of ``reg_strength``; nothing without noise
+            or without a sample.
 
         Raises:
             ValueError: wrong rank, width, shape, device, label out of range, or features that are not finite.
@@ -215,6 +220,9 @@ class GaussianMixtureCEM(Surrogate):
                 self._refit_full(x, labels)
             else:
                 self._refit_kmeans(x, labels)
+        if self.reg_strength == 0 or len(x) == 0:
+            return {}
+        return {"information_nats": self.information(self.reg_strength)}
 
     def _refit_kmeans(self, x: Tensor, labels: Tensor) -> None:
         cold = (self.class_counts == 0).to(x.device)

@@ -6,6 +6,10 @@ import warnings
 
 FLOOR = 1e-8
 
+REMEDY = (
+    "The threshold is var_threshold * reg_strength**2, on the command line --var-threshold times --noise-std squared."
+)
+
 
 def coupled_threshold(var_threshold: float, reg_strength: float) -> float:
     """The original's threshold ``max(τσ², 1e-8)``, in squared feature units.
@@ -32,12 +36,12 @@ def warn_if_swamped(threshold: float, eps_var: float, gamma: float, *, stackleve
     if eps_var > threshold:
         warnings.warn(
             f"eps_var={eps_var:.3g} is above the variance threshold {threshold:.3g}: the penalty never reaches zero. "
-            "Lower eps_var, or raise var_threshold or reg_strength (threshold = var_threshold * reg_strength**2).",
+            f"{REMEDY}",
             stacklevel=stacklevel,
         )
     if gamma > threshold:
         warnings.warn(
             f"gamma={gamma:.3g} is above the variance threshold {threshold:.3g}: the penalty begins at gamma, not at "
-            "the threshold. Lower gamma, or raise var_threshold or reg_strength.",
+            f"the threshold. {REMEDY}",
             stacklevel=stacklevel,
         )

@@ -17,6 +17,7 @@ __all__ = ["ClassVariance", "Hinge", "class_variance"]
 IMPLEMENTATIONS = {"reference": reference.class_variance, "eager": eager.class_variance}
 
 Hinge = Literal["relu", "softplus", "identity"]
+HINGES: tuple[str, ...] = get_args(Hinge)
 
 
 class ClassVariance(NamedTuple):
@@ -76,8 +77,8 @@ def class_variance(
     validation.check_positive(eps_var=eps_var, gamma=gamma)
     if min_samples < 2:
         raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
-    if hinge not in get_args(Hinge):
-        raise ValueError(f"hinge must be one of {', '.join(get_args(Hinge))}, got {hinge!r}")
+    if hinge not in HINGES:
+        raise ValueError(f"hinge must be one of {', '.join(HINGES)}, got {hinge!r}")
 
     dtype = torch.promote_types(features.dtype, torch.float32)
     if isinstance(threshold, Tensor):

@@ -23,10 +23,13 @@ def class_variance(
     Two passes over the padded classes, mean first: ``E[x²] − E[x]²`` cancels where the variance is small against the
     mean, which is exactly where this penalty drives it.
     """
-    padded = groups.pad(features)  # [K, L, C]
+    qualifies = groups.counts >= min_samples
+    counted = (groups.padding.mask & qualifies[:, None])[:, :, None]
+    # Chosen, not multiplied by zero: what does not count may be infinite.
+    padded = torch.where(counted, groups.pad(features), 0)  # [K, L, C]
     count = groups.counts.to(features.dtype)[:, None]  # [K, 1]
     mean = padded.sum(dim=1) / count.clamp(min=1)
-    deviation = (padded - mean[:, None]) * groups.padding.mask.to(features.dtype)[:, :, None]
+    deviation = torch.where(counted, padded - mean[:, None], 0)
     squares = deviation.square().sum(dim=1)  # [K, C]
     variance = torch.clamp(squares / (count - 1).clamp(min=1), min=eps_var)
     height = torch.log(variance + gamma) - torch.log(threshold + gamma)
@@ -34,5 +37,5 @@ def class_variance(
         height = F.relu(height)
     elif hinge == "softplus":
         height = F.softplus(height)
-    qualifies = (groups.counts >= min_samples).to(features.dtype)
-    return height.mean(dim=1) * qualifies, (squares / count.clamp(min=1)).mean(dim=1) * qualifies
+    penalty = torch.where(qualifies, height.mean(dim=1), 0)
+    return penalty, (squares / count.clamp(min=1)).mean(dim=1)

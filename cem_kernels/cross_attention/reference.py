@@ -32,7 +32,7 @@ def cross_attention(
             rows.append(members)
             results.append(flat.unflatten(0, (len(members), -1)))
     if not rows:
-        return torch.zeros_like(tokens)
+        return tokens.clone()  # an empty batch, still on the graph
     batch_order = torch.argsort(torch.cat(rows))
     return torch.cat(results)[batch_order]
 

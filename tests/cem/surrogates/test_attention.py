@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import cem
 from cem.surrogates.build import build_surrogate
@@ -171,10 +170,11 @@ def test_no_class_with_enough_samples_gives_an_attached_zero():
     assert torch.equal(features.grad, torch.zeros_like(features))
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("num_classes", [5, None])
-def test_empty_batch_gives_zero(num_classes):
+def test_empty_batch_gives_zero(num_classes, backend):
     features = torch.randn(0, 16, requires_grad=True)
-    rob_loss, _ = surrogate(num_classes=num_classes)(features, torch.zeros(0, dtype=torch.long))
+    rob_loss, _ = surrogate(num_classes=num_classes, backend=backend)(features, torch.zeros(0, dtype=torch.long))
     assert rob_loss.item() == 0
     rob_loss.backward()
 
@@ -249,9 +249,21 @@ def test_sound_threshold_does_not_warn():
         ({"reg_strength": -1.0}, "reg_strength must be finite and not negative, got -1.0"),
         ({"var_threshold": float("nan")}, "var_threshold must be finite and not negative, got nan"),
         ({"reduce_dim": 0}, "reduce_dim must be at least 1, got 0"),
-        ({"reduce_dim": 4, "reduce": "conv1x1"}, r"reduce='conv1x1' needs feature_shape=\(C, H, W\)"),
+        ({"reduce_dim": 4, "reduce": "conv1x1"}, r"reduce='conv1x1' needs reduce_dim and feature_shape=\(C, H, W\)"),
         ({"reduce_dim": 4, "reduce": "pool"}, "reduce must be 'linear' or 'conv1x1', got 'pool'"),
-        ({"feature_shape": (4, 2, 3)}, r"feature_shape \(4, 2, 3\) does not hold feature_dim=16"),
+        (
+            {"feature_shape": (4, 2, 3)},
+            r"feature_shape must be \(C, H, W\) with C\*H\*W = feature_dim = 16, got \(4, 2, 3\)",
+        ),
+        ({"feature_shape": (4, 4)}, r"feature_shape must be \(C, H, W\)"),
+        ({"reduce": "conv1x1", "feature_shape": (4, 2, 2)}, "got reduce_dim=None"),
+        ({"hinge": "elu"}, "hinge must be one of relu, softplus, identity, got 'elu'"),
+        ({"min_samples": 1}, "min_samples must be at least 2, got 1"),
+        ({"gamma": 0.0}, "gamma must be finite and positive, got 0.0"),
+        ({"eps_var": float("nan")}, "eps_var must be finite and positive, got nan"),
+        ({"dropout": 2.0}, r"dropout must lie in \[0, 1\), got 2.0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"max_class_size": 0}, "max_class_size must be at least 1, got 0"),
         ({"backend": "gpu"}, "backend must be one of auto, triton, eager, reference, got 'gpu'"),
     ],
 )
@@ -274,6 +286,39 @@ def test_bad_batch_is_refused(features, labels, message):
         surrogate()(features, labels)
 
 
+@pytest.mark.parametrize("num_classes", [5, None])
+@pytest.mark.parametrize(
+    ("features", "labels", "unique", "message"),
+    [
+        (torch.ones(4, 16, dtype=torch.long), torch.zeros(4, dtype=torch.long), None, "features must be a floating"),
+        (torch.randn(4, 16), torch.zeros(4), None, "labels must be an integer tensor, got torch.float32"),
+        (
+            torch.randn(4, 16),
+            torch.zeros(4, dtype=torch.bool),
+            None,
+            "labels must be an integer tensor, got torch.bool",
+        ),
+        (torch.randn(4, 16), [0, 0, 1, 1], None, "labels must be an integer tensor, got list"),
+        (torch.randn(4, 16), torch.zeros(4, dtype=torch.long), torch.zeros(1), "unique_labels must be an integer"),
+    ],
+)
+def test_batch_of_wrong_types_is_refused(features, labels, unique, message, num_classes):
+    with pytest.raises(TypeError, match=message):
+        surrogate(num_classes=num_classes)(features, labels, unique)
+
+
+def test_unique_labels_out_of_range_are_refused():
+    features, labels = batch()
+    with pytest.raises(ValueError, match=r"unique_labels must lie in \[0, 5\), got values from 1 to 99"):
+        surrogate()(features, labels, torch.tensor([1, 99]))
+
+
+def test_maps_of_another_layout_are_refused():
+    module = surrogate(reduce_dim=2, reduce="conv1x1", feature_shape=(4, 2, 2))
+    with pytest.raises(ValueError, match=r"\[B, D=16\] or \[B, 4, 2, 2\], got \[3, 2, 2, 4\]"):
+        module(torch.randn(3, 2, 2, 4), torch.zeros(3, dtype=torch.long))
+
+
 def test_slot_noise_of_wrong_shape_is_refused():
     features, labels = batch()
     with pytest.raises(ValueError, match=r"slot_noise must have shape \[K, S, D\] = \[5, 4, 16\], got \[4, 16\]"):
@@ -281,18 +326,57 @@ def test_slot_noise_of_wrong_shape_is_refused():
 
 
 def test_triton_is_refused_by_name_until_it_exists():
+    with pytest.raises(BackendUnavailableError, match="slot_attention has no 'triton' backend"):
+        surrogate(backend="triton")
+    with pytest.raises(BackendUnavailableError, match="cross_attention has no 'triton' backend"):
+        cem.CrossAttention(16, backend="triton")
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
+def test_bf16_features_keep_their_spread(kwargs):
+    features, labels = batch(200)
+    centre = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    narrow = (centre[labels] + 0.05 * features).bfloat16()  # what is left inside a class when training succeeds
+    module = surrogate(hinge="identity", **kwargs).eval()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = narrow.to(dtype, copy=True).requires_grad_()
+        module(x, labels)[0].backward()
+        gradients.append(x.grad.float())
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.005  # bf16 rounds by 0.4 %
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
+def test_autocast_changes_nothing(kwargs):
     features, labels = batch()
-    with pytest.raises(BackendUnavailableError, match="no 'triton' backend"):
-        surrogate(backend="triton")(features, labels)
+    module = surrogate(**kwargs).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(features, labels)
+    assert torch.equal(found[0], module(features, labels)[0])
 
 
-def test_bf16_module_and_autocast_run():
+@pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
+def test_fp64_features_meet_fp32_parameters_with_an_error(kwargs):
+    features, labels = batch()
+    with pytest.raises(TypeError, match="fp64 does not mix"):
+        surrogate(**kwargs)(features.double(), labels)
+
+
+def test_bf16_module_gives_fp32_losses():
     features, labels = batch()
     rob_loss, _ = surrogate().bfloat16()(features.bfloat16(), labels)
     assert rob_loss.dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rob_loss, _ = surrogate()(nn.Linear(16, 16)(features), labels)
-    assert rob_loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_infinite_sample_alone_in_its_class_leaves_the_losses_alone(backend):
+    features, labels = batch()
+    labels = labels.clamp(max=3)
+    labels[0] = 4
+    want = surrogate(backend=backend).eval()
+    poisoned = features.clone()
+    poisoned[0] = float("inf")
+    torch.testing.assert_close(want(poisoned, labels), want(features, labels))
 
 
 def test_build_reduces_wide_features_only():
@@ -306,11 +390,28 @@ def test_build_reduces_wide_features_only():
     assert build_surrogate("attention", feature_shape=(512,), reduce_dim=64, **common).reduction.out_features == 64
 
 
+def test_build_takes_any_width():
+    common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
+    heads = [
+        build_surrogate("attention", feature_shape=(width,), **common).cross_attention.num_heads
+        for width in (9, 10, 12)
+    ]
+    assert heads == [1, 2, 4]
+
+
+def test_build_refuses_a_backend_that_nothing_would_use():
+    common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
+    with pytest.raises(BackendUnavailableError, match="the gmm surrogate has no 'triton' backend"):
+        build_surrogate("gmm", feature_shape=(8,), backend="triton", **common)
+
+
 def test_build_makes_the_three_choices_and_refuses_others():
     common = {"feature_shape": (8, 2, 2), "num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
     assert isinstance(build_surrogate("attention", **common), cem.SlotCrossAttentionCEM)
     assert isinstance(build_surrogate("gmm", **common), cem.GaussianMixtureCEM)
     assert isinstance(build_surrogate("none", **common), cem.NoSurrogate)
+    assert build_surrogate("gmm", gmm_fit="full", **common).fit == "full"
+    assert build_surrogate("gmm", sigmoid=True, **common).num_clusters == 5
     with pytest.raises(ValueError, match="surrogate must be one of attention, gmm, none, got 'pca'"):
         build_surrogate("pca", **common)
 
