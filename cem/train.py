@@ -15,6 +15,7 @@ import tyro
 
 from cem.training import CheckpointError, ConfigError, TrainConfig, Trainer, TrainingDiverged
 from cem.training.runs import check_same
+from cem_kernels import BackendUnavailableError
 
 DESCRIPTION = """Train a network that is split between a client and a server so that what the client sends is
 hard to invert. Without options: scikit-learn's digits, attention surrogate, about a minute on two cores.
@@ -35,8 +36,8 @@ class CommandLine(TrainConfig):
     """Take options from this YAML file, such as the config.yaml of another run; other options override it."""
     resume: Path | None = None
     """Continue the run in this directory, with the numbers it would have had without the interruption.
-    Its options hold; only those that say where to compute may be given besides:
-    --device, --backend, --num-workers, --data-root, --download."""
+    Its options hold; only those that say where to compute may be given besides: --device, --backend,
+    --num-workers (not with --augment), --data-root (the same data elsewhere), --download."""
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -81,16 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, resume = parse(sys.argv[1:] if argv is None else argv)
         trainer = Trainer(config, resume=resume)
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+    except (ConfigError, CheckpointError, BackendUnavailableError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     try:
         summary = trainer.fit()
-    except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except TrainingDiverged:
+        return 1  # the run's log, which goes to stderr too, has said why
     except KeyboardInterrupt:
         return 130
     where = shlex.quote(str(trainer.run_dir))

@@ -109,38 +109,72 @@ def read_svhn(root: Path, download: bool) -> Files:
 def read_folder(root: Path, image_size: int) -> Files:
     """One folder of images per class, as RGB of ``image_size`` x ``image_size`` pixels (stretched if needed).
 
-    Either ``root/train/CLASS/*`` with the same classes in ``root/test`` or ``root/val``, or ``root/CLASS/*``.
+    Either ``root/train/CLASS/*`` with the same classes in ``root/test`` or ``root/val``, or ``root/CLASS/*``. In
+    place of class folders, ``root/val`` may hold ``images/*`` and ``val_annotations.txt``, as TinyImageNet has it.
 
     Raises:
         FileNotFoundError: no such folder, no class folder, or a class without an image.
-        ValueError: an image cannot be read.
+        ValueError: an image cannot be read, or a line of the annotations cannot be used.
     """
     if not _classes(root / "train"):
         if not _classes(root):
             raise FileNotFoundError(
                 f"no class folders at {root}: expected {root}/train/CLASS/* and {root}/test/CLASS/*, or {root}/CLASS/*"
             )
-        return Files(_read_class_folders(root, image_size), None, _classes(root))
+        return Files(_read_images(_class_folders(root), image_size), None, _classes(root))
 
     classes = _classes(root / "train")
+    annotations = root / "val" / "val_annotations.txt"
     test = next((root / name for name in ("test", "val") if _classes(root / name) == classes), None)
-    if test is None:
+    if test is not None:
+        samples = _class_folders(test)
+    elif annotations.is_file():
+        samples = _read_annotations(annotations, classes)
+    else:
         raise FileNotFoundError(
-            f"{root}/train has {len(classes)} class folders, but neither {root}/test nor {root}/val has the same ones"
+            f"{root}/train has {len(classes)} class folders, but neither {root}/test nor {root}/val has the same ones, "
+            f"and there is no {annotations}"
         )
-    return Files(_read_class_folders(root / "train", image_size), _read_class_folders(test, image_size), classes)
+    train = _read_images(_class_folders(root / "train"), image_size)
+    return Files(train, _read_images(samples, image_size), classes)
 
 
-def _read_class_folders(directory: Path, image_size: int) -> Labelled:
-    folder = datasets.ImageFolder(str(directory))
+def _read_annotations(path: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Image files and their labels, from lines of file name, class and whatever else, separated by tabs."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = []
+    for count, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        label = rest.partition("\t")[0]
+        if label not in numbers:
+            raise ValueError(
+                f"{path}, line {count}: expected the name of an image, a tab and the name of one of the "
+                f"{len(classes)} class folders of train, got {line!r}"
+            )
+        image = path.parent / "images" / name
+        if not image.is_file():
+            raise ValueError(f"{path}, line {count}: there is no image {image}")
+        samples.append((str(image), numbers[label]))
+    if not samples:
+        raise ValueError(f"{path}: expected a line for each image, got an empty file")
+    return samples
+
+
+def _class_folders(directory: Path) -> list[tuple[str, int]]:
+    """Image files and their labels, from ``directory/CLASS/*`` at any depth."""
+    return datasets.ImageFolder(str(directory)).samples
+
+
+def _read_images(samples: list[tuple[str, int]], image_size: int) -> Labelled:
+    """Read ``(path, label)`` pairs, in their order."""
     to_tensor = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
-    images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
-    for position, (path, _) in enumerate(tqdm(folder.samples, f"reading {directory}", unit="image", disable=None)):
+    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
+    for position, (path, _) in enumerate(tqdm(samples, "reading images", unit="image", disable=None)):
         try:
-            images[position] = to_tensor(folder.loader(path))
+            images[position] = to_tensor(datasets.folder.default_loader(path))
         except (OSError, SyntaxError) as error:  # Pillow raises either for broken files
             raise ValueError(f"{path} is not a readable image: {error}") from error
-    return images, torch.tensor(folder.targets)
+    return images, torch.tensor([label for _, label in samples])
 
 
 def _classes(directory: Path) -> tuple[str, ...]:

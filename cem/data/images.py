@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor]
@@ -67,6 +67,28 @@ class ImageSet(Dataset[Batch]):
         return replace(self, images=self.images[chosen], labels=self.labels[chosen], indices=self.indices[chosen])
 
 
+class LoneSampleJoins(BatchSampler):
+    """Batches of ``batch_size`` positions; a last one of a single sample joins the batch before it.
+
+    Batch normalisation cannot train on one value per channel, which is what a single sample is wherever maps
+    have shrunk to one pixel.
+    """
+
+    def __init__(self, sampler: RandomSampler, batch_size: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self._samples = len(sampler)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self._samples, self.batch_size)
+        return whole + (rest > 1 or (rest == 1 and whole == 0))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        positions = list(self.sampler)
+        for number in range(len(self)):
+            start = number * self.batch_size
+            yield positions[start : start + self.batch_size] if number + 1 < len(self) else positions[start:]
+
+
 def make_loader(
     image_set: ImageSet,
     batch_size: int,
@@ -75,7 +97,10 @@ def make_loader(
     generator: torch.Generator | None = None,
     num_workers: int = 0,
 ) -> DataLoader[Batch]:
-    """Batches ``(images [B, C, H, W], labels [B])`` of an :class:`ImageSet`; the last one may be smaller.
+    """Batches ``(images [B, C, H, W], labels [B])`` of an :class:`ImageSet`.
+
+    The last one may be smaller; when shuffled, which means training, it may instead have one sample more: see
+    :class:`LoneSampleJoins`.
 
     Args:
         image_set: where the images come from.
@@ -84,10 +109,12 @@ def make_loader(
         generator: source of that order; torch's default generator if left out.
         num_workers: processes that read ahead, worth having only with augmentation.
     """
+    batches: dict[str, Any] = {"batch_size": batch_size}
+    if shuffle:
+        batches = {"batch_sampler": LoneSampleJoins(RandomSampler(image_set, generator=generator), batch_size)}
     return DataLoader(
         image_set,
-        batch_size,
-        shuffle=shuffle,
+        **batches,
         generator=generator,
         num_workers=num_workers,
         collate_fn=_identity,

@@ -82,7 +82,8 @@ def load_data(
 
     Args:
         name: one of :data:`DATASETS`. ``digits`` needs no files; ``folder`` reads ``root/train/CLASS/*`` and
-            ``root/test/CLASS/*`` (or ``root/val``), or ``root/CLASS/*``.
+            ``root/test/CLASS/*`` (or ``root/val``, which may also have TinyImageNet's form: ``images/*`` and
+            ``val_annotations.txt``), or ``root/CLASS/*``.
         root: folder of this data set; ``data/NAME`` if left out.
         train_size: keep this many training images, stratified by class.
         image_size: resize to this height and width in pixels; a ``folder`` is resized to 64 if left out.

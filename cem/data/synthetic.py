@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -75,9 +76,21 @@ def write_test_images(
         seed: another seed, other images.
 
     Raises:
-        FileExistsError: ``out`` has a ``train`` or a ``test`` already.
+        FileExistsError: ``out`` has a ``train`` or a ``test`` already, or is a file.
+        OSError: ``out`` cannot be written to.
         ValueError: a size is below 1.
     """
+    sizes = {
+        "num_classes": num_classes,
+        "train_per_class": train_per_class,
+        "test_per_class": test_per_class,
+        "image_size": image_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; expected a folder, or the name of a new one")
     per_class = train_per_class + test_per_class
     images, labels = make_test_images(num_classes, per_class, (3, image_size, image_size), seed)
     if (out / "train").exists() or (out / "test").exists():
@@ -89,13 +102,15 @@ def write_test_images(
         to_pil_image(image).save(folder / f"{number:05d}.png")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The command line; ``args`` stands in for ``sys.argv[1:]``."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command, ``args`` standing in for ``sys.argv[1:]``; exit code 0, or 2 if it cannot be done."""
     try:
         tyro.cli(write_test_images, prog="python -m cem.data.synthetic", args=args)
-    except (FileExistsError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

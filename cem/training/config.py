@@ -26,7 +26,8 @@ class TrainConfig:
 
     data: Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "svhn", "folder"] = "digits"
     """Data set. `digits` comes with scikit-learn and needs no download.
-    `folder` reads yours: DATA_ROOT/train/CLASS/* and DATA_ROOT/test/CLASS/*, or DATA_ROOT/CLASS/*."""
+    `folder` reads yours: DATA_ROOT/train/CLASS/* and DATA_ROOT/test/CLASS/*, or DATA_ROOT/CLASS/*.
+    It reads TinyImageNet as it is published."""
     data_root: Path | None = None
     """Folder of the data set, or where it is downloaded to. Without it: data/ and the name of the data set."""
     download: bool = False
@@ -60,8 +61,9 @@ class TrainConfig:
     attention: slot and cross attention in every class. gmm: a Gaussian mixture, refitted after every epoch.
     none: no penalty, the control."""
     lambd: float = 16.0
-    """Weight λ of the penalty; 0 switches it off.
-    It applies in full only at low learning rates: see the column lambda_eff of metrics.csv."""
+    """Weight λ of the penalty; 0 switches it off. At learning rates below 4.1e-4 it applies exactly in full.
+    Between that and 1e-3 the original's rule gives up to 2.4 times λ, above 1e-3 less.
+    See the column lambda_eff of metrics.csv."""
     var_threshold: float = 0.1
     """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
@@ -73,6 +75,9 @@ class TrainConfig:
     reduce_dim: int | None = None
     """Width to which the attention surrogate projects features first.
     None chooses by their size, 0 never projects."""
+    gmm_fit: Literal["kmeans", "full"] = "kmeans"
+    """How the gmm surrogate fits its mixtures. kmeans: k-means++ in PyTorch, on the training device.
+    full: scikit-learn on the CPU, with a PCA and full covariances; slower."""
     injection: Literal["combined", "two_pass"] = "combined"
     """How the penalty's gradient reaches the encoder; both give the same gradient.
     combined: one backward from the cut. two_pass: the original's two, for comparison; it costs more."""
@@ -100,7 +105,9 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     out: Path | None = None
-    """Run directory. Without it: runs/ and a name made of data, arch, surrogate, lambd, noise and seed."""
+    """Run directory; one that is not empty is refused.
+    Without it: runs/ and a name made of data, arch, surrogate, lambd, noise and seed.
+    Where that is taken: the first free one of NAME-2, NAME-3, ..."""
 
     @property
     def penalised(self) -> bool:
@@ -109,7 +116,10 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """``out``, or the directory named after the options that most often tell runs apart."""
+        """``out``, or the directory named after the options that most often tell runs apart.
+
+        A new run without ``out`` takes another name if this one is taken: see ``Trainer.run_dir``.
+        """
         if self.out is not None:
             return self.out
         name = f"{self.data}-{self.arch}-{self.surrogate}-lambd{self.lambd:g}-noise{self.noise_std:g}"
@@ -188,7 +198,8 @@ _AT_LEAST = {
 }
 
 HARMLESS_ON_RESUME = frozenset({"device", "backend", "num_workers", "data_root", "download"})
-"""Options that may change when a run is resumed: they say where it is computed, not what."""
+"""Options that may change when a run is resumed: they say where it is computed, not what. With augmentation
+``num_workers`` is not one of them: each worker process draws from a random stream of its own."""
 
 
 def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
@@ -196,9 +207,16 @@ def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
 
     ``out`` is left to the caller: a run directory may be moved.
     """
-    ignored = HARMLESS_ON_RESUME | {"out"}
+    ignored, reasons = HARMLESS_ON_RESUME | {"out"}, {}
+    if after.augment:
+        ignored -= {"num_workers"}
+        reasons["num_workers"] = "; with --augment, worker processes draw other random numbers"
     old, new = before.to_dict(), after.to_dict()
-    return [f"{option(k)} (was {old[k]}, got {new[k]})" for k in old if k not in ignored and old[k] != new[k]]
+    return [
+        f"{option(name)} (was {old[name]}, got {new[name]}{reasons.get(name, '')})"
+        for name in old
+        if name not in ignored and old[name] != new[name]
+    ]
 
 
 def option(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer of ``model`` with a NaN or an infinity, or ``None``."""
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    # One transfer for all of them: on a GPU every question of its own would wait for the device.
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 @torch.no_grad()

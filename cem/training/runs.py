@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import shlex
+import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
 import torch
 
+from cem.data import DataSplits
 from cem.models.split import SplitModel, build_split_model
 from cem.training import checkpoint
 from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
 
 
-def check_new(run_dir: Path) -> None:
-    """Raise :class:`ConfigError` if starting a run in ``run_dir`` would overwrite something."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
-        return
+def new_run_dir(config: TrainConfig) -> Path:
+    """Where a new run under ``config`` will lie: ``config.run_dir``, numbered if nobody asked for that name.
+
+    Raises:
+        ConfigError: ``config.out`` is not empty, so the run would overwrite something.
+    """
+    run_dir = config.run_dir
+    if config.out is None:
+        numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in count(2))
+        return next(filter(_is_free, chain([run_dir], numbered)))
+    if _is_free(run_dir):
+        return run_dir
     if (run_dir / "summary.json").exists():
         hint = "a finished run lies there; choose another --out, or another --seed"
     elif (run_dir / "last.pt").exists():
@@ -28,6 +39,28 @@ def check_new(run_dir: Path) -> None:
     else:
         hint = "choose another --out"
     raise ConfigError(f"run directory {run_dir} exists and is not empty: {hint}")
+
+
+def _is_free(run_dir: Path) -> bool:
+    return not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+
+
+def data_fingerprint(data: DataSplits) -> dict[str, int]:
+    """What tells other data from the same: sizes of the three sets, checksums of what is trained on."""
+    return {
+        "training images": len(data.train),
+        "validation images": len(data.val),
+        "test images": len(data.test),
+        "checksum of the training images": zlib.crc32(data.train.images.contiguous().numpy().data),
+        "checksum of the training labels": zlib.crc32(data.train.labels.contiguous().numpy().data),
+    }
+
+
+def check_same_data(before: Mapping[str, int], after: Mapping[str, int], run_dir: Path) -> None:
+    """Raise :class:`ConfigError` if the fingerprints differ: the run in ``run_dir`` was trained on other data."""
+    changed = [f"{name} (was {before.get(name)}, got {now})" for name, now in after.items() if before.get(name) != now]
+    if changed:
+        raise ConfigError(f"the run in {run_dir} cannot be continued on other data: {', '.join(changed)}")
 
 
 def check_same(before: TrainConfig, after: TrainConfig, run_dir: Path) -> None:

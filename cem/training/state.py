@@ -36,7 +36,6 @@ class TrainState:
 
     Raises:
         ValueError: data set, architecture or surrogate refuse their options.
-        CheckpointError: ``init_from`` is no checkpoint of this model.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -49,13 +48,19 @@ class TrainState:
         checkpoint.seed_everything(config.seed)
         self._load_data()
         self.model = runs.build_model(config, self.data_facts).to(self.device)
-        if config.init_from is not None:
-            path = config.init_from / "best.pt" if config.init_from.is_dir() else config.init_from
-            runs.load_weights(self.model, checkpoint.load(path), path)
         # Before the optimisers and the first checkpoint: a surrogate that appears later is in neither.
         self.surrogate = self._build_surrogate() if config.penalised else None
         self._build_optimizers()
         self.random = checkpoint.random_state(self._shuffle, self.device)
+
+    def warm_start(self, init_from: Path) -> None:
+        """Take the model's weights from another run's directory, or from a checkpoint file.
+
+        Raises:
+            CheckpointError: it is missing, damaged or another model's.
+        """
+        path = init_from / "best.pt" if init_from.is_dir() else init_from
+        runs.load_weights(self.model, checkpoint.load(path), path)
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the names they have in a checkpoint."""
@@ -78,6 +83,7 @@ class TrainState:
                 "random": self.random,
                 "config": self.config.to_dict(),
                 "data_facts": self.data_facts,
+                "data_fingerprint": self.data_fingerprint,
                 "history": self.history,
                 "skipped": self.skipped,
                 "best": self.best,
@@ -90,10 +96,11 @@ class TrainState:
 
         Raises:
             CheckpointError: ``path`` is missing, damaged or another model's.
-            ConfigError: it was written under other options.
+            ConfigError: it was written under other options, or on other data.
         """
         content = checkpoint.load(path)
         runs.check_same(TrainConfig.from_dict(content["config"]), self.config, path.parent)
+        runs.check_same_data(content.get("data_fingerprint", {}), self.data_fingerprint, path.parent)
         for name, part in self.parts().items():
             checkpoint.load_state(part, content, name, path)
         for name, optimizer in self.optimizers.items():
@@ -137,6 +144,7 @@ class TrainState:
             "mean": self.data.mean,
             "std": self.data.std,
         }
+        self.data_fingerprint = runs.data_fingerprint(self.data)
 
     def _build_surrogate(self) -> Surrogate:
         config = self.config
@@ -147,6 +155,7 @@ class TrainState:
             noise_std=config.noise_std,
             var_threshold=config.var_threshold,
             reduce_dim=config.reduce_dim,
+            gmm_fit=config.gmm_fit,
             backend=config.backend,
             sigmoid=config.arch.endswith("_sgm"),
         ).to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from cem.report.tsne import MAX_SAMPLES, draw_tsne
 from cem.surrogates import Surrogate
 from cem.training import checkpoint, runs
 from cem.training.config import TrainConfig
-from cem.training.evaluation import accuracy, collect_features, isolated_random
+from cem.training.evaluation import accuracy, collect_features, first_not_finite, isolated_random
 from cem.training.injection import INJECTIONS
 from cem.training.meter import EpochMeter, Stopwatch
 from cem.training.runlog import epoch_line, run_log, write_json, write_metrics
@@ -27,7 +27,7 @@ from cem.training.state import TrainState
 
 
 class TrainingDiverged(RuntimeError):
-    """The classification loss is no longer a number; the message names the epoch."""
+    """The loss, the model or its features are no longer finite; the message names the epoch."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -50,29 +50,31 @@ class Trainer:
             device and with the same versions, the numbers are those of a run that never stopped.
 
     Attributes:
-        run_dir: where the run's files lie.
+        run_dir: where the run's files lie. Without ``config.out``: ``config.run_dir``, or, for a new run whose
+            name is taken, the first free one of ``NAME-2``, ``NAME-3``, ...
         finished: content of ``summary.json`` if the run to resume had reached its end, else ``None``.
         state: data, model, surrogate and optimisers.
 
     Raises:
-        ConfigError: an option cannot be used, the run directory is taken, or, when resuming, an option
-            differs.
-        CheckpointError: ``last.pt`` or ``init_from`` is missing, damaged or another model's.
+        ConfigError: an option cannot be used, ``config.out`` is taken, or, when resuming, an option or the
+            data differ.
+        CheckpointError: ``last.pt`` or, for a new run, ``init_from`` is missing, damaged or another model's.
         ValueError: data set, architecture or surrogate refuse their options.
+        BackendUnavailableError: the surrogate does not have ``config.backend``.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         config.validate()
         self.config = config
-        self.run_dir = config.run_dir
+        self.run_dir = config.run_dir if resume else runs.new_run_dir(config)
         self.finished = runs.read_summary(self.run_dir) if resume else None
-        if not resume:
-            runs.check_new(self.run_dir)
         # There is no log to put warnings into before it is certain that there will be a run.
         with warnings.catch_warnings(record=True) as self._warnings:
             self.state = TrainState(config)
         if resume:
             self.state.restore(self.run_dir / "last.pt")
+        elif config.init_from is not None:
+            self.state.warm_start(config.init_from)
         self._resumed = resume
         self._warm = config.init_from is not None
 
@@ -84,10 +86,12 @@ class Trainer:
         Returns:
             The content of ``summary.json``. A run that was finished already is left as it is.
 
+        Whatever ends training early goes to the log and is handed on.
+
         Raises:
-            KeyboardInterrupt: handed on, after the log says how to resume.
-            TrainingDiverged: the cross-entropy of an epoch is not finite; the epoch before it stays in
-                ``last.pt``.
+            KeyboardInterrupt: the log says how to resume.
+            TrainingDiverged: the cross-entropy of an epoch, the model after it, or its features for a refit are
+                not finite; the epoch before it stays in ``last.pt``.
         """
         if self.finished is not None:
             return self.finished
@@ -104,6 +108,12 @@ class Trainer:
                     self.config.epochs,
                     runs.resume_command(self.run_dir),
                 )
+                raise
+            except TrainingDiverged as error:
+                self._log.error("%s", error)
+                raise
+            except Exception:
+                self._log.exception("training failed")
                 raise
 
     def _start(self) -> None:
@@ -139,7 +149,7 @@ class Trainer:
         done = len(state.history)
         with SummaryWriter(str(run_dir), purge_step=done + 1 if done else None) as board:
             for epoch in range(done, self.config.epochs):
-                row = self._epoch(epoch)
+                row, monitors = self._epoch(epoch)
                 # Validation accuracy alone would choose an early epoch, trained under a fraction of the
                 # penalty. The fraction follows from the learning rate, so every surrogate chooses among the
                 # same epochs.
@@ -153,28 +163,38 @@ class Trainer:
                 write_metrics(run_dir / "metrics.csv", state.history)
                 for name in row.keys() - {"epoch"}:
                     board.add_scalar(name, row[name], epoch + 1)
+                for name, value in monitors.items():
+                    board.add_scalar(f"refit/{name}", value, epoch + 1)
                 self._log.info("%s%s", epoch_line(row, self.config.epochs), "  best" if best else "")
+                if monitors:
+                    self._log.info("refit: %s", ", ".join(f"{name} {value:.6g}" for name, value in monitors.items()))
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
-        """Train and validate epoch ``epoch``, counted from 0; returns its row of the history."""
+    def _epoch(self, epoch: int) -> tuple[dict[str, float], Mapping[str, float]]:
+        """Train and validate epoch ``epoch``, counted from 0.
+
+        Returns:
+            Its row of the history, and what a refit of the surrogate had to say, by name.
+        """
         config, state = self.config, self.state
+        monitors: Mapping[str, float] = {}
         lr = epoch_lr(config.lr, epoch, config.epochs)
         weight = lambda_eff(config.lambd, lr, self._warm)
         watch = Stopwatch(state.device)
         start = time.perf_counter()
         means = self._steps(epoch, weight, watch)
+        # Before anything is made of the model: neither a refit nor best.pt can do with what is not a number.
         if not math.isfinite(means["cross_entropy"]):
-            raise TrainingDiverged(
-                f"the cross-entropy of epoch {epoch + 1} is {means['cross_entropy']}: training diverged; "
-                f"lower --lr ({config.lr:g}) or --lambd ({config.lambd:g})"
-            )
+            raise self._diverged(f"the cross-entropy of epoch {epoch + 1} is {means['cross_entropy']}")
+        broken = first_not_finite(state.model)
+        if broken is not None:
+            raise self._diverged(f"after epoch {epoch + 1} the model's {broken} is not finite")
         if state.surrogate is not None and state.surrogate.needs_refit:
             with watch:
-                self._refit(state.surrogate, seed=config.seed + epoch)
+                monitors = self._refit(state.surrogate, epoch)
         surrogate_seconds = watch.read()
         seconds = time.perf_counter() - start
         self._count_skipped(int(means.pop("skipped")), epoch)
-        return {
+        row = {
             "epoch": epoch + 1,
             "lr": lr,
             "lambda_eff": weight,
@@ -184,6 +204,11 @@ class Trainer:
             "seconds": seconds,
             "surrogate_seconds": surrogate_seconds,
         }
+        return row, monitors
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        lr, lambd = self.config.lr, self.config.lambd
+        return TrainingDiverged(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
 
     def _steps(self, epoch: int, weight: float, watch: Stopwatch) -> dict[str, float]:
         """The training steps of an epoch, and what they measured."""
@@ -210,12 +235,15 @@ class Trainer:
                     bar.set_postfix_str(f"{terms}, accuracy {now['train_accuracy']:.1%}")
         return meter.read()
 
-    def _refit(self, surrogate: Surrogate, seed: int) -> None:
+    def _refit(self, surrogate: Surrogate, epoch: int) -> Mapping[str, float]:
         """Refit on clean features of the whole training set; the run's random states stay as they are."""
-        state = self.state
+        state, seed = self.state, self.config.seed + epoch
         features, labels = collect_features(state.model, state.plain_train, state.device, seed, noisy=False)
+        # Weights that are finite can be so large that features are not.
+        if not features.isfinite().all():
+            raise self._diverged(f"after epoch {epoch + 1} features are not finite")
         with isolated_random(seed, state.device):
-            surrogate.refit(features, labels)
+            return surrogate.refit(features, labels)
 
     def _count_skipped(self, skipped: int, epoch: int) -> None:
         if skipped and not self.state.skipped:

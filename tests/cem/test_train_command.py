@@ -44,6 +44,33 @@ def test_run_ends_with_where_things_are_and_what_comes_next(capsys: pytest.Captu
     assert f"test accuracy  {summary['test_accuracy']:.1%} (epoch 1 of 1)" in out
 
 
+def test_second_run_under_the_same_options_lies_beside_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (Path(f"runs/digits-resnet20-none-lambd16-noise0.1-seed0{suffix}") for suffix in ("", "-2"))
+    assert command.main(SMALL) == 0
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    assert command.main(SMALL) == 0
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
+    assert read_summary(second) is not None
+    assert f"results        {second}\n" in capsys.readouterr().out
+
+
+def test_run_directory_asked_for_by_name_is_not_replaced_by_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*SMALL, "--out", "run"]) == 0
+    assert command.main([*SMALL, "--out", "run"]) == 2
+    assert "run directory run exists and is not empty: a finished run lies there" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--surrogate", "gmm", "--train-size", "32"]], ids=["in its second step", "before its refit"]
+)
+def test_diverged_run_ends_with_1_and_says_why_once(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert command.main([*SMALL, "--lr", "1e30", "--warmup-epochs", "0", *options]) == 1
+    err = capsys.readouterr().err
+    assert err.count("training diverged; lower --lr") == 1
+    assert "Traceback" not in err
+
+
 def test_options_override_the_config_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("lr: 0.01\nepochs: 7\nsurrogate: gmm\n")
     config, resume = command.parse(["--config", "mine.yaml", "--epochs", "3"])
@@ -69,6 +96,7 @@ def test_config_of_a_run_makes_the_same_run_elsewhere(tmp_path: Path) -> None:
         (["--resume", "absent"], "error: cannot read options from absent/config.yaml"),
         (["--resume", "a", "--config", "b"], "error: --resume takes its options from the run"),
         (["--data", "folder", "--data-root", "absent"], "error: "),
+        (["--backend", "triton", "--device", "cpu"], "'triton'"),
     ],
 )
 def test_bad_options_end_with_2_and_a_sentence(

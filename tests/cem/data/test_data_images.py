@@ -68,6 +68,28 @@ def test_loader_keeps_the_partial_batch() -> None:
     assert sizes == [4, 4, 2]
 
 
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(9, 4, [4, 5]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (5, 4, [5]), (1, 4, [1]), (3, 1, [1, 1, 1])],
+)
+def test_lone_last_sample_joins_the_batch_before_it_when_shuffled(
+    count: int, batch_size: int, sizes: list[int]
+) -> None:
+    loader = make_loader(image_set(count), batch_size, shuffle=True)
+    assert [len(labels) for _, labels in loader] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_shuffled_loader_gives_every_sample_once() -> None:
+    data = image_set(9)
+    images = torch.cat([images for images, _ in make_loader(data, 4, shuffle=True)])
+    assert sorted(images.flatten(1).tolist()) == sorted((data.images / 255).flatten(1).tolist())
+
+
+def test_lone_last_sample_stays_alone_in_order() -> None:
+    assert [len(labels) for _, labels in make_loader(image_set(9), 4, shuffle=False)] == [4, 4, 1]
+
+
 def test_unshuffled_loader_reads_in_order() -> None:
     data = image_set()
     images = torch.cat([images for images, _ in make_loader(data, 4, shuffle=False)])
@@ -93,6 +115,15 @@ def test_worker_processes_give_the_same_batches() -> None:
         make_loader(data, 4, shuffle=False), make_loader(data, 4, shuffle=False, num_workers=1), strict=True
     ):
         assert torch.equal(here, there)
+
+
+def test_worker_processes_give_the_same_shuffled_batches() -> None:
+    def passes(num_workers: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        loader = make_loader(image_set(), 4, shuffle=True, generator=generator, num_workers=num_workers)
+        return [images for _ in range(2) for images, _ in loader]
+
+    assert all(map(torch.equal, passes(0), passes(1)))
 
 
 def test_set_and_loader_function_can_be_pickled() -> None:

@@ -194,6 +194,58 @@ def test_val_takes_the_place_of_test_when_its_classes_fit(tmp_path: Path) -> Non
     assert data.image_shape == (3, 64, 64)
 
 
+def write_tiny_imagenet(root: Path) -> Path:
+    """The layout in which TinyImageNet is published, and its file of annotations."""
+    for label, name in enumerate(("n01", "n02")):
+        (root / "train" / name / "images").mkdir(parents=True)
+        (root / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t62\n")
+        for number in range(10):
+            image = Image.new("RGB", (8, 8), (100 * label, number, 0))
+            image.save(root / "train" / name / "images" / f"{name}_{number}.JPEG")
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "test" / "images").mkdir(parents=True)  # unlabelled
+    annotations = root / "val" / "val_annotations.txt"
+    with open(annotations, "w") as lines:
+        for number in range(6):
+            Image.new("RGB", (8, 8), (0, 0, 40 * number)).save(root / "val" / "images" / f"val_{number}.JPEG")
+            lines.write(f"val_{number}.JPEG\tn0{2 - number % 2}\t0\t32\t44\t62\n")
+    return annotations
+
+
+def test_tiny_imagenet_loads_as_it_is_published(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path)
+    data = load_data("folder", tmp_path, image_size=8)
+    assert data.class_names == ("n01", "n02")
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 6)
+    assert data.test.labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert data.test.images[:, 2].float().mean((1, 2)).tolist() == pytest.approx([0, 40, 80, 120, 160, 200], abs=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("val_3.JPEG n01", "expected the name of an image, a tab and the name of one of the 2 class folders"),
+        ("val_3.JPEG\tn03\t0\t0\t1\t1", r".*, got 'val_3.JPEG\\tn03"),
+        ("", ".*, got ''"),
+        ("val_9.JPEG\tn01", "there is no image .*val_9"),
+        ("\tn01", "there is no image"),
+    ],
+    ids=["no tab", "unknown class", "blank", "no such image", "no name"],
+)
+def test_line_of_annotations_that_cannot_be_used_is_named(tmp_path: Path, line: str, message: str) -> None:
+    annotations = write_tiny_imagenet(tmp_path)
+    lines = annotations.read_text().splitlines()
+    annotations.write_text("\n".join([*lines[:3], line, *lines[4:]]))
+    with pytest.raises(ValueError, match=rf"val_annotations\.txt, line 4: {message}"):
+        load_data("folder", tmp_path)
+
+
+def test_empty_annotations_are_refused(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path).write_text("")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt: expected a line for each image"):
+        load_data("folder", tmp_path)
+
+
 def test_test_classes_must_be_those_of_train(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "train")
     (tmp_path / "test" / "cat").mkdir(parents=True)

@@ -71,10 +71,45 @@ def test_writing_into_a_folder_with_images_is_refused(tmp_path: Path) -> None:
         write_test_images(tmp_path)
 
 
-def test_command_line_writes_a_folder_and_will_not_write_it_twice(tmp_path: Path) -> None:
-    args = [str(tmp_path / "out"), "--num-classes", "2", "--train-per-class", "3", "--test-per-class", "1"]
-    main(args)
+SMALL = ["--num-classes", "2", "--train-per-class", "3", "--test-per-class", "1", "--image-size", "8"]
+
+
+def test_command_line_writes_a_folder(tmp_path: Path) -> None:
+    assert main([str(tmp_path / "out"), *SMALL]) == 0
     assert len(list(tmp_path.glob("out/train/*/*.png"))) == 6
     assert len(list(tmp_path.glob("out/test/*/*.png"))) == 2
-    with pytest.raises(SystemExit, match=r"error: .*out has images already"):
-        main(args)
+
+
+def test_command_line_will_not_write_a_folder_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(tmp_path), *SMALL])
+    assert main([str(tmp_path), *SMALL]) == 2
+    assert "has images already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--num-classes", "--train-per-class", "--test-per-class", "--image-size"])
+def test_command_line_refuses_sizes_below_1_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main([str(tmp_path / "out"), *SMALL, option, "0"]) == 2
+    assert f"error: {option[2:].replace('-', '_')} must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_command_line_refuses_a_file_in_place_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([str(tmp_path / out), *SMALL]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_command_line_says_that_a_folder_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: bool) -> None:
+        raise PermissionError(f"Permission denied: {path}")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main([str(tmp_path / "out"), *SMALL]) == 2
+    assert "error: Permission denied" in capsys.readouterr().err

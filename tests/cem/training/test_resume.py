@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cem.data.synthetic import write_test_images
 from cem.training import CheckpointError, ConfigError, TrainConfig, Trainer, read_summary, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
@@ -34,15 +35,15 @@ def small(out: Path, **options: Any) -> TrainConfig:
 def interrupt_at(step: int, config: TrainConfig, *, resume: bool = False) -> None:
     """Train until Ctrl-C comes in the middle of step ``step``, counted from 0."""
     with pytest.MonkeyPatch.context() as patch:
-        combined, calls = trainer_module.INJECTIONS["combined"], []
+        inject, calls = trainer_module.INJECTIONS[config.injection], []
 
         def interrupted(*args: Any) -> Any:
             calls.append(1)
             if len(calls) > step:
                 raise KeyboardInterrupt
-            return combined(*args)
+            return inject(*args)
 
-        patch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
+        patch.setitem(trainer_module.INJECTIONS, config.injection, interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config, resume=resume)
 
@@ -77,6 +78,12 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def folder(root: Path, seed: int = 0) -> dict[str, Any]:
+    """Options of a run on colour images, of which it makes three batches as well."""
+    write_test_images(root, num_classes=2, train_per_class=12, test_per_class=2, seed=seed)
+    return {"data": "folder", "data_root": root, "image_size": 32, "train_size": None, "batch_size": 8, "epochs": 2}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,10 +91,32 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         {"surrogate": "gmm"},
         {"surrogate": "attention"},
         {"surrogate": "attention", "surrogate_policy": "separate"},
+        {"surrogate": "attention", "surrogate_policy": "shared"},
+        {"surrogate": "attention", "injection": "two_pass"},
+        {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
     ],
-    ids=["none", "gmm", "attention", "attention with Adam"],
+    ids=["none", "gmm", "attention", "attention with Adam", "attention with SGD", "two passes", "dropout"],
 )
 def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    check_bit_for_bit(tmp_path, options)
+
+
+def test_run_with_augmentation_resumes_bit_for_bit(tmp_path: Path) -> None:
+    check_bit_for_bit(tmp_path, {"surrogate": "none", "augment": True, **folder(tmp_path / "images")})
+
+
+def test_warm_started_run_resumes_bit_for_bit_without_the_run_that_it_started_from(tmp_path: Path) -> None:
+    train(small(tmp_path / "first", surrogate="none", epochs=1))
+    options = {"surrogate": "none", "init_from": tmp_path / "first", "epochs": 2}
+    train(small(tmp_path / "whole", **options))
+    interrupt_at(STEPS_PER_EPOCH + 1, small(tmp_path / "broken", **options))
+    shutil.rmtree(tmp_path / "first")
+    resume(tmp_path / "broken")
+    assert_identical(content(tmp_path / "broken"), content(tmp_path / "whole"))
+    assert content(tmp_path / "broken")["history"][1]["lambda_eff"] == 16.0
+
+
+def check_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     train(small(tmp_path / "whole", **options))
     interrupt_at(STEPS_PER_EPOCH + 1, small(tmp_path / "broken", **options))
     torch.rand(100)  # whatever happens in between
@@ -170,6 +199,27 @@ def test_resuming_with_an_option_that_says_where_to_compute_is_allowed(tmp_path:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", epochs=2))
     resume(tmp_path / "run", device="auto", backend="eager", download=True)
     assert read_summary(tmp_path / "run") is not None
+
+
+def test_resuming_on_the_same_data_elsewhere_is_allowed(tmp_path: Path) -> None:
+    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", **folder(tmp_path / "images")))
+    (tmp_path / "images").rename(tmp_path / "moved")
+    resume(tmp_path / "run", data_root=tmp_path / "moved")
+    assert read_summary(tmp_path / "run") is not None
+
+
+def test_resuming_on_other_images_is_refused(tmp_path: Path) -> None:
+    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", **folder(tmp_path / "images")))
+    folder(tmp_path / "others", seed=1)
+    with pytest.raises(ConfigError, match=r"on other data: checksum of the training images \(was \d+, got \d+\)$"):
+        resume(tmp_path / "run", data_root=tmp_path / "others")
+
+
+def test_resuming_on_other_test_images_is_refused_by_number(tmp_path: Path) -> None:
+    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", **folder(tmp_path / "images")))
+    next((tmp_path / "images" / "test").glob("*/*.png")).unlink()
+    with pytest.raises(ConfigError, match=r"on other data: test images \(was 4, got 3\)$"):
+        resume(tmp_path / "run")
 
 
 def test_moved_run_can_be_resumed(tmp_path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
 
+from cem.data import DATASETS
+from cem.surrogates import SURROGATES
 from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
+from cem_kernels import BACKENDS
 
 EVERY_OPTION = TrainConfig(
     data="cifar10",
@@ -30,6 +34,7 @@ EVERY_OPTION = TrainConfig(
     surrogate_policy="separate",
     surrogate_lr=3e-5,
     reduce_dim=0,
+    gmm_fit="full",
     injection="two_pass",
     backend="eager",
     epochs=240,
@@ -47,6 +52,11 @@ EVERY_OPTION = TrainConfig(
 
 def test_defaults_are_valid() -> None:
     TrainConfig().validate()
+
+
+@pytest.mark.parametrize(("name", "offered"), [("data", DATASETS), ("surrogate", SURROGATES), ("backend", BACKENDS)])
+def test_choices_are_those_that_the_library_offers(name: str, offered: tuple[str, ...]) -> None:
+    assert get_args(get_type_hints(TrainConfig)[name]) == offered
 
 
 def test_yaml_gives_back_every_option(tmp_path: Path) -> None:
@@ -169,4 +179,12 @@ def test_changed_options_name_what_would_change_the_numbers() -> None:
     before = TrainConfig()
     assert changed_options(before, replace(before, lr=0.1, device="cpu", backend="eager", out=Path("x"))) == [
         "--lr (was 0.05, got 0.1)"
+    ]
+
+
+def test_workers_change_the_numbers_of_a_run_with_augmentation_only() -> None:
+    plain, augmented = TrainConfig(data="folder"), TrainConfig(data="folder", augment=True)
+    assert changed_options(plain, replace(plain, num_workers=2)) == []
+    assert changed_options(augmented, replace(augmented, num_workers=2)) == [
+        "--num-workers (was 0, got 2; with --augment, worker processes draw other random numbers)"
     ]

@@ -21,6 +21,7 @@ from cem.training import state as state_module
 from cem.training import trainer as trainer_module
 from cem.training.evaluation import accuracy, collect_features
 from cem.training.runlog import COLUMNS
+from cem.training.runs import new_run_dir
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -46,9 +47,10 @@ class Refitted(Scale):
         super().__init__()
         self.refits: list[tuple[Tensor, Tensor]] = []
 
-    def refit(self, features: Tensor, labels: Tensor) -> None:
+    def refit(self, features: Tensor, labels: Tensor) -> dict[str, float]:
         torch.rand(())  # a draw that must not shift the run's
         self.refits.append((features, labels))
+        return {"information_nats": 123.4}
 
 
 class Broken(Scale):
@@ -349,6 +351,16 @@ def test_refit_sees_the_whole_training_set_clean_after_every_epoch(
     assert torch.equal(surrogate.refits[1][0], clean)
 
 
+def test_monitors_of_a_refit_reach_tensorboard_and_the_log(
+    make_config: MakeConfig, use_surrogate: Callable[[type[Surrogate]], list[Surrogate]]
+) -> None:
+    use_surrogate(Refitted)
+    config = make_config(epochs=2)
+    train(config)
+    assert board(config.run_dir)["refit/information_nats"] == [1, 2]
+    assert log(config.run_dir).count("INFO refit: information_nats 123.4\n") == 2
+
+
 def test_refit_leaves_the_runs_random_numbers_alone(
     make_config: MakeConfig, use_surrogate: Callable[[type[Surrogate]], list[Surrogate]]
 ) -> None:
@@ -422,6 +434,71 @@ def test_diverged_training_says_so_and_keeps_the_last_good_epoch(
     assert len(checkpoints.load(trainer.run_dir / "last.pt")["history"]) == 1
 
 
+@pytest.mark.parametrize("broken", ["weight", "running_var"])
+def test_model_that_blew_up_in_its_last_step_is_not_saved(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    trainer = Trainer(make_config(surrogate="none", epochs=2))
+    combined = trainer_module.INJECTIONS["combined"]
+    name, tensor = next(item for item in trainer.state.model.state_dict().items() if item[0].endswith(broken))
+    steps: list[int] = []
+
+    def blow_up(*args: Any) -> Any:
+        step = combined(*args)
+        steps.append(1)
+        if len(steps) == 6:  # the last of epoch 2, whose cross-entropy is finite
+            tensor.fill_(torch.inf)
+        return step
+
+    monkeypatch.setitem(trainer_module.INJECTIONS, "combined", blow_up)
+    with pytest.raises(TrainingDiverged, match=rf"after epoch 2 the model's {name} is not finite.*--lr"):
+        trainer.fit()
+    assert len(checkpoints.load(trainer.run_dir / "last.pt")["history"]) == 1
+    assert checkpoints.load(trainer.run_dir / "best.pt")["best_epoch"] == 1
+
+
+def test_features_that_are_not_finite_never_reach_a_refit(
+    make_config: MakeConfig,
+    use_surrogate: Callable[[type[Surrogate]], list[Surrogate]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = use_surrogate(Refitted)
+    infinite = torch.full((96, 2), torch.inf), torch.zeros(96, dtype=torch.int64)
+    monkeypatch.setattr(trainer_module, "collect_features", lambda *_, **__: infinite)
+    with pytest.raises(TrainingDiverged, match="after epoch 1 features are not finite"):
+        train(make_config(epochs=1))
+    assert isinstance(built[0], Refitted)
+    assert built[0].refits == []
+
+
+def test_divergence_is_an_error_line_of_the_log(make_config: MakeConfig) -> None:
+    config = make_config(surrogate="none", epochs=1, lr=1e30, warmup_epochs=0)
+    with pytest.raises(TrainingDiverged) as error:
+        train(config)
+    assert f"ERROR {error.value}\n" in log(config.run_dir)
+    assert "Traceback" not in log(config.run_dir)
+
+
+def test_other_errors_leave_their_traceback_in_the_log(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(trainer_module.INJECTIONS, "combined", fail)
+    config = make_config(surrogate="none", epochs=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config)
+    assert "Traceback" in log(config.run_dir)
+    assert "RuntimeError: out of memory" in log(config.run_dir)
+
+
+def test_lone_last_sample_does_not_stop_batch_normalisation(make_config: MakeConfig) -> None:
+    config = make_config(surrogate="none", arch="vgg11_bn", train_size=5, batch_size=4, epochs=1)
+    train(config)  # its maps shrink to one pixel
+    assert read_summary(config.run_dir) is not None
+
+
 def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,6 +533,23 @@ def test_run_directory_that_is_not_empty_is_refused(make_config: MakeConfig) -> 
     with pytest.raises(ConfigError, match="exists and is not empty: choose another --out"):
         Trainer(config)
     assert [path.name for path in config.run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_automatic_run_directory_takes_the_first_free_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig()
+    assert new_run_dir(config) == config.run_dir
+    for taken in ("", "-2", "-4"):
+        path = config.run_dir.with_name(config.run_dir.name + taken)
+        path.mkdir(parents=True)
+        (path / "last.pt").touch()
+    assert new_run_dir(config) == config.run_dir.with_name(f"{config.run_dir.name}-3")
+
+
+def test_automatic_run_directory_that_is_empty_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    TrainConfig().run_dir.mkdir(parents=True)
+    assert new_run_dir(TrainConfig()) == TrainConfig().run_dir
 
 
 def test_wrong_options_leave_no_directory_behind(make_config: MakeConfig) -> None:
