@@ -105,5 +105,4 @@ def test_surrogate_forward_and_backward(benchmark, case, variant):
     losses = inputs.variant(variant)
     inputs.check(losses)
     benchmark.group = f"surrogate forward+backward {shape}"
-    benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__, device="cpu")
     benchmark.pedantic(inputs.step, args=(losses,), rounds=15, iterations=STEPS[shape], warmup_rounds=2)

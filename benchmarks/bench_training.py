@@ -47,5 +47,4 @@ def test_training_step_of_vgg11(benchmark, surrogate):
         assert not taken.skipped
 
     benchmark.group = "training step vgg11_bn C8S1 B128"
-    benchmark.extra_info.update(threads=torch.get_num_threads(), torch=torch.__version__, device="cpu")
     benchmark.pedantic(step, rounds=15, warmup_rounds=2)

@@ -91,7 +91,7 @@ def check_weights(tokens: Tensor, weights: Any, shapes: tuple[tuple[int, ...], .
     Its first field is the square projection of the tokens, by which the other shapes are judged.
     """
     width = tokens.shape[-1]
-    named = [(f"weights.{name}", weight) for name, weight in zip(weights._fields, weights, strict=True)]
+    named = [(f"weights.{name}", weight) for name, weight in zip(type(weights)._fields, weights, strict=True)]
     check_shape(named[0][0], named[0][1], {"D": width, "D'": width})
     for (name, weight), shape in zip(named, shapes, strict=True):
         if tuple(weight.shape) != shape:

@@ -64,6 +64,9 @@ class TrainConfig:
     """Weight λ of the penalty; 0 switches it off. At learning rates below 4.1e-4 it applies exactly in full.
     Between that and 1e-3 the original's rule gives up to 2.4 times λ, above 1e-3 less.
     See the column lambda_eff of metrics.csv."""
+    penalty_from: int = 2
+    """First epoch with the penalty. Before it, classification has the encoder to itself, as in the original:
+    under a penalty from the first step on, an untrained encoder may learn to send the same for every class."""
     var_threshold: float = 0.1
     """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
@@ -147,6 +150,11 @@ class TrainConfig:
             raise ConfigError(f"--momentum must be below 1, got {self.momentum}")
         if not self.warmup_epochs <= self.epochs:
             raise ConfigError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+        if self.penalised and self.penalty_from > self.epochs:
+            raise ConfigError(
+                f"--penalty-from must be at most --epochs {self.epochs}, or no epoch has the penalty; "
+                f"got {self.penalty_from}"
+            )
         if not self.seed < 2**32:  # NumPy's generators take no more
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
         resolve_device(self.device)
@@ -192,7 +200,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("train_size", "image_size", "cut_layer", "epochs", "batch_size"), 1),
+    **dict.fromkeys(("train_size", "image_size", "cut_layer", "epochs", "batch_size", "penalty_from"), 1),
     **dict.fromkeys(("num_workers", "noise_std", "lambd", "var_threshold", "reduce_dim"), 0),
     **dict.fromkeys(("momentum", "weight_decay", "warmup_epochs", "seed"), 0),
 }

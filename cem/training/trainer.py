@@ -151,9 +151,9 @@ class Trainer:
             for epoch in range(done, self.config.epochs):
                 row, monitors = self._epoch(epoch)
                 # Validation accuracy alone would choose an early epoch, trained under a fraction of the
-                # penalty. The fraction follows from the learning rate, so every surrogate chooses among the
-                # same epochs.
-                key = (lambda_eff(1.0, row["lr"], self._warm), row["val_accuracy"])
+                # penalty. The fraction follows from the schedule, so every surrogate chooses among the same
+                # epochs.
+                key = (self._penalty_share(epoch), row["val_accuracy"])
                 best = key > state.best
                 state.history.append(row)
                 if best:
@@ -177,8 +177,7 @@ class Trainer:
         """
         config, state = self.config, self.state
         monitors: Mapping[str, float] = {}
-        lr = epoch_lr(config.lr, epoch, config.epochs)
-        weight = lambda_eff(config.lambd, lr, self._warm)
+        weight = config.lambd * self._penalty_share(epoch)
         watch = Stopwatch(state.device)
         start = time.perf_counter()
         means = self._steps(epoch, weight, watch)
@@ -196,7 +195,7 @@ class Trainer:
         self._count_skipped(int(means.pop("skipped")), epoch)
         row = {
             "epoch": epoch + 1,
-            "lr": lr,
+            "lr": epoch_lr(config.lr, epoch, config.epochs),
             "lambda_eff": weight,
             "train_loss": means["cross_entropy"] + weight * means["rob_loss"],
             **means,
@@ -206,6 +205,12 @@ class Trainer:
         }
         return row, monitors
 
+    def _penalty_share(self, epoch: int) -> float:
+        """Weight of the penalty in an epoch, counted from 0, relative to λ."""
+        if epoch + 1 < self.config.penalty_from:
+            return 0.0
+        return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self._warm)
+
     def _diverged(self, what: str) -> TrainingDiverged:
         lr, lambd = self.config.lr, self.config.lambd
         return TrainingDiverged(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
@@ -214,6 +219,7 @@ class Trainer:
         """The training steps of an epoch, and what they measured."""
         state = self.state
         inject = INJECTIONS[self.config.injection]
+        surrogate = state.surrogate if weight > 0 else None
         meter = EpochMeter(state.device)
         for part in state.parts().values():
             part.train()
@@ -224,7 +230,7 @@ class Trainer:
                 labels = labels.to(state.device, non_blocking=True)
                 for optimizer in state.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
-                step = inject(state.model, state.surrogate, images, labels, weight, watch)
+                step = inject(state.model, surrogate, images, labels, weight, watch)
                 for optimizer in state.optimizers.values():
                     optimizer.step()
                 state.scheduler.step()

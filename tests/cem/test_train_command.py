@@ -62,7 +62,9 @@ def test_run_directory_asked_for_by_name_is_not_replaced_by_another(capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--surrogate", "gmm", "--train-size", "32"]], ids=["in its second step", "before its refit"]
+    "options",
+    [[], ["--surrogate", "gmm", "--train-size", "32", "--penalty-from", "1"]],
+    ids=["in its second step", "before its refit"],
 )
 def test_diverged_run_ends_with_1_and_says_why_once(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     assert command.main([*SMALL, "--lr", "1e30", "--warmup-epochs", "0", *options]) == 1

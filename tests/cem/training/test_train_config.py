@@ -30,6 +30,7 @@ EVERY_OPTION = TrainConfig(
     centralised=True,
     surrogate="gmm",
     lambd=8.0,
+    penalty_from=5,
     var_threshold=0.125,
     surrogate_policy="separate",
     surrogate_lr=3e-5,

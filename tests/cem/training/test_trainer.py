@@ -70,8 +70,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make_config(tmp_path: Path) -> MakeConfig:
     def make(name: str = "run", **options: Any) -> TrainConfig:
-        small = TrainConfig(train_size=96, batch_size=32, epochs=4, noise_std=0.1, device="cpu", out=tmp_path / name)
-        return replace(small, **options)
+        small = TrainConfig(train_size=96, batch_size=32, epochs=4, penalty_from=1, noise_std=0.1, device="cpu")
+        return replace(small, out=tmp_path / name, **options)
 
     return make
 
@@ -159,11 +159,13 @@ def test_train_loss_is_the_weighted_sum_of_its_terms(run_dir: Path) -> None:
 def test_metrics_follow_the_schedules(run_dir: Path) -> None:
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
-    assert [row["lambda_eff"] / 16 for row in table] == pytest.approx([0.02, 0.1, 0.5, 1.0])
+    assert [row["lambda_eff"] / 16 for row in table] == pytest.approx([0.0, 0.1, 0.5, 1.0])  # from epoch 2
 
 
 def test_surrogate_time_is_part_of_the_time(run_dir: Path) -> None:
-    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in rows(run_dir))
+    first, *others = rows(run_dir)
+    assert first["surrogate_seconds"] == 0
+    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in others)
 
 
 def test_summary_has_exactly_the_named_keys(run_dir: Path) -> None:
@@ -557,3 +559,20 @@ def test_wrong_options_leave_no_directory_behind(make_config: MakeConfig) -> Non
     with pytest.raises(ValueError, match="resnet21"):
         train(config)
     assert not config.run_dir.exists()
+
+
+def test_penalty_begins_in_the_epoch_it_is_asked_for(
+    make_config: MakeConfig, use_surrogate: Callable[[type[Surrogate]], list[Surrogate]]
+) -> None:
+    use_surrogate(Scale)
+    late = rows(train(make_config("late", penalty_from=3)))
+    plain = rows(train(make_config("plain", surrogate="none")))
+    assert [row["lambda_eff"] > 0 for row in late] == [False, False, True, True]
+    assert [row["rob_loss"] > 0 for row in late] == [False, False, True, True]
+    assert [row["cross_entropy"] for row in late[:2]] == [row["cross_entropy"] for row in plain[:2]]
+
+
+def test_every_surrogate_chooses_its_best_epoch_among_the_penalised_ones(make_config: MakeConfig) -> None:
+    # One epoch has the penalty, so it is chosen, however well the ones before it did.
+    summary = Trainer(make_config(surrogate="none", penalty_from=4)).fit()
+    assert summary["best_epoch"] == 4
