@@ -7,9 +7,12 @@ costs the same whatever the images show. The mixture's refit after every epoch c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from benchmarks.interleaved import times_slower
 from cem import build_surrogate
 from cem.models import build_split_model
 from cem.training.injection import combined
@@ -17,16 +20,11 @@ from cem.training.injection import combined
 BATCH, CLASSES = 128, 10
 
 
-@pytest.mark.parametrize("surrogate", ["none", "attention", "gmm"])
-def test_training_step_of_vgg11(benchmark, surrogate):
+def training_step(surrogate: str) -> Callable[[], None]:
+    """One step of a fresh model under the named surrogate."""
     torch.manual_seed(0)
     model = build_split_model(
-        "vgg11_bn",
-        num_classes=CLASSES,
-        image_shape=(1, 28, 28),
-        cut_layer=4,
-        bottleneck="C8S1",
-        noise_std=0.1,
+        "vgg11_bn", num_classes=CLASSES, image_shape=(1, 28, 28), cut_layer=4, bottleneck="C8S1", noise_std=0.1
     ).train()
     penalty = None
     if surrogate != "none":
@@ -46,5 +44,13 @@ def test_training_step_of_vgg11(benchmark, surrogate):
         optimizer.step()
         assert not taken.skipped
 
+    return step
+
+
+@pytest.mark.parametrize("surrogate", ["none", "attention", "gmm"])
+def test_training_step_of_vgg11(benchmark, surrogate):
+    step = training_step(surrogate)
     benchmark.group = "training step vgg11_bn C8S1 B128"
     benchmark.pedantic(step, rounds=15, warmup_rounds=2)
+    if benchmark.enabled and surrogate != "none":
+        benchmark.extra_info["times_slower_than_none"] = times_slower(step, training_step("none"), 2, rounds=11)

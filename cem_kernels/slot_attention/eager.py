@@ -42,17 +42,8 @@ def slot_attention(
         attention = torch.softmax(logits, dim=1) + eps  # [K, S, N]
         attention = attention / torch.baddbmm(no_tokens, attention, mask)
         updates = torch.bmm(attention, inputs).view(-1, width)
-        rows = gru(updates, rows, input_map, w)
+        rows = torch.gru_cell(updates, rows, input_map, w.gru_weight_hh, w.gru_bias_ih, w.gru_bias_hh)
         hidden = F.layer_norm(rows, (width,), w.norm_mlp_weight, w.norm_mlp_bias)
         hidden = F.relu(F.linear(hidden, w.mlp_in_weight, w.mlp_in_bias))
         rows = rows + F.linear(hidden, w.mlp_out_weight, w.mlp_out_bias)
     return torch.where(has_tokens, rows.view(slots.shape), initial.view(slots.shape))
-
-
-def gru(updates: Tensor, rows: Tensor, input_map: Tensor, w: SlotAttentionWeights) -> Tensor:
-    """``torch.gru_cell`` in half the operations: reset and update gate as one block, and a lerp."""
-    width = rows.shape[-1]
-    input_gates, input_new = F.linear(updates, input_map, w.gru_bias_ih).split((2 * width, width), dim=1)
-    hidden_gates, hidden_new = F.linear(rows, w.gru_weight_hh, w.gru_bias_hh).split((2 * width, width), dim=1)
-    reset, update = torch.sigmoid(input_gates + hidden_gates).chunk(2, dim=1)
-    return torch.lerp(torch.tanh(torch.addcmul(input_new, reset, hidden_new)), rows, update)
