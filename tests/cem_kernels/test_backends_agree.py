@@ -29,7 +29,7 @@ LABEL_CASES = {
 }
 
 
-def agree(problem: Problem, tolerance: float = 1e-9) -> None:
+def assert_agree(problem: Problem, tolerance: float = 1e-9) -> None:
     assert_same(problem.results("eager"), problem.results("reference"), tolerance)
 
 
@@ -37,32 +37,32 @@ def agree(problem: Problem, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize(("labels", "num_classes"), LABEL_CASES.values(), ids=LABEL_CASES.keys())
 @pytest.mark.parametrize("tokens_per_sample", [1, 3])
 def test_eager_equals_reference(make, labels, num_classes, tokens_per_sample):
-    agree(make(labels, num_classes, T=tokens_per_sample))
+    assert_agree(make(labels, num_classes, T=tokens_per_sample))
 
 
 @every_operator
 def test_eager_equals_reference_under_a_static_bound(make):
     labels = labels_with_holes(23, 7)
-    agree(make(labels, 7, bound=23))
+    assert_agree(make(labels, 7, bound=23))
 
 
 @pytest.mark.parametrize("S", [1, 3, 8])
 @pytest.mark.parametrize("D", [1, 5, 16])
 @pytest.mark.parametrize("J", [1, 2])
 def test_slot_attention_agrees_for_odd_sizes(S, D, J):
-    agree(slot_problem(labels_with_holes(12, 5), 5, S=S, D=D, J=J))
+    assert_agree(slot_problem(labels_with_holes(12, 5), 5, S=S, D=D, J=J))
 
 
 @pytest.mark.parametrize("S", [1, 5])
 @pytest.mark.parametrize(("D", "H"), [(5, 1), (7, 7), (12, 4), (9, 3)])
 def test_cross_attention_agrees_for_odd_sizes(S, D, H):
-    agree(cross_problem(labels_with_holes(12, 5), 5, S=S, D=D, H=H))
+    assert_agree(cross_problem(labels_with_holes(12, 5), 5, S=S, D=D, H=H))
 
 
 @pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
 @pytest.mark.parametrize("min_samples", [2, 4])
 def test_class_variance_agrees_for_every_hinge_and_minimum(hinge, min_samples):
-    agree(variance_problem(labels_with_holes(17, 6), 6, hinge=hinge, min_samples=min_samples))
+    assert_agree(variance_problem(labels_with_holes(17, 6), 6, hinge=hinge, min_samples=min_samples))
 
 
 @given(
@@ -79,7 +79,7 @@ def test_eager_equals_reference_for_any_labels_and_sizes(operator, labels, sizes
     if operator == "cross_attention":
         sizes["H"] = 1 + seed % sizes["D"]
         sizes["D"] *= sizes["H"]
-    agree(OPERATORS[operator](torch.tensor(labels), 6, seed=seed, **sizes))
+    assert_agree(OPERATORS[operator](torch.tensor(labels), 6, seed=seed, **sizes))
 
 
 @every_operator

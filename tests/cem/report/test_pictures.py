@@ -36,7 +36,7 @@ def history(epochs: int, rob_loss: float = 1.0) -> list[dict[str, float]]:
     ]
 
 
-def picture(path: Path) -> np.ndarray:
+def assert_drawn(path: Path) -> np.ndarray:
     pixels = matplotlib.image.imread(path)
     assert pixels.std() > 0.01, "the picture is blank"
     return pixels
@@ -45,12 +45,12 @@ def picture(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("epochs", [1, 2, 60])
 def test_curves_of_any_number_of_epochs_are_drawn(tmp_path: Path, epochs: int) -> None:
     draw_curves(history(epochs), tmp_path / "curves.png", best_epoch=1)
-    picture(tmp_path / "curves.png")
+    assert_drawn(tmp_path / "curves.png")
 
 
 def test_curves_without_a_penalty_are_drawn(tmp_path: Path) -> None:
     draw_curves(history(5, rob_loss=0.0), tmp_path / "curves.png")
-    picture(tmp_path / "curves.png")
+    assert_drawn(tmp_path / "curves.png")
 
 
 def test_curves_of_no_epochs_are_refused(tmp_path: Path) -> None:
@@ -62,14 +62,14 @@ def test_curves_of_no_epochs_are_refused(tmp_path: Path) -> None:
 def test_map_of_few_samples_is_drawn(tmp_path: Path, samples: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     draw_tsne(torch.randn(samples, *shape), torch.arange(samples) % 10, NAMES, tmp_path / "tsne.png")
-    picture(tmp_path / "tsne.png")
+    assert_drawn(tmp_path / "tsne.png")
 
 
 def test_map_with_more_classes_than_a_legend_holds_is_drawn(tmp_path: Path) -> None:
     torch.manual_seed(0)
     names = [f"class {index}" for index in range(100)]
     draw_tsne(torch.randn(50, 4), torch.arange(50), names, tmp_path / "tsne.png")
-    picture(tmp_path / "tsne.png")
+    assert_drawn(tmp_path / "tsne.png")
 
 
 def test_map_takes_no_more_than_the_maximum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
