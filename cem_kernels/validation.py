@@ -99,6 +99,20 @@ def check_weights(tokens: Tensor, weights: Any, shapes: tuple[tuple[int, ...], .
     check_together(tokens, named)
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Each size is at least 1, or None."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Each value is finite and at least zero."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def check_positive(**values: float) -> None:
     """Each value is finite and above zero."""
     for name, value in values.items():

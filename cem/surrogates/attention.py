@@ -26,13 +26,6 @@ def _groups_of_rows(tokens: Tensor) -> ClassGroups:
     return ClassGroups.from_labels(torch.arange(rows, device=tokens.device), max(rows, 1), max_class_size=1)
 
 
-def _check_sizes(**sizes: int | None) -> None:
-    """Each size is at least 1, or None."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
 def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights and biases of ``Linear, activation, Linear``."""
     first, _, last = network
@@ -72,7 +65,9 @@ class SlotAttention(nn.Module):
     ) -> None:
         super().__init__()
         hidden_dim = 2 * slot_dim if hidden_dim is None else hidden_dim
-        _check_sizes(num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim)
+        validation.check_sizes(
+            num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim
+        )
         validation.check_positive(eps=eps)
         backends.pick(backend, "slot_attention", SLOT_ATTENTION)
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
@@ -169,7 +164,7 @@ class CrossAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_sizes(feature_dim=feature_dim, num_heads=num_heads, ffn_mult=ffn_mult)
+        validation.check_sizes(feature_dim=feature_dim, num_heads=num_heads, ffn_mult=ffn_mult)
         if feature_dim % num_heads:
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of num_heads, got num_heads={num_heads}")
         if not 0 <= dropout < 1:
@@ -294,7 +289,7 @@ class SlotCrossAttentionCEM(Surrogate):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_sizes(
+        validation.check_sizes(
             feature_dim=feature_dim, num_classes=num_classes, max_class_size=max_class_size, reduce_dim=reduce_dim
         )
         if feature_shape is not None and (len(feature_shape) != 3 or math.prod(feature_shape) != feature_dim):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cem.surrogates.base import Surrogate
 from cem.surrogates.kmeans import class_kmeans
-from cem_kernels.validation import check_float, check_labels
+from cem_kernels.validation import check_float, check_labels, check_not_negative, check_positive, check_sizes
 
 
 class GaussianMixtureCEM(Surrogate):
@@ -89,20 +89,11 @@ class GaussianMixtureCEM(Surrogate):
         pca_components: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "feature_dim": feature_dim,
-            "num_classes": num_classes,
-            "num_clusters": num_clusters,
-            "max_iterations": max_iterations,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, value in {"var_threshold": var_threshold, "reg_strength": reg_strength}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"gamma must be finite and positive, got {gamma}")
+        check_sizes(
+            feature_dim=feature_dim, num_classes=num_classes, num_clusters=num_clusters, max_iterations=max_iterations
+        )
+        check_not_negative(var_threshold=var_threshold, reg_strength=reg_strength)
+        check_positive(gamma=gamma)
         if fit not in ("kmeans", "full"):
             raise ValueError(f"fit must be 'kmeans' or 'full', got {fit!r}")
         if fit == "kmeans" and pca_components is not None:

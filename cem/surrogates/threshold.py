@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from cem_kernels.validation import check_not_negative
+
 FLOOR = 1e-8
 
 REMEDY = (
@@ -21,9 +23,7 @@ def coupled_threshold(var_threshold: float, reg_strength: float) -> float:
     Raises:
         ValueError: ``τ`` or ``σ`` is negative or not finite.
     """
-    for name, value in (("var_threshold", var_threshold), ("reg_strength", reg_strength)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    check_not_negative(var_threshold=var_threshold, reg_strength=reg_strength)
     return max(var_threshold * reg_strength**2, FLOOR)
 
 

@@ -138,6 +138,7 @@ def test_resuming_with_another_option_is_refused(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_signal_ends_with_130_and_a_run_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
     options = [*SMALL, "--epochs", "10000", "--out", "run"]

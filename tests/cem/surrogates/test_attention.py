@@ -424,6 +424,7 @@ def test_no_surrogate_is_a_zero_whose_gradient_is_zero_even_for_nan():
     assert torch.equal(features.grad, torch.zeros(3, 4))
 
 
+@pytest.mark.slow
 def test_eager_compiles_as_one_graph_under_a_static_bound():
     features, labels = batch()
     module = surrogate(max_class_size=24, backend="eager").eval()
