@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -150,3 +151,18 @@ def versions() -> dict[str, str | None]:
 def device_name(device: torch.device) -> str:
     """``"cpu"``, or ``"cuda (NVIDIA H200)"``: a figure is worth nothing without the machine."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most memory [bytes] that was in use so far: PyTorch's own on CUDA, else that of the whole process.
+
+    ``None`` where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, all others KiB

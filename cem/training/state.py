@@ -15,6 +15,7 @@ from cem.data.images import Batch
 from cem.surrogates import NoSurrogate, Surrogate, build_surrogate
 from cem.training import checkpoint, runs
 from cem.training.config import TrainConfig, resolve_device
+from cem.training.evaluation import isolated_random
 from cem.training.schedule import lr_factor
 
 
@@ -148,17 +149,19 @@ class TrainState:
 
     def _build_surrogate(self) -> Surrogate:
         config = self.config
-        surrogate = build_surrogate(
-            config.surrogate,
-            feature_shape=self.model.feature_shape,
-            num_classes=self.data.num_classes,
-            noise_std=config.noise_std,
-            var_threshold=config.var_threshold,
-            reduce_dim=config.reduce_dim,
-            gmm_fit=config.gmm_fit,
-            backend=config.backend,
-            sigmoid=config.arch.endswith("_sgm"),
-        ).to(self.device)
+        # Runs of one seed under different surrogates begin with the same weights, order of samples and noise.
+        with isolated_random(config.seed, self.device):
+            surrogate = build_surrogate(
+                config.surrogate,
+                feature_shape=self.model.feature_shape,
+                num_classes=self.data.num_classes,
+                noise_std=config.noise_std,
+                var_threshold=config.var_threshold,
+                reduce_dim=config.reduce_dim,
+                gmm_fit=config.gmm_fit,
+                backend=config.backend,
+                sigmoid=config.arch.endswith("_sgm"),
+            ).to(self.device)
         return surrogate.requires_grad_(config.surrogate_policy != "frozen")
 
     def _build_optimizers(self) -> None:

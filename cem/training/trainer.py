@@ -280,6 +280,7 @@ class Trainer:
                 for name in ("encoder", "server", "surrogate")
             },
             "skipped_steps": state.skipped,
+            "peak_memory_bytes": runs.peak_memory(state.device),
             "device": runs.device_name(state.device),
             "versions": runs.versions(),
         }

@@ -21,7 +21,7 @@ from cem.training import state as state_module
 from cem.training import trainer as trainer_module
 from cem.training.evaluation import accuracy, collect_features
 from cem.training.runlog import COLUMNS
-from cem.training.runs import new_run_dir
+from cem.training.runs import new_run_dir, peak_memory
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -180,6 +180,7 @@ def test_summary_has_exactly_the_named_keys(run_dir: Path) -> None:
         "intra_mse",
         "parameters",
         "skipped_steps",
+        "peak_memory_bytes",
         "device",
         "versions",
     }
@@ -576,3 +577,24 @@ def test_every_surrogate_chooses_its_best_epoch_among_the_penalised_ones(make_co
     # One epoch has the penalty, so it is chosen, however well the ones before it did.
     summary = Trainer(make_config(surrogate="none", penalty_from=4)).fit()
     assert summary["best_epoch"] == 4
+
+
+def test_surrogates_begin_from_the_same_weights_and_random_numbers() -> None:
+    none, *others = (
+        state_module.TrainState(TrainConfig(surrogate=name, train_size=64, device="cpu"))
+        for name in ("none", "gmm", "attention")
+    )
+    for other in others:
+        for name, tensor in none.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], tensor, rtol=0, atol=0)
+        assert torch.equal(other.random["torch"], none.random["torch"])
+
+
+def test_peak_memory_counts_what_was_allocated() -> None:
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(2**27)  # 512 MiB, more than the process can have freed and kept
+    after = peak_memory(torch.device("cpu"))
+    assert before is not None
+    assert after is not None
+    assert after >= before
+    assert after >= block.nbytes
