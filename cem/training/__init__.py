@@ -1,7 +1,8 @@
 """The split trainer: steps, gradient injection, checkpoints, logging."""
 
+from cem.options import ConfigError
 from cem.training.checkpoint import CheckpointError
-from cem.training.config import ConfigError, TrainConfig
+from cem.training.config import TrainConfig
 from cem.training.runs import load_run, read_summary
 from cem.training.trainer import Trainer, TrainingDiverged, train
 

@@ -1,23 +1,17 @@
-"""Every option of a training run in one flat dataclass, shared by command line, YAML file and API."""
+"""Every option of a training run."""
 
 from __future__ import annotations
 
 import math
-import types
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-import torch
-import yaml
-
-
-class ConfigError(ValueError):
-    """An option cannot be used as given; the message names it, what it takes and what it got."""
+from cem.options import ConfigError, Options, option, resolve_device
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Options):
     """The options of one training run.
 
     Constructing one checks nothing; :meth:`validate` does, and the trainer calls it. ``tyro`` makes the
@@ -137,8 +131,7 @@ class TrainConfig:
             ConfigError: naming the option, what it takes and what it got. Data sets, architectures, cut
                 layers and bottlenecks are checked by the modules that know them, when they are built.
         """
-        for name, hint in _hints().items():
-            setattr(self, name, _convert(name, hint, getattr(self, name)))
+        self.convert()
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -158,45 +151,6 @@ class TrainConfig:
         if not self.seed < 2**32:  # NumPy's generators take no more
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
         resolve_device(self.device)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as plain YAML values (paths as strings)."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in _hints()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Inverse of :meth:`to_dict`; options that are absent keep their defaults.
-
-        Raises:
-            ConfigError: if a key is no option, or a value has the wrong type.
-        """
-        hints = _hints()
-        unknown = sorted(str(key) for key in values if key not in hints)
-        if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}; the options are {', '.join(hints)}")
-        return TrainConfig(**{name: _convert(name, hints[name], value) for name, value in values.items()})
-
-    def to_yaml(self, path: Path) -> None:
-        """Write all options to ``path``."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> TrainConfig:
-        """Read options from ``path``; those that it does not name keep their defaults.
-
-        Raises:
-            ConfigError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
-        """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read options from {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of option names to values, got {values!r}")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
 
 
 _AT_LEAST = {
@@ -225,61 +179,3 @@ def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
         for name in old
         if name not in ignored and old[name] != new[name]
     ]
-
-
-def option(name: str) -> str:
-    """The command-line spelling of a field: ``"batch_size"`` → ``"--batch-size"``."""
-    return "--" + name.replace("_", "-")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that ``--device name`` means.
-
-    Raises:
-        ConfigError: if it is no device, or one that this machine or this build of PyTorch does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-def _hints() -> dict[str, Any]:
-    hints = get_type_hints(TrainConfig)
-    return {field.name: hints[field.name] for field in fields(TrainConfig)}
-
-
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """Return ``value`` as the annotated type of option ``name``, or raise :class:`ConfigError`."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            if isinstance(value, str) and value in get_args(kind):
-                return value
-        elif kind is Path:
-            if isinstance(value, str | Path):
-                return Path(value)
-        elif kind is float:
-            # YAML 1.1 reads 1e-4, without a point, as text.
-            if isinstance(value, str | int | float) and not isinstance(value, bool):
-                try:
-                    return float(value)
-                except ValueError:
-                    pass
-        elif type(value) is kind:
-            return value
-    raise ConfigError(f"{option(name)} takes {' or '.join(map(_describe, kinds))}, got {value!r}")
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
-    return names.get(kind, "nothing (null)")

@@ -39,8 +39,8 @@ class _ProgressBarHandler(logging.Handler):
 
 
 @contextmanager
-def run_log(run_dir: Path) -> Iterator[logging.Logger]:
-    """Open a run's logger: ``train.log`` with times, and the same lines on stderr.
+def run_log(run_dir: Path, name: str = "train.log") -> Iterator[logging.Logger]:
+    """Open a run's logger: the file ``name`` with times, and the same lines on stderr.
 
     There is one logger per run directory. Entering again while it is open gives the same one, without
     doubling its handlers; the outermost exit closes them. Python warnings raised inside go to the log as
@@ -52,7 +52,7 @@ def run_log(run_dir: Path) -> Iterator[logging.Logger]:
         return
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    file = logging.FileHandler(run_dir / name, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
     logger.addHandler(_ProgressBarHandler())

@@ -17,8 +17,9 @@ import torch
 
 from cem.data import DataSplits
 from cem.models.split import SplitModel, build_split_model
+from cem.options import ConfigError, resolve_device
 from cem.training import checkpoint
-from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
+from cem.training.config import TrainConfig, changed_options
 
 
 def new_run_dir(config: TrainConfig) -> Path:
@@ -61,7 +62,7 @@ def check_same_data(before: Mapping[str, int], after: Mapping[str, int], run_dir
     """Raise :class:`ConfigError` if the fingerprints differ: the run in ``run_dir`` was trained on other data."""
     changed = [f"{name} (was {before.get(name)}, got {now})" for name, now in after.items() if before.get(name) != now]
     if changed:
-        raise ConfigError(f"the run in {run_dir} cannot be continued on other data: {', '.join(changed)}")
+        raise ConfigError(f"the run in {run_dir} was trained on other data: {', '.join(changed)}")
 
 
 def check_same(before: TrainConfig, after: TrainConfig, run_dir: Path) -> None:

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from cem.data import ImageSet, load_data, make_loader
 from cem.data.images import Batch
+from cem.options import resolve_device
 from cem.surrogates import NoSurrogate, Surrogate, build_surrogate
 from cem.training import checkpoint, runs
-from cem.training.config import TrainConfig, resolve_device
+from cem.training.config import TrainConfig
 from cem.training.evaluation import isolated_random
 from cem.training.schedule import lr_factor
 

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from cem.data import DATASETS
+from cem.options import ConfigError, resolve_device
 from cem.surrogates import SURROGATES
-from cem.training.config import ConfigError, TrainConfig, changed_options, resolve_device
+from cem.training.config import TrainConfig, changed_options
 from cem_kernels import BACKENDS
 
 EVERY_OPTION = TrainConfig(
