@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"training time  {seconds:.0f} s, of which surrogate {surrogate_seconds:.0f} s")
     print(f"results        {where}")
     print(f"               curves.png and tsne.png there, or: tensorboard --logdir {where}")
+    print(f"next           python -m cem.attack {where}")
     return 0
 
 

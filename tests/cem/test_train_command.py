@@ -42,6 +42,7 @@ def test_run_ends_with_where_things_are_and_what_comes_next(capsys: pytest.Captu
     assert summary is not None
     out = capsys.readouterr().out
     assert f"test accuracy  {summary['test_accuracy']:.1%} (epoch 1 of 1)" in out
+    assert out.endswith(f"next           python -m cem.attack {run_dir}\n")
 
 
 def test_second_run_under_the_same_options_lies_beside_the_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,131 @@
+"""Attack a trained run: ``python -m cem.attack RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import tyro
+
+from cem.attacks import Attack, AttackConfig, AttackDiverged
+from cem.options import ConfigError
+from cem.training import CheckpointError
+
+DESCRIPTION = """Try to invert what a trained run's client sends: the worst that this attacker reaches, not the
+average. RUN is a directory that python -m cem.train left.
+
+The attacker has images of the same kind that the target never trained on, may send them through the client as often
+as it likes, knows the defence, and trains decoders from noisy features back to images until more training no longer
+helps. The decoder that does best on the attacker's own validation images is then scored, once, on images that nobody
+has seen and on images that the target was trained on. Beside it: a white-box attack that knows the encoder's weights;
+guessing the mean image, or the mean image of the right class; an undefended run, where there is one; and a bound on
+the information that the features hold.
+
+Everything lies in RUN/attack/: attack.json, reconstructions.png, curves.png, attack.log, images.npz, the decoders.
+Ctrl-C keeps the decoders that were finished; the same command goes on from there."""
+
+
+@dataclass
+class CommandLine(AttackConfig):
+    """The run to attack, the options, and where the results go."""
+
+    run: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]] = None
+    """Directory of a finished run."""
+    config: Path | None = None
+    """Take options from this YAML file, such as the config.yaml of another attack; other options override it."""
+    out: Path | None = None
+    """Directory for the results; without it RUN/attack, or RUN/attack-queriesR for more than one query."""
+
+
+def parse(argv: Sequence[str]) -> tuple[Path, AttackConfig, Path | None]:
+    """The run, the options, and where the results go, if not into the run.
+
+    Raises:
+        ConfigError: a file cannot be used, or there is no RUN.
+        SystemExit: the command line itself cannot be read (2), or asked for help (0).
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    source = first.parse_known_args(list(argv))[0].config
+    defaults = AttackConfig() if source is None else AttackConfig.from_yaml(source)
+    options = tyro.cli(
+        CommandLine,
+        prog="python -m cem.attack",
+        description=DESCRIPTION,
+        default=CommandLine(**vars(defaults)),
+        args=list(argv),
+    )
+    if options.run is None:
+        raise ConfigError("which run? python -m cem.attack RUN, with a directory that python -m cem.train left")
+    config = AttackConfig(**{field.name: getattr(options, field.name) for field in fields(AttackConfig)})
+    return options.run, config, options.out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exit code 0, 1 (diverged), 2 (bad options) or 130 (interrupted, resumable)."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run_dir, config, out = parse(sys.argv[1:] if argv is None else argv)
+        attack = Attack(run_dir, config, out)
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    try:
+        result = attack.run()
+    except AttackDiverged:
+        return 1  # the log, which goes to stderr too, has said why
+    except KeyboardInterrupt:
+        return 130
+    if attack.finished is not None:
+        print(f"The attack in {shlex.quote(str(attack.out))} was finished already; nothing was changed.")
+    print(table(result))
+    print(f"results   {shlex.quote(str(attack.out))}: attack.json, reconstructions.png, curves.png")
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """What an attack found, for people."""
+    strongest = f"strongest, {result['strongest']}"
+    rows = [(strongest, result), *((f"guess the {k.replace('_', ' ')}", v) for k, v in result["controls"].items())]
+    if result["white_box"] is not None:
+        rows.insert(1, (f"white box, {result['white_box']['images']} images", result["white_box"]))
+    if result["undefended"] is not None:
+        rows.append((f"undefended: {result['undefended']['name']}", result["undefended"]))
+    width = max(len(name) for name, _ in rows)
+    lines = [
+        f"{'':{width}}   unseen images             training images",
+        f"{'':{width}}" + "   MSE      PSNR   SSIM  " * 2,
+    ]
+    for name, scores in rows:
+        cells = "".join(_cells(scores[part]) for part in ("test_target", "train_target"))
+        lines.append(f"{name:{width}}{cells}")
+    if not result["converged"]:
+        lines.append("not converged: the strongest decoder was still improving; raise --max-epochs")
+    nats = result["information"]["nats"]
+    if nats is None:
+        lines.append("information in the features: no bound without noise")
+    else:
+        lines.append(f"information in the features: at most {nats:.0f} nats by class and cluster (no certificate)")
+    return "\n".join(lines)
+
+
+def _cells(scores: dict[str, float | None]) -> str:
+    ssim = "    -" if scores["ssim"] is None else f"{scores['ssim']:5.3f}"
+    return f"   {scores['mse']:.5f}  {scores['psnr']:5.2f}  {ssim}"
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""How each decoder's error fell while it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from cem.report.figure import COLOURS, new_figure, plain, save_figure
+
+
+def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping[str, float], path: Path) -> None:
+    """Draw the validation MSE of every decoder over its epochs.
+
+    Args:
+        attackers: as in ``attack.json``: ``name``, ``curve``, ``best_epoch``, ``converged``. A filled dot marks
+            the epoch that was kept, a hollow one the decoder that had not converged.
+        controls: name → MSE of attackers who look at no features, as horizontal lines.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: if there are no attackers.
+    """
+    if not attackers:
+        raise ValueError("there are no attackers to draw")
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for number, attacker in enumerate(attackers):
+        colour = COLOURS[number % len(COLOURS)]
+        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        epochs = [row["epoch"] for row in attacker["curve"]]
+        errors = [row["val_mse"] for row in attacker["curve"]]
+        best = attacker["best_epoch"] - 1
+        label = attacker["name"] + ("" if attacker["converged"] else " (not converged)")
+        axes.plot(epochs, errors, style, color=colour, lw=1.3, label=label)
+        fill = colour if attacker["converged"] else "white"
+        axes.plot(epochs[best], errors[best], "o", color=colour, markerfacecolor=fill)
+    for style, (name, mse) in zip(("--", ":"), controls.items(), strict=False):
+        axes.axhline(mse, color="0.5", linestyle=style, lw=1, label=name.replace("_", " "))
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch of the decoder's training")
+    axes.set_ylabel("MSE on the attacker's validation images")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain(axes)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
