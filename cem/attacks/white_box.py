@@ -21,7 +21,7 @@ from cem.training.evaluation import eval_mode, isolated_random
 TV_WEIGHTS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Weights of the total variation that the attacker tries, in units of the mean variance of the features seen."""
 
-CYCLE = 100  # steps after which Adam starts afresh at the full learning rate; long enough to settle
+CYCLE = 100  # steps after which the learning rate is back to the full; long enough to settle
 SEARCH_IMAGES = 16  # enough to tell weights apart that differ by factors of three
 BATCH = 64  # images
 
@@ -62,9 +62,9 @@ def white_box_attack(
     """Images ``x`` in [0, 1] that minimise ``mean over features of (E(x) - observed)² + tv_weight · TV(x)``.
 
     Adam on the pixels through the frozen encoder ``E``, in evaluation mode; after each step pixels are put back
-    into the box. The rate falls along a cosine to 0 and starts again about every 100 steps, with Adam
-    anew: behind max-pooling and ReLU the search gets caught where a stripe is a pixel off, and large steps
-    free it. Each image keeps the best it has had. Images do not influence one another.
+    into the box. The rate falls along a cosine to 0 and starts again about every 100 steps: behind max-pooling
+    and ReLU the search gets caught where a stripe is a pixel off, and large steps free it. Each image keeps
+    the best it has had. Images do not influence one another.
 
     A failure says little: it follows gradients, and an encoder that has saturated or whose units are dead has
     none, though its features may well tell a trained decoder something.
@@ -105,6 +105,8 @@ def _search(
     """One batch of :func:`white_box_attack`."""
     pixels = start.detach().repeat(len(observed), 1, 1, 1).requires_grad_()
     best, lowest = pixels.detach().clone(), observed.new_full((len(observed),), math.inf)
+    # The usual 0.999 would remember the gradients of a whole cycle.
+    adam = torch.optim.Adam([pixels], betas=(0.9, 0.99))
     cycle = math.ceil(steps / max(1, round(steps / CYCLE)))
 
     def losses() -> Tensor:
@@ -117,9 +119,6 @@ def _search(
         best[better] = pixels.detach()[better]
 
     for step in range(steps):
-        if step % cycle == 0:
-            # The short memory of squares lets a step shrink as fast as the cosine does.
-            adam = torch.optim.Adam([pixels], betas=(0.9, 0.99))
         adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * (step % cycle) / cycle)) / 2
         with torch.enable_grad():
             now = losses()
@@ -183,18 +182,24 @@ def run_white_box(
             found = white_box_attack(model, z, start, steps=steps, tv_weight=tv_weight, progress=bar.update)
             return score_images(found, x)
 
-        def seen(image_set: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+        def draw(image_set: ImageSet, count: int) -> Tensor:
             x, _ = image_set.__getitems__(torch.randperm(len(image_set))[:count].tolist())
-            x = x.to(device)
+            return x.to(device)
+
+        def seen(x: Tensor) -> tuple[Tensor, Tensor]:
             return x, torch.cat([observe(model, part, queries) for part in x.split(BATCH)])
 
-        x, z = seen(splits.attacker_val, search_images)
+        # All images before any noise, so that they are the same ones whatever the target's features are like.
+        own = draw(splits.attacker_val, search_images)
+        trained_on, unseen = draw(splits.target_train, images), draw(splits.test, images)
+
+        x, z = seen(own)
         unit = z.var(0, correction=0).mean().item()
         weights = [unit * weight for weight in TV_WEIGHTS]
         errors = [attack(x, z, search_steps, weight).mse.mean().item() for weight in weights]
         tv_weight = weights[errors.index(min(errors))]
-        train_target = mean_scores(attack(*seen(splits.target_train, images), steps, tv_weight))
-        test_target = mean_scores(attack(*seen(splits.test, images), steps, tv_weight))
+        train_target = mean_scores(attack(*seen(trained_on), steps, tv_weight))
+        test_target = mean_scores(attack(*seen(unseen), steps, tv_weight))
     return WhiteBoxResult(
         images=images,
         steps=steps,

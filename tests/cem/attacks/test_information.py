@@ -73,6 +73,13 @@ def test_clusters_of_few_samples_do_not_undercut_a_single_gaussian(seed):
     assert result["nats"] == pytest.approx(channel_capacity([1.0] * 300, 1.0), rel=0.015)
 
 
+def test_clusters_are_judged_on_other_samples_than_they_were_fitted_to():
+    reports = [report(gaussian(600, 30, seed=seed), noise_std=0.5)["per_clusters"] for seed in range(4)]
+    excess = sum(nats["15"] - nats["1"] for nats in reports) / 4
+    # 15 clusters of a Gaussian cost 1.3 nats (on any number of fresh samples). On their own they seem to cost 0.7.
+    assert excess > 1
+
+
 def test_the_bias_of_variances_from_few_samples_is_corrected():
     truth = channel_capacity([1.0] * 200, 0.5)
     nats = [report(gaussian(12, 200, seed=seed), noise_std=0.5)["nats"] for seed in range(20)]
@@ -92,7 +99,10 @@ def test_clusters_of_a_class_are_found():
 def test_classes_far_apart_add_what_the_class_tells():
     x, labels = two_classes(8000)
     expected = math.log(2) + channel_capacity([1.0] * 6, 0.5)
-    assert report(x, labels, noise_std=0.5)["per_clusters"]["1"] == pytest.approx(expected, abs=0.1)
+    per_clusters = report(x, labels, noise_std=0.5)["per_clusters"]
+    assert per_clusters["1"] == pytest.approx(expected, abs=0.1)
+    for clusters in ("5", "15"):  # needless ones cost little
+        assert expected < per_clusters[clusters] < expected + 2
 
 
 def test_the_smallest_value_is_reported_with_its_clusters():
@@ -162,7 +172,7 @@ def test_classes_without_samples_do_not_count():
     x, labels = two_classes()
     some, many = report(x, labels, num_classes=2), report(x, 3 * labels, num_classes=6)
     assert many["per_clusters"]["1"] == pytest.approx(some["per_clusters"]["1"], rel=1e-12)
-    assert many["clusters"] is not None
+    assert many["per_clusters"]["5"] is not None
     assert many["values"]["relative_variance"] == pytest.approx(some["values"]["relative_variance"], rel=1e-12)
 
 

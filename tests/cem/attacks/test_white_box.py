@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cem.attacks import white_box
+from cem.attacks.metrics import score_images
 from cem.attacks.splits import AttackSplits
 from cem.attacks.white_box import run_white_box, total_variation, white_box_attack
 from cem.data import ImageSet
@@ -98,10 +99,9 @@ def test_batches_give_what_one_batch_gives(monkeypatch):
 
 
 def test_a_step_that_makes_it_worse_is_not_kept():
-    model = a_model()
-    z = features(model, grey()[None])
-    found = white_box_attack(model, z, grey(), steps=3, lr=100.0, tv_weight=0.0)
-    assert torch.equal(found[0], grey())
+    model, start = a_model(), grey() + 0.01
+    found = white_box_attack(model, features(model, grey()[None]), start, steps=3, lr=100.0, tv_weight=0.0)
+    assert torch.equal(found[0], start)
 
 
 def test_more_steps_never_end_at_a_higher_objective():
@@ -165,11 +165,12 @@ def test_no_features_give_no_images():
     assert white_box_attack(model, torch.empty(0, *model.feature_shape), grey(), tv_weight=0.0).shape == (0, 3, 6, 8)
 
 
-def test_progress_hears_of_every_step_of_every_image():
+def test_progress_hears_of_every_step_of_every_batch(monkeypatch):
     model, heard = a_model(), []
+    monkeypatch.setattr(white_box, "BATCH", 2)
     z = torch.rand(3, *model.feature_shape)
-    white_box_attack(model, z, grey(), steps=4, tv_weight=0.0, progress=heard.append)
-    assert heard == [3] * 4
+    white_box_attack(model, z, grey(), steps=3, tv_weight=0.0, progress=heard.append)
+    assert heard == [2, 2, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"tv_weight": -1.0}, {"tv_weight": math.nan}], ids=str)
@@ -217,6 +218,30 @@ def test_noise_makes_it_harder_and_asking_again_makes_it_easier():
     averaged = run(a_model((1, 6, 6), noise_std=2.0), splits, queries=400)
     for name in ("train_target", "test_target"):
         assert clean[name]["mse"] < averaged[name]["mse"] < noisy[name]["mse"]
+
+
+def test_training_and_unseen_images_are_scored_apart():
+    model, splits, others = a_model((1, 6, 6)), some_splits(seed=0), some_splits(seed=7)
+    unseen = AttackSplits(splits.target_train, splits.attacker_train, splits.attacker_val, others.test)
+    first, second = run(model, splits, steps=5), run(model, unseen, steps=5)
+    assert first["train_target"] == second["train_target"]
+    assert first["test_target"] != second["test_target"]
+
+
+def test_every_target_is_attacked_on_the_same_images(monkeypatch):
+    attacked = []
+
+    def record(found, originals):
+        attacked[-1].append(originals)
+        return score_images(found, originals)
+
+    monkeypatch.setattr(white_box, "score_images", record)
+    for noise_std, queries in ((0.0, 1), (0.5, 1), (0.5, 3)):
+        attacked.append([])
+        run(a_model((1, 6, 6), noise_std=noise_std), some_splits(), steps=1, queries=queries)
+    assert all(
+        torch.equal(first, other) for others in attacked[1:] for first, other in zip(attacked[0], others, strict=True)
+    )
 
 
 def test_the_weight_is_chosen_on_the_attackers_images_alone():
