@@ -13,12 +13,13 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["cem", "cem.*", "cem_kernels", "cem_kernels.*"]),
-    package_data={"cem": ["py.typed"], "cem_kernels": ["py.typed"]},
+    package_data={"cem": ["py.typed", "report/templates/*.jinja"], "cem_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
         "numpy>=1.26",
+        "scipy>=1.11",
         "scikit-learn>=1.5",
         "torchvision>=0.21",
         "torchmetrics>=1.4",
@@ -26,6 +27,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "tyro>=0.9",
+        "jinja2>=3.1",
         "PyYAML>=6",
     ],
     extras_require={

@@ -1,0 +1,100 @@
+"""Whether a surrogate's value says anything about what an attacker reconstructs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from cem.comparison.results import RunResult
+
+RESAMPLES = 10_000
+LEAST_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation between a surrogate's value and the strongest attacker's MSE on unseen images.
+
+    Values are penalties, so a good surrogate has a strongly *negative* one: the lower its value, the larger the
+    attacker's error.
+
+    Attributes:
+        value: whose value it is.
+        noise_std: the noise level that the runs share, or ``None`` for all runs.
+        n: runs that have both figures.
+        rho: in [−1, 1], or ``None`` where ``note`` says why there is none.
+        low: lower end of the 95 % interval, or ``None``.
+        high: upper end.
+        note: why something is missing, else empty.
+    """
+
+    value: str
+    noise_std: float | None
+    n: int
+    rho: float | None
+    low: float | None
+    high: float | None
+    note: str = ""
+
+
+def correlate(results: Sequence[RunResult]) -> list[Correlation]:
+    """Correlations of every value, over all runs and, if there are several, within every noise level."""
+    names = dict.fromkeys(name for result in results for name in result.values)
+    noises = sorted({result.run.setting.noise_std for result in results})
+    found = []
+    for name in names:
+        for noise_std in (None, *(noises if len(noises) > 1 else ())):
+            pairs = [
+                (value, mse)
+                for result in results
+                if noise_std in (None, result.run.setting.noise_std)
+                if (value := result.values.get(name)) is not None
+                if (mse := result.figures["test_mse"]) is not None
+            ]
+            rho, low, high, note = spearman([value for value, _ in pairs], [mse for _, mse in pairs])
+            found.append(Correlation(name, noise_std, len(pairs), rho, low, high, note))
+    return found
+
+
+def spearman(
+    x: Sequence[float], y: Sequence[float], seed: int = 0
+) -> tuple[float | None, float | None, float | None, str]:
+    """Spearman's ρ with a 95 % percentile bootstrap interval over the pairs.
+
+    Pairs are drawn with replacement 10 000 times. A resample in which one of both is constant has no
+    correlation and is left out; the interval is the 2.5th to the 97.5th percentile of the others.
+
+    Args:
+        x: finite numbers.
+        y: as many.
+        seed: of the resampling.
+
+    Returns:
+        ρ, both ends of the interval, and a note. With fewer than 4 pairs, or where one of both is constant, the
+        three are ``None`` and the note says why.
+    """
+    n = len(x)
+    if n < LEAST_RUNS:
+        return None, None, None, f"fewer than {LEAST_RUNS} runs"
+    pairs = np.array([x, y], dtype=np.float64)
+    for values, name in zip(pairs, ("the value", "the attack MSE"), strict=True):
+        if np.ptp(values) == 0:
+            return None, None, None, f"{name} is the same in all runs"
+    rho = float(_rho(pairs[0][None], pairs[1][None])[0])
+    drawn = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    resampled = _rho(pairs[0][drawn], pairs[1][drawn])
+    low, high = np.percentile(resampled[np.isfinite(resampled)], [2.5, 97.5])
+    return rho, float(low), float(high), ""
+
+
+def _rho(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's ρ of every row ``[R, n]``, by its definition: Pearson's of the ranks, ties sharing theirs."""
+    a, b = (rankdata(values, axis=1) for values in (x, y))
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    norm = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    with np.errstate(invalid="ignore"):
+        return np.clip((a * b).sum(axis=1) / norm, -1.0, 1.0)

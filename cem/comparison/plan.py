@@ -1,0 +1,148 @@
+"""What is left to do in a folder of runs: nothing that is finished is done again."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cem.attacks.config import AttackConfig
+from cem.comparison.config import Comparison
+from cem.comparison.grid import Run
+from cem.options import ConfigError, option
+from cem.training.config import HARMLESS_ON_RESUME, TrainConfig, changed_options
+
+OPTIONS_DIR = "options"
+"""Folder, inside the comparison's, of the option files that its trainings and attacks are started with."""
+LOGS_DIR = "logs"
+"""Folder of what trainings and attacks printed, one file each."""
+
+# Files of a run that stopped before it could be resumed.
+_NOT_BEGUN = ("config.yaml", "train.log", ".last.pt.*.tmp")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One subprocess: the training of a run, or the attack on it.
+
+    Attributes:
+        run: the run.
+        kind: ``"training"`` or ``"attack"``.
+        command: its command line.
+        log: where its output goes.
+    """
+
+    run: Run
+    kind: str
+    command: tuple[str, ...]
+    log: Path
+
+
+def is_trained(run_dir: Path) -> bool:
+    """Whether a finished training lies there: ``summary.json`` is the last file that it writes."""
+    return (run_dir / "summary.json").exists()
+
+
+def attack_dir(comparison: Comparison, run: Run) -> Path:
+    """Where the attack on a run lies; attacks with several queries an image lie beside the one with a single query."""
+    queries = comparison.attack.queries
+    return comparison.run_dir(run) / ("attack" if queries == 1 else f"attack-queries{queries}")
+
+
+def is_attacked(comparison: Comparison, run: Run) -> bool:
+    """Whether a finished attack lies there: ``attack.json`` is the last file that it writes."""
+    return (attack_dir(comparison, run) / "attack.json").exists()
+
+
+def check_options(comparison: Comparison, run: Run) -> None:
+    """Check that what lies in a run's directory, if anything, was made under the options of this comparison.
+
+    Options that only say where to compute (``device``, ``data_root``, ...) may differ.
+
+    Raises:
+        ConfigError: naming the first options that differ, or what is in the way.
+    """
+    run_dir = comparison.run_dir(run)
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is in the way of a run: it is no directory")
+    if not is_trained(run_dir) and not (run_dir / "last.pt").exists():
+        foreign = sorted(
+            path.name for path in run_dir.iterdir() if not any(map(path.match, _NOT_BEGUN)) or path.is_dir()
+        )
+        if foreign:
+            raise ConfigError(f"{run_dir} is in the way of a run: it holds {foreign[0]}, but no training; move it away")
+        return
+    changed = changed_options(TrainConfig.from_yaml(run_dir / "config.yaml"), comparison.train_config(run))
+    if changed:
+        raise ConfigError(
+            f"the run in {run_dir} was trained under other options: {', '.join(changed)}. "
+            "Give the same options, or another --out"
+        )
+    attacked = attack_dir(comparison, run)
+    if (attacked / "config.yaml").exists():
+        changed = AttackConfig.from_yaml(attacked / "config.yaml").changed(comparison.attack_config())
+        if changed:
+            raise ConfigError(
+                f"the run in {run_dir} was attacked under other options: "
+                f"{', '.join(line.replace('--', '--attack.', 1) for line in changed)}. "
+                f"Give the same options, or move {attacked} away to attack it again"
+            )
+
+
+def remaining_steps(comparison: Comparison, run: Run) -> list[Step]:
+    """What is left to do for ``run``, in order: none, one or two steps.
+
+    Writes the option files that the steps name.
+    """
+    steps = []
+    if not is_trained(comparison.run_dir(run)):
+        steps.append(_step(comparison, run, "training", _training_command(comparison, run)))
+    if not is_attacked(comparison, run):
+        steps.append(_step(comparison, run, "attack", _attack_command(comparison, run)))
+    return steps
+
+
+def _training_command(comparison: Comparison, run: Run) -> list[str]:
+    run_dir, config = comparison.run_dir(run), comparison.train_config(run)
+    command = [sys.executable, "-m", "cem.train"]
+    if (run_dir / "last.pt").exists():
+        before = TrainConfig.from_yaml(run_dir / "config.yaml")
+        return [*command, "--resume", str(run_dir), *_elsewhere(before, config)]
+    path = _options_file(comparison, run.name)
+    config.to_yaml(path)
+    if run_dir.exists():  # see check_options: nothing in it has begun
+        shutil.rmtree(run_dir)
+    return [*command, "--config", str(path), "--out", str(run_dir)]
+
+
+def _attack_command(comparison: Comparison, run: Run) -> list[str]:
+    path = _options_file(comparison, "attack")
+    comparison.attack_config().to_yaml(path)
+    out = str(attack_dir(comparison, run))
+    return [sys.executable, "-m", "cem.attack", str(comparison.run_dir(run)), "--config", str(path), "--out", out]
+
+
+def _elsewhere(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """The options that say where to compute, where they are no longer those of the run."""
+    old, new, flags = before.to_dict(), after.to_dict(), []
+    for name in sorted(HARMLESS_ON_RESUME):
+        if old[name] == new[name]:
+            continue
+        if isinstance(new[name], bool):
+            flags.append(option(name) if new[name] else option(f"no_{name}"))
+        else:
+            flags += [option(name), str(new[name])]
+    return flags
+
+
+def _options_file(comparison: Comparison, name: str) -> Path:
+    path = comparison.out / OPTIONS_DIR / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _step(comparison: Comparison, run: Run, kind: str, command: list[str]) -> Step:
+    return Step(run, kind, tuple(command), comparison.out / LOGS_DIR / f"{run.name}-{kind}.log")

@@ -1,0 +1,280 @@
+"""What a comparison found, as ``table.csv``, two pictures, ``report.md`` and ``report.html``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from cem.comparison.config import Comparison, command_of
+from cem.comparison.correlation import correlate
+from cem.comparison.definitions import CONTROLS, DEFINITIONS, SHOWN, VALUES
+from cem.comparison.findings import LIMITS, headlines
+from cem.comparison.plan import LOGS_DIR
+from cem.comparison.results import RunResult, write_table
+from cem.comparison.statistics import Row, Spread, spread, summarise
+from cem.report.document import NOTHING, Column, Link, Picture, Report, Section, Table
+from cem.report.html import write_html
+from cem.report.markdown import write_markdown
+from cem.report.numbers import figure, signed, with_spread
+from cem.report.reconstructions import Images, draw_reconstructions
+from cem.report.tradeoff import Point, draw_tradeoff
+
+
+def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
+    """Write ``table.csv``, ``tradeoff.png``, ``reconstructions.png``, ``report.md`` and ``report.html``.
+
+    Pictures need at least one finished run.
+
+    Args:
+        comparison: its options; all files lie in ``comparison.out``.
+        results: of all its runs, setting by setting.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    out = comparison.out
+    write_table(results, out / "table.csv")
+    rows = summarise(results)
+    sections = [
+        _table_section(rows, results),
+        _tradeoff_section(results, out),
+        _reconstruction_section(results, out),
+        _correlation_section(results),
+        Section("How the figures are defined", [LIMITS], definitions=DEFINITIONS),
+        _origin_section(comparison, results),
+        _runs_section(results, out),
+    ]
+    report = Report(_title(comparison), headlines(rows, results), sections)
+    write_markdown(report, out / "report.md")
+    write_html(report, out / "report.html")
+    return out / "report.html"
+
+
+def _title(comparison: Comparison) -> str:
+    train, grid = comparison.train, comparison.grid
+    seeds = "1 seed" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds"
+    return f"{', '.join(grid.surrogates)} on {train.data}: {train.arch}, {train.epochs} epochs, {seeds}"
+
+
+def _table_section(rows: Sequence[Row], results: Sequence[RunResult]) -> Section:
+    shown = [each for each in SHOWN if any(row.figures[each.name] for row in rows)]
+    heads = [Column("setting"), Column("runs"), Column("converged"), *(each.head for each in shown)]
+    lines: list[list[str | Link]] = []
+    for row in rows:
+        reference = row.setting.surrogate == "none"
+        figures = [
+            NOTHING if reference and each.relative else _text(row.figures[each.name], each.factor, each.decimals)
+            for each in shown
+        ]
+        converged = f"{row.converged} of {row.finished}" if row.finished else NOTHING
+        lines.append([str(row.setting), _count(row), converged, *figures])
+    for control, name in CONTROLS.items():
+        errors = {
+            f"{images}_mse": spread(result.figures[f"{control}_{images}_mse"] for result in results)
+            for images in ("test", "train")
+        }
+        if any(errors.values()):
+            figures = [figure(error.mean if (error := errors.get(each.name)) else None) for each in shown]
+            lines.append([f"control: {name}", NOTHING, NOTHING, *figures])
+    text = ["Mean ± standard deviation over seeds; table.csv has one line a run, in full precision."]
+    text += [f"{result.run.name} failed: {result.reason}" for result in results if result.status == "failed"]
+    return Section("Settings", text, Table(heads, lines), links=[Link("table.csv", Path("table.csv"))])
+
+
+def _count(row: Row) -> str:
+    if row.finished == row.planned:
+        return str(row.finished)
+    count = f"{row.finished} of {row.planned}" + (f", {row.failed} failed" if row.failed else "")
+    return count.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+
+
+def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
+    section = Section("Trade-off")
+    points = []
+    for result in results:
+        setting, mse, accuracy = result.run.setting, result.figures["test_mse"], result.figures["test_accuracy"]
+        if mse is not None and accuracy is not None:
+            points.append(Point(setting.surrogate, setting.lambd, setting.noise_std, mse, accuracy))
+    if not points:
+        return section
+    controls = {
+        name: error.mean
+        for control, name in CONTROLS.items()
+        if (error := spread(result.figures[f"{control}_test_mse"] for result in results))
+    }
+    draw_tradeoff(points, controls, out / "tradeoff.png")
+    section.picture = Picture(
+        Path("tradeoff.png"),
+        "Test accuracy over the error of the strongest attacker on unseen images. Full markers are runs, hollow ones "
+        "the mean of a setting. Solid lines join settings that differ in noise, dashed ones settings that differ in λ. "
+        "Up and to the right is better.",
+    )
+    return section
+
+
+def _reconstruction_section(results: Sequence[RunResult], out: Path) -> Section:
+    section = Section("Reconstructions")
+    originals: Images | None = None
+    rows: dict[str, tuple[Images, npt.NDArray[np.floating] | None]] = {}
+    seeds = set()
+    for result in results:
+        path, name = result.attack_dir / "images.npz", str(result.run.setting).replace(", ", "\n")
+        if result.status != "finished" or name in rows or not path.exists():
+            continue
+        with np.load(path) as content:
+            if originals is None:
+                originals = content["originals"]
+            if not np.array_equal(originals, content["originals"]):
+                section.paragraphs.append(f"{result.run.name} is left out: it was attacked on other images.")
+                continue
+            ssim = content["ssim"]  # NaN where images are too small for one
+            rows[name] = (content["reconstructions"], ssim if np.isfinite(ssim).all() else None)
+        seeds.add(result.run.seed)
+    if originals is None:
+        return section
+    draw_reconstructions(originals, rows, out / "reconstructions.png")
+    section.picture = Picture(
+        Path("reconstructions.png"),
+        "Unseen images, and below them what the strongest attacker on each setting makes of their features; seed "
+        f"{', '.join(map(str, sorted(seeds)))}. The number under a picture is its SSIM.",
+    )
+    return section
+
+
+def _correlation_section(results: Sequence[RunResult]) -> Section:
+    lines: list[list[str | Link]] = []
+    for each in correlate(results):
+        scope = "all runs" if each.noise_std is None else f"σ {each.noise_std:g}"
+        rho = NOTHING if each.rho is None else signed(each.rho)
+        interval = NOTHING
+        if each.low is not None and each.high is not None:
+            interval = f"{signed(each.low)} to {signed(each.high)}"
+        lines.append([each.value, scope, str(each.n), rho, interval, each.note or NOTHING])
+    section = Section(
+        "Do the surrogates' values say what leaks?",
+        [
+            "Spearman's rank correlation ρ between the value that a surrogate has on a trained model, whichever it was "
+            "trained with, and the MSE of the strongest attacker on unseen images. Values are penalties: the lower, "
+            "the less is meant to leak. So a good one has a strongly negative ρ: where it is low, the attacker errs "
+            "more.",
+            "Intervals: 95 %, percentile bootstrap over runs, 10,000 resamples, fixed seed. Runs of one setting "
+            "resemble each other, so with few settings the intervals are too narrow, and they say nothing of other "
+            "data. All runs together mix noise levels, where a value that merely knows the noise does well: look "
+            "within a level.",
+        ],
+    )
+    if lines:
+        heads = [Column("value"), Column("runs", words=True), Column("n"), Column("ρ"), Column("95 % interval")]
+        section.table = Table([*heads, Column("note", words=True)], lines)
+        names = dict.fromkeys(name for result in results for name in result.values)
+        section.facts = [(name, VALUES[name]) for name in names if name in VALUES]
+    else:
+        section.paragraphs.append("No attack has computed values yet.")
+    return section
+
+
+def _origin_section(comparison: Comparison, results: Sequence[RunResult]) -> Section:
+    command = command_of(comparison.out / "compare.yaml")
+    options = yaml.safe_dump(comparison.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    facts = [("Device", _distinct(result.summary.get("device") for result in results))]
+    versions = [result.summary["versions"] for result in results if result.summary.get("versions")]
+    names = dict.fromkeys(name for each in versions for name, version in each.items() if version is not None)
+    used = (f"{name} {_distinct(each.get(name) for each in versions)}" for name in names)
+    facts.append(("Versions", ", ".join(used) or NOTHING))
+    sizes = [result.attack["sizes"] for result in results if result.attack.get("sizes")]
+    for name in dict.fromkeys(name for each in sizes for name in each):
+        facts.append((f"Images: {name.replace('_', ' ')}", _distinct(each.get(name) for each in sizes)))
+    seconds = sum(result.figures[name] or 0 for result in results for name in ("train_seconds", "attack_seconds"))
+    facts.append(("Time of all runs", f"{seconds / 60:.1f} min, {comparison.grid.jobs} at a time"))
+    return Section(
+        "Options and origin",
+        [] if command is None else ["The command, and all options as it resolved them:"],
+        facts=facts,
+        code=(f"{command}\n\n" if command else "") + options,
+    )
+
+
+def _runs_section(results: Sequence[RunResult], out: Path) -> Section:
+    heads = [Column("run"), Column("status", words=True), Column("accuracy [%]"), Column("MSE, unseen")]
+    heads += [Column("SSIM, unseen"), Column("MSE, training")]
+    heads += [Column("strongest attacker", words=True), Column("reason", words=True)]
+    lines: list[list[str | Link]] = []
+    for result in results:
+        figures = result.figures
+        lines.append(
+            [
+                Link(result.run.name, Path(result.run.name)) if result.run_dir.exists() else result.run.name,
+                result.status,
+                _percent(figures["test_accuracy"]),
+                *(figure(figures[name]) for name in ("test_mse", "test_ssim", "train_mse")),
+                result.attack.get("strongest") or NOTHING,
+                result.reason or NOTHING,
+            ]
+        )
+    section = Section("Runs", table=Table(heads, lines))
+    section.details = [_run_section(result, out) for result in results if result.run_dir.exists()]
+    return section
+
+
+def _run_section(result: RunResult, out: Path) -> Section:
+    summary, attack, figures = result.summary, result.attack, result.figures
+    facts = [("Status", result.status + (f": {result.reason}" if result.reason else ""))]
+    if summary:
+        facts.append(("Best epoch", f"{summary.get('best_epoch')} of {summary.get('epochs')}"))
+        facts.append(("Training", f"{figure(figures['train_seconds'])} s on {summary.get('device')}"))
+        if summary.get("skipped_steps"):
+            facts.append(("Steps without a finite penalty", str(summary["skipped_steps"])))
+    if attack:
+        facts.append(("Attack", f"{figure(figures['attack_seconds'])} s on {attack.get('device')}"))
+    for name, value in (attack.get("information") or {}).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            facts.append((f"Information: {name.replace('_', ' ')}", figure(value)))
+    facts += [(f"Value: {name}", figure(value)) for name, value in result.values.items()]
+    heads = [Column("attacker"), Column("parameters"), Column("epochs"), Column("converged"), Column("seconds")]
+    heads += [Column("MSE, validation"), Column("MSE, unseen"), Column("SSIM, unseen"), Column("MSE, training")]
+    lines: list[list[str | Link]] = [
+        [
+            each["name"],
+            f"{each['parameters']:,}",
+            str(each["epochs"]),
+            "yes" if each["converged"] else "no",
+            figure(each["seconds"]),
+            figure(each["val"]["mse"]),
+            figure(each["test_target"]["mse"]),
+            figure(each["test_target"]["ssim"]),
+            figure(each["train_target"]["mse"]),
+        ]
+        for each in attack.get("attackers", [])
+    ]
+    files = ["config.yaml", "metrics.csv", "summary.json", "curves.png", "tsne.png"]
+    files += [f"{result.attack_dir.name}/{file}" for file in ("attack.json", "reconstructions.png", "curves.png")]
+    links = [Link(file, Path(result.run.name) / file) for file in files]
+    logs = (f"{LOGS_DIR}/{result.run.name}-{kind}.log" for kind in ("training", "attack"))
+    links += [Link(log, Path(log)) for log in logs]
+    return Section(
+        result.run.name,
+        table=Table(heads, lines) if lines else None,
+        facts=facts,
+        links=[link for link in links if (out / link.target).exists()],
+    )
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """All values that occur, once each."""
+    return " / ".join(dict.fromkeys(str(value) for value in values if value is not None)) or NOTHING
+
+
+def _text(spread: Spread | None, factor: float = 1.0, decimals: int | None = None) -> str:
+    if spread is None:
+        return NOTHING
+    std = None if spread.std is None else spread.std * factor
+    return with_spread(spread.mean * factor, std, decimals=decimals)
+
+
+def _percent(fraction: float | None) -> str:
+    return NOTHING if fraction is None else figure(100 * fraction, decimals=1)

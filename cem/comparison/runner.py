@@ -1,0 +1,233 @@
+"""Carrying out a comparison: a subprocess for every training and attack, several at a time if asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cem.comparison.config import Comparison
+from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
+from cem.options import ConfigError
+from cem.training.runlog import write_json
+
+FAILURES = "failures.json"
+"""File of a comparison: by name of the run, which step failed last, its exit code, and the last line it printed."""
+
+_POLL = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended.
+
+    Attributes:
+        step: the step.
+        code: exit code of its process; negative if a signal ended it.
+    """
+
+    step: Step
+    code: int
+
+
+def run_comparison(comparison: Comparison, command: str) -> None:
+    """Train and attack what is not trained and attacked yet.
+
+    A step that fails is noted in ``failures.json`` and costs only its own run. Output of the steps goes to
+    ``logs/``; this process prints a progress bar, and a line when a run is finished.
+
+    Args:
+        comparison: its options, validated; written to ``compare.yaml``.
+        command: the command line that they came from.
+
+    Raises:
+        ConfigError: a directory of a run is occupied by something else, before anything is started, or another
+            comparison is at work in this folder.
+        KeyboardInterrupt: after the steps under way were stopped; they can be continued.
+    """
+    runs = comparison.grid.runs()
+    for run in runs:
+        check_options(comparison, run)
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    with locked(comparison.out) as lock:
+        comparison.to_yaml(comparison.out / "compare.yaml", command)
+        queues = [queue for run in runs if (queue := remaining_steps(comparison, run))]
+        left = sum(map(len, queues))
+        _say(f"{len(runs)} runs in {comparison.out}, of which {len(runs) - len(queues)} are finished")
+        # disable=None: no bar where stderr is no terminal.
+        with tqdm(
+            total=2 * len(runs), initial=2 * len(runs) - left, unit="step", disable=None, mininterval=1, miniters=0
+        ) as bar:
+            ended = len(runs) - len(queues)
+
+            def report(outcome: Outcome) -> None:
+                nonlocal ended
+                step = outcome.step
+                note_failure(comparison.out, outcome)
+                # After a training that failed there is no attack.
+                bar.update(2 if outcome.code != 0 and step.kind == "training" else 1)
+                if outcome.code != 0 or step.kind == "attack":
+                    ended += 1
+                    _say(f"[{ended}/{len(runs)}] {step.run.name}: {_result(comparison, outcome)}")
+
+            def watch(steps: Sequence[Step]) -> None:
+                bar.set_postfix_str(", ".join(f"{step.kind} {step.run.name}" for step in steps), refresh=False)
+                bar.update(0)
+
+            run_queues(queues, comparison.grid.jobs, _environment(comparison.grid.jobs), report, watch, lock=lock)
+
+
+def run_queues(
+    queues: Sequence[Sequence[Step]],
+    jobs: int,
+    environment: Mapping[str, str],
+    report: Callable[[Outcome], None],
+    watch: Callable[[Sequence[Step]], None] = lambda steps: None,
+    *,
+    lock: int | None = None,
+) -> None:
+    """Run the steps of every queue in order, those of up to ``jobs`` queues at a time.
+
+    Args:
+        queues: steps that build on one another; after one that failed, the rest of its queue is left out.
+        jobs: queues that are worked on at a time.
+        environment: of the processes.
+        report: called when a step has ended.
+        watch: called several times a second with the steps under way.
+        lock: file descriptor that the processes hold open as long as they live.
+
+    Raises:
+        KeyboardInterrupt: after all processes have ended.
+    """
+    waiting, active = deque(map(deque, queues)), list[_Active]()
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                queue = waiting.popleft()
+                active.append(_Active(queue.popleft(), queue, environment, lock))
+            for each in list(active):
+                code = each.process.poll()
+                if code is None:
+                    continue
+                active.remove(each)
+                report(Outcome(each.step, code))
+                if code == 0 and each.rest:
+                    waiting.appendleft(each.rest)
+            watch([each.step for each in active])
+            if active:
+                time.sleep(_POLL)
+    finally:
+        _stop([each.process for each in active])
+
+
+class _Active:
+    """A step under way."""
+
+    def __init__(self, step: Step, rest: deque[Step], environment: Mapping[str, str], lock: int | None) -> None:
+        self.step, self.rest = step, rest
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(step.log, "ab") as log:
+            # In a session of its own, Ctrl-C reaches this process alone, which then stops every step once.
+            self.process = subprocess.Popen(
+                step.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+                pass_fds=() if lock is None else (lock,),
+            )
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes so that they leave what can be continued; a second Ctrl-C ends them at once."""
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def read_failures(out: Path) -> dict[str, dict[str, Any]]:
+    """By name of the run: ``step``, ``exit_code`` and ``reason`` of the step that failed last."""
+    path = out / FAILURES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def note_failure(out: Path, outcome: Outcome) -> None:
+    """Write a failure down in ``failures.json``, or strike out an earlier one of this run."""
+    failures, name = read_failures(out), outcome.step.run.name
+    if outcome.code == 0:
+        if failures.pop(name, None) is None:
+            return
+    else:
+        failures[name] = {"step": outcome.step.kind, "exit_code": outcome.code, "reason": _reason(outcome)}
+    write_json(out / FAILURES, failures)
+
+
+def _reason(outcome: Outcome) -> str:
+    if outcome.code < 0:
+        return f"ended by {signal.Signals(-outcome.code).name}"
+    lines = outcome.step.log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {outcome.code}")
+    return last.removeprefix("error: ")
+
+
+def _result(comparison: Comparison, outcome: Outcome) -> str:
+    """A finished or failed run in one line."""
+    if outcome.code != 0:
+        return f"{outcome.step.kind} failed (exit code {outcome.code}): {_reason(outcome)}"
+    path = attack_dir(comparison, outcome.step.run) / "attack.json"
+    attack = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        f"test accuracy {attack['run']['test_accuracy']:.1%}, strongest attack on unseen images: MSE "
+        f"{attack['test_target']['mse']:.4g} ({attack['strongest']})"
+    )
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[int | None]:
+    """Keep a second comparison out of this folder, also while processes of a killed one live on.
+
+    Yields:
+        A file descriptor; who holds it open keeps the folder locked. ``None`` where there are no such locks.
+
+    Raises:
+        ConfigError: the folder is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield None
+        return
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another comparison, or a run that it left behind, is at work in {out}") from None
+        yield file.fileno()
+
+
+def _say(line: str) -> None:
+    """Print above the progress bar."""
+    tqdm.write(line, file=sys.stderr)

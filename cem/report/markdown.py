@@ -1,0 +1,66 @@
+"""A report as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import quote
+
+from cem.report.document import Link, Report, Section, Table
+
+# An underscore inside a word marks nothing.
+_MARKUP = re.compile(r"[\\`*<>\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#+>-]")
+
+
+def write_markdown(report: Report, path: Path) -> None:
+    """Write ``report`` to ``path``; pictures and links are relative to its folder. A file that exists is complete."""
+    lines = [f"# {escape(report.title)}", "", *(f"- {escape(line)}" for line in report.headlines)]
+    for section in report.sections:
+        lines += ["", *_section(section, level=2)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def escape(text: str) -> str:
+    """``text`` such that Markdown shows it as it is, on one line."""
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def _section(section: Section, level: int) -> Iterable[str]:
+    yield f"{'#' * level} {escape(section.title)}"
+    for paragraph in section.paragraphs:
+        yield from ("", escape(paragraph))
+    if section.table is not None:
+        yield from ("", *_table(section.table))
+    if section.picture is not None:
+        target = quote(section.picture.path.as_posix())
+        yield from ("", f"![{escape(section.picture.description)}]({target})")
+    for pairs in (section.definitions, section.facts):
+        if pairs:
+            yield ""
+        yield from (f"- **{escape(term)}**: {escape(meaning)}" for term, meaning in pairs)
+    if section.links:
+        yield from ("", " · ".join(map(_link, section.links)))
+    if section.code:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", section.code)), default=0))
+        yield from ("", fence, section.code.rstrip("\n"), fence)
+    for detail in section.details:
+        yield from ("", *_section(detail, level + 1))
+
+
+def _table(table: Table) -> Iterable[str]:
+    yield _row(escape(column.full) for column in table.columns)
+    yield _row("---" if index == 0 or column.words else "---:" for index, column in enumerate(table.columns))
+    for row in table.rows:
+        yield _row(_link(cell) if isinstance(cell, Link) else escape(cell) for cell in row)
+
+
+def _link(link: Link) -> str:
+    return f"[{escape(link.text)}]({quote(link.target.as_posix())})"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,95 @@
+"""What a defence costs in accuracy, and what it buys against the attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.lines import Line2D
+
+from cem.report.figure import COLOURS, new_figure, plain, save_figure
+
+_MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run.
+
+    Attributes:
+        surrogate: has a colour.
+        lambd: weight λ of its penalty.
+        noise_std: σ of the noise: has a marker.
+        mse: of the strongest attacker on unseen images.
+        accuracy: on the test set, in [0, 1].
+    """
+
+    surrogate: str
+    lambd: float
+    noise_std: float
+    mse: float
+    accuracy: float
+
+
+def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: Path) -> None:
+    """Draw accuracy over the error of the strongest attacker; up and to the right is better.
+
+    Every run has a full marker, every setting a hollow one at its mean. Solid lines join the settings of one
+    surrogate and λ by their noise: that of ``none`` is what noise alone buys. Dashed lines join those of one
+    surrogate and noise by λ.
+
+    Args:
+        points: one a run; surrogates are coloured in the order in which they come.
+        controls: errors of answers that need no features, by name, drawn as vertical lines.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not points:
+        raise ValueError("there are no runs to draw")
+    figure = new_figure(7, 5.6)
+    axes = figure.subplots()
+    noises = sorted({point.noise_std for point in points})
+    markers = {noise: _MARKERS[index % len(_MARKERS)] for index, noise in enumerate(noises)}
+    entries: list[Line2D] = []
+    for index, surrogate in enumerate(dict.fromkeys(point.surrogate for point in points)):
+        colour = COLOURS[index % len(COLOURS)]
+        settings: dict[tuple[float, float], list[Point]] = {}
+        for point in points:
+            if point.surrogate == surrogate:
+                settings.setdefault((point.lambd, point.noise_std), []).append(point)
+        lambds = sorted({lambd for lambd, _ in settings})
+        means = {}
+        for (lambd, noise), runs in settings.items():
+            x, y = [run.mse for run in runs], [100 * run.accuracy for run in runs]
+            mean = means[lambd, noise] = fmean(x), fmean(y)
+            axes.scatter(*mean, marker=markers[noise], s=130, facecolors="white", edgecolors=colour, lw=1.5, zorder=3)
+            axes.scatter(x, y, marker=markers[noise], s=20, color=colour, alpha=0.7, linewidths=0, zorder=4)
+            if len(lambds) > 1:
+                axes.annotate(
+                    f"λ {lambd:g}", mean, (8, 6), textcoords="offset points", fontsize=8, color=colour, zorder=5
+                )
+        for lambd in lambds:
+            joined = [means[lambd, noise] for noise in noises if (lambd, noise) in means]
+            axes.plot(*zip(*joined, strict=True), color=colour, lw=1.5, zorder=2)
+        for noise in noises:
+            joined = [means[lambd, noise] for lambd in lambds if (lambd, noise) in means]
+            if len(joined) > 1:
+                axes.plot(*zip(*joined, strict=True), color=colour, lw=1.2, ls=(0, (4, 3)), zorder=2)
+        weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
+        entries.append(Line2D([], [], color=colour, lw=3, label=surrogate + weight))
+    for noise in noises:
+        marker = markers[noise]
+        entries.append(Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white", label=f"noise σ {noise:g}"))
+    for (name, mse), style in zip(controls.items(), (":", "--", "-."), strict=False):
+        axes.axvline(mse, color="0.45", ls=style, lw=1.2, zorder=1)
+        entries.append(Line2D([], [], color="0.45", ls=style, lw=1.2, label=f"control: {name}"))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("MSE of the strongest attacker on unseen images (higher: more private)")
+    axes.set_ylabel("test accuracy [%]")
+    plain(axes)
+    figure.legend(handles=entries, frameon=False, loc="outside lower center", ncols=3)
+    save_figure(figure, path)

@@ -1,0 +1,62 @@
+"""Which runs a comparison consists of, and what they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cem.comparison import GridOptions, Run, Setting
+from cem.options import ConfigError
+
+
+def test_surrogate_none_is_run_once_whatever_the_weights() -> None:
+    grid = GridOptions(surrogates=("none", "gmm"), lambds=(4.0, 16.0), noise_stds=(0.1, 0.2), seeds=(0,))
+    assert grid.settings() == [
+        Setting("none", 0.0, 0.1),
+        Setting("gmm", 4.0, 0.1),
+        Setting("gmm", 16.0, 0.1),
+        Setting("none", 0.0, 0.2),
+        Setting("gmm", 4.0, 0.2),
+        Setting("gmm", 16.0, 0.2),
+    ]
+
+
+def test_first_seed_is_run_in_every_setting_before_the_second() -> None:
+    grid = GridOptions(surrogates=("none", "gmm"), seeds=(7, 8))
+    assert [(run.setting.surrogate, run.seed) for run in grid.runs()] == [
+        ("none", 7),
+        ("gmm", 7),
+        ("none", 8),
+        ("gmm", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (Run(Setting("none", 0.0, 0.025), 0), "none-noise0.025-seed0"),
+        (Run(Setting("gmm", 16.0, 0.025), 3), "gmm-lambd16-noise0.025-seed3"),
+        (Run(Setting("attention", 0.5, 1e-5), 0), "attention-lambd0.5-noise1e-05-seed0"),
+    ],
+)
+def test_run_is_named_after_what_varies(run: Run, name: str) -> None:
+    assert run.name == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": ()}, "--seeds needs at least one value"),
+        ({"lambds": (16.0, 0.0)}, "--lambds must be finite and above 0, got 0; without a penalty is --surrogates none"),
+        ({"lambds": (float("inf"),)}, "--lambds must be finite"),
+        ({"jobs": 0}, "--jobs must be at least 1, got 0"),
+        ({"seeds": (1, 1)}, "two runs would be called none-noise0.1-seed1"),
+        ({"noise_stds": (0.1, 0.10000001)}, "two runs would be called none-noise0.1-seed0"),
+        ({"surrogates": ("kmeans",)}, "--surrogates takes one of none, gmm, attention, got 'kmeans'"),
+    ],
+)
+def test_grid_that_cannot_be_run_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GridOptions(**options).validate()
+    assert message in str(caught.value)
