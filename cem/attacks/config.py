@@ -32,10 +32,10 @@ class AttackConfig(Options):
     """Score on this many images of the test set, and as many of the target's training set; without it, on as
     many as both have."""
 
-    cycle_epochs: int = 4
+    cycle_epochs: int = 5
     """Passes over the attacker's images in the first cosine cycle of the learning rate; each further cycle is
     twice as long."""
-    max_epochs: int = 60
+    max_epochs: int = 75
     """Bound on the passes. Cycles follow one another while the validation error still falls; a decoder whose
     error was falling when the bound came is reported as not converged."""
     tolerance: float = 0.03
