@@ -99,7 +99,7 @@ DEFINITIONS = [
         "variances of clean features inside classes or clusters; a sample gives them, hence an estimate. Error bound: "
         "exp(−2 (I − I_none) / d), d the number of values of an image, I_none that of surrogate none at the same "
         "noise and seed. It is the factor by which the smallest mean squared error that I permits exceeds the one "
-        "that I_none permits.",
+        "that I_none permits. Both may be far below what any attacker reaches, so a large factor promises nothing.",
     ),
     (
         "Controls",
