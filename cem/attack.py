@@ -15,18 +15,20 @@ from typing import Annotated, Any
 import tyro
 
 from cem.attacks import Attack, AttackConfig, AttackDiverged
+from cem.attacks.run import FEW_IMAGES, longer
 from cem.options import ConfigError
 from cem.training import CheckpointError
 
-DESCRIPTION = """Try to invert what a trained run's client sends: the worst that this attacker reaches, not the
-average. RUN is a directory that python -m cem.train left.
+DESCRIPTION = """Try to invert what a trained run's client sends. RUN is a directory that python -m cem.train left.
 
 The attacker has images of the same kind that the target never trained on, may send them through the client as often
-as it likes, knows the defence, and trains decoders from noisy features back to images until more training no longer
-helps. The decoder that does best on the attacker's own validation images is then scored, once, on images that nobody
-has seen and on images that the target was trained on. Beside it: a white-box attack that knows the encoder's weights;
-guessing the mean image, or the mean image of the right class; an undefended run, where there is one; and a bound on
-the information that the features hold.
+as it likes, knows the defence, and trains decoders from noisy features back to images until twice the training gains
+next to nothing. The decoder that does best on the attacker's own validation images is the one that counts, on images
+that nobody has seen (they choose nothing) and on images that the target was trained on. Beside it: a white-box
+attack that knows the encoder's weights; guessing the mean image, or the mean image of the right class; an undefended
+run, where there is one; and an upper estimate of the information that the features hold.
+
+An attack shows that at least so much leaks. A stronger one may exist.
 
 Everything lies in RUN/attack/: attack.json, reconstructions.png, curves.png, attack.log, images.npz, the decoders.
 Ctrl-C keeps the decoders that were finished; the same command goes on from there."""
@@ -63,7 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, AttackConfig, Path | None]:
         args=list(argv),
     )
     if options.run is None:
-        raise ConfigError("which run? python -m cem.attack RUN, with a directory that python -m cem.train left")
+        raise ConfigError("which run? python -m cem.attack RUN [options]; RUN comes first")
     config = AttackConfig(**{field.name: getattr(options, field.name) for field in fields(AttackConfig)})
     return options.run, config, options.out
 
@@ -94,27 +96,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """What an attack found, for people."""
-    strongest = f"strongest, {result['strongest']}"
-    rows = [(strongest, result), *((f"guess the {k.replace('_', ' ')}", v) for k, v in result["controls"].items())]
+    attackers = {record["name"]: record for record in result["attackers"]}
+    rows = [(f"strongest decoder, {result['strongest']}", result)]
+    if result["most_similar"] not in (None, result["strongest"]):
+        rows.append((f"highest SSIM, {result['most_similar']}", attackers[result["most_similar"]]))
     if result["white_box"] is not None:
-        rows.insert(1, (f"white box, {result['white_box']['images']} images", result["white_box"]))
+        images = result["white_box"]["images"]
+        rows.append((f"white box, {images} images", result["white_box"]))
+        rows.append((f"strongest decoder, the same {images}", result["white_box"]["decoder"]))
+    rows += [(f"guess the {name.replace('_', ' ')}", scores) for name, scores in result["controls"].items()]
     if result["undefended"] is not None:
         rows.append((f"undefended: {result['undefended']['name']}", result["undefended"]))
     width = max(len(name) for name, _ in rows)
-    lines = [
-        f"{'':{width}}   unseen images             training images",
-        f"{'':{width}}" + "   MSE      PSNR   SSIM  " * 2,
-    ]
+    lines = [f"{'':{width}}   {'unseen images':26}training images", f"{'':{width}}" + "   MSE      PSNR   SSIM " * 2]
     for name, scores in rows:
         cells = "".join(_cells(scores[part]) for part in ("test_target", "train_target"))
         lines.append(f"{name:{width}}{cells}")
-    if not result["converged"]:
-        lines.append("not converged: the strongest decoder was still improving; raise --max-epochs")
+    config = AttackConfig.from_dict(result["config"])
+    for record in result["attackers"]:
+        if not record["converged"]:
+            lines.append(f"not converged: {record['name']}; {longer(record, config)}")
+    if result["sizes"]["attacker_train"] < FEW_IMAGES:
+        lines.append(f"a weak attacker: it had only {result['sizes']['attacker_train']} images to learn from")
     nats = result["information"]["nats"]
     if nats is None:
-        lines.append("information in the features: no bound without noise")
+        lines.append("information in the features: unbounded without noise")
     else:
-        lines.append(f"information in the features: at most {nats:.0f} nats by class and cluster (no certificate)")
+        lines.append(f"information in the features: about {nats:.0f} nats, an upper estimate; it certifies nothing")
     return "\n".join(lines)
 
 

@@ -36,8 +36,9 @@ class AttackConfig(Options):
     """Passes over the attacker's images in the first cosine cycle of the learning rate; each further cycle is
     twice as long."""
     max_epochs: int = 75
-    """Bound on the passes. Cycles follow one another while the validation error still falls; a decoder whose
-    error was falling when the bound came is reported as not converged."""
+    """Bound on the passes. Cycles follow one another while the validation error still falls, and only whole ones
+    are run: 5, 15, 35, 75, 155, ... epochs with --cycle-epochs 5. A decoder whose error was falling when the bound
+    came is reported as not converged."""
     tolerance: float = 0.03
     """A decoder has converged when a cycle, twice as long as the one before, lowered the validation MSE by less
     than this fraction."""
@@ -55,8 +56,8 @@ class AttackConfig(Options):
     """Steps of Adam on those pixels."""
 
     control: Path | None = None
-    """An attacked run without a penalty, whose figures stand beside this one's, and to which the information
-    bound is related. Without it: one beside this run whose other options are the same, if there is any."""
+    """A run without a penalty under the same noise, attacked before in the same way, whose figures stand beside
+    this one's, and to which the information is related. Without it: one beside this run, if there is any."""
     data_root: Path | None = None
     """Folder of the data set, if it is no longer where the run had it."""
     seed: int = 0

@@ -23,7 +23,7 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     Names are those of the original code: ``res_normN8C64`` has 8 residual blocks of 64 channels with batch
     normalisation at the features' own resolution, then a transposed convolution for each doubling of the
     side. ``deconvC64`` is the transposed convolutions alone. Features may be a map or a vector, of any size:
-    sides that no doubling reaches are resized in the end.
+    sides that no doubling hits are overshot and resized in the end.
 
     Args:
         name: see :data:`DECODER_NAMES`.
@@ -84,7 +84,9 @@ class _Decoder(nn.Module):
             start = [nn.Linear(feature_shape[0], channels * math.prod(side)), nn.Unflatten(1, (channels, *side))]
         else:
             raise ValueError(f"a decoder takes features (C, H, W) or (D,), got {feature_shape}")
-        doublings = min(math.floor(math.log2(image / own)) for image, own in zip(self.size, side, strict=True))
+        # Sides that are no power of two times the map's are overshot: what is not drawn finely enough before the
+        # last resizing is lost.
+        doublings = max(0, *(math.ceil(math.log2(image / own)) for image, own in zip(self.size, side, strict=True)))
         self.layers = nn.Sequential(
             *start,
             # Channels that hardly vary must be readable too: features are standardised before anything else.
@@ -100,7 +102,7 @@ class _Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.layers(z)
         if list(x.shape[-2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+            x = F.interpolate(x.float(), self.size, mode="bilinear", antialias=True)  # not defined for bfloat16
         return x.sigmoid()
 
 

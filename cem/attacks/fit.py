@@ -38,7 +38,7 @@ class FittedDecoder:
 
     Attributes:
         decoder: with the weights of ``best_epoch``, in evaluation mode.
-        curve: per epoch ``epoch``, ``lr`` (at its end), ``train_loss`` and ``val_mse``.
+        curve: per epoch ``epoch``, ``lr`` (of its last step), ``train_loss`` and ``val_mse``.
         best_epoch: with the smallest ``val_mse``, from 1.
         converged: the last cycle, twice as long as the one before, gained less than the tolerance.
         seconds: of training and validation.
@@ -100,13 +100,15 @@ def fit_decoder(
     with isolated_random(config.seed, device):
         while not converged and len(curve) + length <= config.max_epochs:
             for _ in range(length):
-                train_loss = _epoch(view, decoder, loss, train, optimizer, scheduler, config, len(curve) + 1)
+                train_loss, lr = _epoch(view, decoder, loss, train, optimizer, scheduler, config, len(curve) + 1)
                 row: dict[str, float] = {
                     "epoch": len(curve) + 1,
-                    "lr": float(scheduler.get_last_lr()[0]),
+                    "lr": lr,
                     "train_loss": train_loss,
                     "val_mse": _mse(decoder, val, config.seed),
                 }
+                if not math.isfinite(row["val_mse"]):
+                    raise AttackDiverged(f"the validation MSE of epoch {row['epoch']} is not finite; lower --lr")
                 curve.append(row)
                 report(row)
                 if row["val_mse"] < best_mse:
@@ -147,8 +149,8 @@ def _epoch(
     scheduler: CosineAnnealingWarmRestarts,
     config: AttackConfig,
     number: int,
-) -> float:
-    """One pass over the attacker's images; the mean loss."""
+) -> tuple[float, float]:
+    """One pass over the attacker's images: the mean loss, and the learning rate of the last step."""
     decoder.train()
     device = next(decoder.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -161,13 +163,14 @@ def _epoch(
         value = LOSSES[loss](reconstructions.float(), images)
         value.backward()
         optimizer.step()
+        lr = float(scheduler.get_last_lr()[0])
         scheduler.step()
         total += value.detach().double() * len(images)
         count += len(images)
     mean = total.item() / count
     if not math.isfinite(mean):
         raise AttackDiverged(f"the decoder's loss in epoch {number} is {mean}; lower --lr ({config.lr:g})")
-    return mean
+    return mean, lr
 
 
 @torch.no_grad()

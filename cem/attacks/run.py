@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,20 @@ from cem.attacks.decoders import build_decoder
 from cem.attacks.fit import FittedDecoder, fit_decoder, reconstruct, score_decoder
 from cem.attacks.information import information_report, relative_to
 from cem.attacks.metrics import mean_scores, score_images, ssim_window
-from cem.attacks.splits import attack_splits, pick, varied
+from cem.attacks.splits import pick, varied
+from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
-from cem.data import DataSplits, load_data, make_loader
+from cem.data import make_loader
 from cem.options import ConfigError
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
-from cem.training import checkpoint, load_run, read_summary, runs
+from cem.training import CheckpointError, checkpoint, runs
 from cem.training.evaluation import collect_features, isolated_random
 from cem.training.runlog import run_log, write_json
 
 PICTURES = 10  # images in the grid
+FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
 INFORMATION_IMAGES = 12_000  # at most, for the information report
-SCORED = ("train_target", "test_target")
 
 
 class Attack:
@@ -48,40 +49,27 @@ class Attack:
     Attributes:
         out: where the results lie.
         finished: content of ``attack.json`` if this attack was finished already, else ``None``.
-        splits: the four disjoint sets of images.
+        target: the run's model and data.
 
     Raises:
-        ConfigError: an option cannot be used, ``run_dir`` holds no finished run, its data are others now, or
-            ``out`` holds another attack.
-        CheckpointError: the run's ``best.pt`` is missing or damaged.
-        ValueError, OSError: the data cannot be read, or leave nothing for an attacker.
+        ConfigError: an option cannot be used, ``run_dir`` holds no finished run, its data are others now, ``out``
+            holds another attack, or the control is none.
+        CheckpointError: the run's ``best.pt`` is damaged.
+        ValueError, OSError: a file cannot be read, or the data leave nothing for an attacker.
     """
 
     def __init__(self, run_dir: Path, config: AttackConfig, out: Path | None = None) -> None:
         config.validate()
         self.config = config
-        self.run_dir = Path(run_dir)
-        summary = read_summary(self.run_dir)
-        if summary is None:
-            raise ConfigError(f"{self.run_dir} holds no finished run: there is no summary.json")
-        self._test_accuracy = summary["test_accuracy"]
         name = "attack" if config.queries == 1 else f"attack-queries{config.queries}"
-        self.out = self.run_dir / name if out is None else Path(out)
-        self._target_checksum = zlib.crc32((self.run_dir / "best.pt").read_bytes())
-        self._control = None if config.control is None else read_control(config.control, self.out.name)
+        self.out = Path(run_dir) / name if out is None else Path(out)
+        self.target = Target(Path(run_dir), config)
+        self._check_losses()
         self.finished = self._check_out()
-        self.target, self.model = load_run(self.run_dir, config.device)
-        self.model.requires_grad_(False)
-        self.device = next(self.model.parameters()).device
-        data, everything = self._load_data()
-        self._num_classes = data.num_classes
-        self.splits = attack_splits(data, everything, aux_size=config.aux_size)
-        size = min(len(self.splits.test), len(self.splits.target_train), config.score_size or len(self.splits.test))
-        # Scored on images of the target's training set and on images that nobody has seen.
-        self.judged = {
-            "train_target": pick(self.splits.target_train, size),
-            "test_target": pick(self.splits.test, size),
-        }
+        if config.control is None:
+            self._control = find_control(self.target, config, name)
+        else:
+            self._control = read_control(config.control, self.target, config, name)
 
     def run(self) -> dict[str, Any]:
         """Train and score all attackers, draw the pictures, write ``attack.json``.
@@ -97,6 +85,7 @@ class Attack:
         """
         if self.finished is not None:
             return self.finished
+        self._seconds_before = 0.0  # of decoders that an earlier call trained
         self.out.mkdir(parents=True, exist_ok=True)
         with run_log(self.out, "attack.log") as self._log:
             self.config.to_yaml(self.out / "config.yaml")
@@ -110,44 +99,47 @@ class Attack:
                 raise
 
     def _run(self) -> dict[str, Any]:
-        config, start = self.config, time.perf_counter()
-        sizes = self.splits.sizes()
+        config, target, start = self.config, self.target, time.perf_counter()
+        sizes = target.splits.sizes()
         self._log.info(
             "attack on %s: %d images to train decoders on, %d to choose among them; %d queries an image; %s",
-            self.run_dir, sizes["attacker_train"], sizes["attacker_val"], config.queries,
-            runs.device_name(self.device),
+            target.run_dir, sizes["attacker_train"], sizes["attacker_val"], config.queries,
+            runs.device_name(target.device),
         )  # fmt: skip
+        if sizes["attacker_train"] < FEW_IMAGES:
+            self._log.warning(
+                "%d images make a weak attacker; train the target with --train-size to leave more",
+                sizes["attacker_train"],
+            )
         fitted = {name: self._attacker(name) for name in config.attackers}
         records = [record for _, record in fitted.values()]
         strongest = min(records, key=lambda record: record["val"]["mse"])
-        if not strongest["converged"]:
-            self._log.warning(
-                "the strongest attacker, %s, had not converged: a longer attack (--max-epochs) would do better",
-                strongest["name"],
-            )
-        controls = self._controls()
-        information = self._information()
-        control = self._control_run()
+        for record in records:
+            if not record["converged"]:
+                self._log.warning("%s had not converged; %s", record["name"], longer(record, config))
+        information, control = self._information(), self._control
         if control is not None:
-            information = relative_to(information, control["information"], control["name"])
+            information = relative_to(information, control["information"], control["run"]["name"])
         result = {
-            "run": self._run_facts(),
+            "run": target.facts(),
             "config": config.to_dict(),
-            "target_checksum": self._target_checksum,
-            "sizes": {**sizes, **{f"scored_{name}": len(images) for name, images in self.judged.items()}},
-            "ssim_window": ssim_window(*self.image_shape[1:]),
+            "target_checksum": target.checksum,
+            "data_checksum": target.data_checksum,
+            "sizes": {**sizes, **{f"scored_{name}": len(images) for name, images in target.judged.items()}},
+            "ssim_window": ssim_window(*target.image_shape[1:]),
             "strongest": strongest["name"],
             "most_similar": _most_similar(records),
             "converged": strongest["converged"],
-            **{name: strongest[name] for name in SCORED},
+            **{name: strongest[name] for name in target.judged},
             "attackers": records,
-            "white_box": self._white_box(),
-            "controls": controls,
-            "undefended": None if control is None else {name: control[name] for name in ("name", *SCORED)},
+            "white_box": self._white_box(fitted[strongest["name"]][0]),
+            "controls": control_scores(target.splits.attacker_train, target.judged, target.num_classes),
+            "undefended": control
+            and {"name": control["run"]["name"], **{name: control[name] for name in target.judged}},
             "information": information,
-            "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": runs.peak_memory(self.device),
-            "device": runs.device_name(self.device),
+            "seconds": time.perf_counter() - start + self._seconds_before,
+            "peak_memory_bytes": runs.peak_memory(target.device),
+            "device": runs.device_name(target.device),
             "versions": runs.versions(),
         }
         self._pictures(fitted[strongest["name"]][0], result)
@@ -156,11 +148,12 @@ class Attack:
             self._log.info("%s: %s", what, _scores_line(result[name]))
         return result
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of the images."""
-        channels, height, width = self.splits.test.images.shape[1:]
-        return channels, height, width
+    def _check_losses(self) -> None:
+        """Refuse a loss that is not defined for these images before anything is trained."""
+        if ssim_window(*self.target.image_shape[1:]) is None and any(
+            parse_attacker(name)[1] == "ssim" for name in self.config.attackers
+        ):
+            raise ConfigError(f"--attackers: there is no SSIM for images of {self.target.image_shape[1:]} pixels")
 
     def _check_out(self) -> dict[str, Any] | None:
         """The finished attack in ``out``, if it is this one; ``None`` if there is none yet."""
@@ -175,41 +168,30 @@ class Attack:
         if not path.exists():
             return None
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["target_checksum"] != self._target_checksum:
-            raise ConfigError(f"{path} is of another best.pt than {self.run_dir} holds now; remove it or choose --out")
-        return result
-
-    def _load_data(self) -> tuple[DataSplits, DataSplits]:
-        """The data as the target saw it, and all of it."""
         target = self.target
-        root = self.config.data_root or target.data_root
-        everything = load_data(target.data, root, image_size=target.image_size)
-        data = everything
-        if target.train_size is not None:
-            data = load_data(target.data, root, image_size=target.image_size, train_size=target.train_size)
-        # Other data would make the four sets overlap in ways that no index shows.
-        before = checkpoint.load(self.run_dir / "best.pt")["data_fingerprint"]
-        runs.check_same_data(before, runs.data_fingerprint(data), self.run_dir)
-        return data, everything
+        if (result.get("target_checksum"), result.get("data_checksum")) != (target.checksum, target.data_checksum):
+            raise ConfigError(
+                f"{path} is of another best.pt, or of other images, than there are now; remove it or choose --out"
+            )
+        return result
 
     def _attacker(self, name: str) -> tuple[FittedDecoder, dict[str, Any]]:
         """Train one decoder and score it, or take what an earlier call left."""
-        config, path = self.config, self.out / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.pt"
+        config, target, path = self.config, self.target, self.out / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.pt"
         decoder_name, loss = parse_attacker(name)
-        with isolated_random(config.seed, self.device):
-            decoder = build_decoder(decoder_name, self.model.feature_shape, self.image_shape).to(self.device)
-        if path.exists():
-            content = checkpoint.load(path)
-            if content["target_checksum"] == self._target_checksum:
-                self._log.info("%s: taken from %s", name, path)
-                decoder.load_state_dict(content["decoder"])
-                record = content["record"]
-                fitted = FittedDecoder(
-                    decoder.eval(), *(record[key] for key in ("curve", "best_epoch", "converged", "seconds"))
-                )
-                return fitted, record
+        with isolated_random(config.seed, target.device):
+            decoder = build_decoder(decoder_name, target.model.feature_shape, target.image_shape).to(target.device)
+        checksums = {"target_checksum": target.checksum, "data_checksum": target.data_checksum}
+        content = self._left(path, checksums)
+        if content is not None:
+            self._log.info("%s: taken from %s", name, path)
+            decoder.load_state_dict(content["decoder"])
+            record = content["record"]
+            self._seconds_before += record["seconds"]
+            kept = (record[key] for key in ("curve", "best_epoch", "converged", "seconds"))
+            return FittedDecoder(decoder.eval(), *kept), record
         fitted = fit_decoder(
-            self.model, decoder, loss, self.splits, config,
+            target.model, decoder, loss, target.splits, config,
             lambda row: self._log.info(
                 "%s  epoch %d of at most %d  lr %.1e  loss %.5f  validation MSE %.5f",
                 name, row["epoch"], config.max_epochs, row["lr"], row["train_loss"], row["val_mse"],
@@ -226,80 +208,71 @@ class Attack:
             "seconds": fitted.seconds,
             "curve": fitted.curve,
             **{
-                part: mean_scores(score_decoder(self.model, decoder, images, config.queries, config.seed))
-                for part, images in (("val", self.splits.attacker_val), *self.judged.items())
+                part: mean_scores(score_decoder(target.model, decoder, images, config.queries, config.seed))
+                for part, images in (("val", target.splits.attacker_val), *target.judged.items())
             },
         }
-        content = {"target_checksum": self._target_checksum, "decoder": decoder.state_dict(), "record": record}
-        checkpoint.save(path, content)
+        checkpoint.save(path, {**checksums, "decoder": decoder.state_dict(), "record": record})
         state = "converged" if fitted.converged else "not converged"
         self._log.info(
             "%s: %s after %d epochs; validation %s", name, state, len(fitted.curve), _scores_line(record["val"])
         )
         return fitted, record
 
-    def _white_box(self) -> dict[str, Any] | None:
-        config = self.config
+    def _left(self, path: Path, checksums: dict[str, int]) -> dict[str, Any] | None:
+        """The decoder that an earlier call left in ``path``, if it was trained against this target on these images."""
+        if not path.exists():
+            return None
+        try:
+            content = checkpoint.load(path)
+        except CheckpointError as error:
+            self._log.warning("%s; training it again", error)
+            return None
+        return content if all(content.get(name) == value for name, value in checksums.items()) else None
+
+    def _white_box(self, strongest: FittedDecoder) -> dict[str, Any] | None:
+        """The white-box attack on the first images that decoders are scored on, and the strongest decoder on those."""
+        config, target = self.config, self.target
         if config.white_box_images == 0:
             return None
         self._log.info("white box: %d images, %d steps", config.white_box_images, config.white_box_steps)
-        return dict(
-            run_white_box(
-                self.model,
-                self.splits,
-                images=config.white_box_images,
-                steps=config.white_box_steps,
-                queries=config.queries,
-                seed=config.seed,
-                device=self.device,
-            )
+        found = run_white_box(
+            target.model,
+            target.splits,
+            images=config.white_box_images,
+            steps=config.white_box_steps,
+            queries=config.queries,
+            seed=config.seed,
+            device=target.device,
         )
-
-    def _controls(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        by_set = {
-            name: control_scores(self.splits.attacker_train, images, self._num_classes)
-            for name, images in self.judged.items()
+        same = {name: images.subset(range(found["images"])) for name, images in target.judged.items()}
+        decoder = {
+            name: mean_scores(score_decoder(target.model, strongest.decoder, images, config.queries, config.seed))
+            for name, images in same.items()
         }
-        return {
-            control: {name: scores[control] for name, scores in by_set.items()}
-            for control in ("mean_image", "class_mean")
-        }
+        return {**found, "decoder": decoder}
 
     def _information(self) -> dict[str, Any]:
-        images = pick(self.splits.target_train, min(INFORMATION_IMAGES, len(self.splits.target_train)))
+        target = self.target
+        images = pick(target.splits.target_train, min(INFORMATION_IMAGES, len(target.splits.target_train)))
         loader = make_loader(images, self.config.batch_size, shuffle=False)
-        features, labels = collect_features(self.model, loader, self.device, self.config.seed, noisy=False)
+        features, labels = collect_features(target.model, loader, target.device, self.config.seed, noisy=False)
         return information_report(
             features,
             labels,
-            num_classes=self._num_classes,
-            noise_std=0.0 if self.target.centralised else self.target.noise_std,
+            num_classes=target.num_classes,
+            noise_std=target.noise_std,
             queries=self.config.queries,
-            image_dims=self.splits.test.images[0].numel(),
-            var_threshold=self.target.var_threshold,
-            feature_shape=self.model.feature_shape,
-            sigmoid=self.target.arch.endswith("_sgm"),
+            image_dims=math.prod(target.image_shape),
+            var_threshold=target.config.var_threshold,
+            feature_shape=target.model.feature_shape,
+            sigmoid=target.config.arch.endswith("_sgm"),
             seed=self.config.seed,
         )
 
-    def _control_run(self) -> dict[str, Any] | None:
-        """What ``attack.json`` of the control run says, with its name."""
-        if self._control is not None:
-            return self._control
-        return find_control(self.run_dir, self.target, self.config, self.out.name)
-
-    def _run_facts(self) -> dict[str, Any]:
-        names = ("data", "arch", "cut_layer", "bottleneck", "surrogate", "lambd", "noise_std", "seed", "epochs")
-        options = self.target.to_dict()
-        return {
-            "name": self.run_dir.resolve().name,
-            **{name: options[name] for name in (*names, "train_size")},
-            "test_accuracy": self._test_accuracy,
-        }
-
     def _pictures(self, strongest: FittedDecoder, result: dict[str, Any]) -> None:
-        shown = varied(self.splits.test, PICTURES)
-        guess = reconstruct(self.model, strongest.decoder, shown, self.config.queries, self.config.seed)
+        shown = varied(self.target.splits.test, PICTURES)
+        guess = reconstruct(self.target.model, strongest.decoder, shown, self.config.queries, self.config.seed)
         scores = score_images(guess, shown.images.float() / 255)
         ssim = None if scores.ssim is None else scores.ssim.numpy()
         originals, pixels = shown.images.numpy(), (guess * 255).round().byte().numpy()
@@ -313,7 +286,10 @@ class Attack:
         )
         rows = {result["strongest"]: (pixels, ssim)}
         self._draw("reconstructions.png", lambda path: draw_reconstructions(originals, rows, path))
-        levels = {name: scores["test_target"]["mse"] for name, scores in result["controls"].items()}
+        levels = {
+            f"{name.replace('_', ' ')}, unseen images": scores["test_target"]["mse"]
+            for name, scores in result["controls"].items()
+        }
         self._draw("curves.png", lambda path: draw_attack_curves(result["attackers"], levels, path))
 
     def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
@@ -321,6 +297,12 @@ class Attack:
             draw(self.out / name)
         except Exception:  # whatever goes wrong in a picture must not cost the attack that it shows
             self._log.exception("cannot draw %s; the rest of the attack is complete", name)
+
+
+def longer(record: dict[str, Any], config: AttackConfig) -> str:
+    """What would let a decoder converge: the bound that leaves room for one more cycle, twice as long as the last."""
+    done = max(record["epochs"], config.cycle_epochs)
+    return f"--max-epochs {2 * done + config.cycle_epochs} would give it another cycle"
 
 
 def _most_similar(records: list[dict[str, Any]]) -> str | None:

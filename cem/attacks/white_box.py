@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cem.attacks.metrics import ImageScores, mean_scores, score_images
 from cem.attacks.observe import observe
-from cem.attacks.splits import AttackSplits
+from cem.attacks.splits import AttackSplits, pick
 from cem.data import ImageSet
 from cem.models import SplitModel
 from cem.training.evaluation import eval_mode, isolated_random
@@ -154,11 +154,11 @@ def run_white_box(
     Args:
         model: the target, on ``device``.
         splits: whose images are whose.
-        images: how many to attack of either set, drawn at random; fewer if a set has fewer.
+        images: how many to attack of either set, always the same ones; fewer if a set has fewer.
         steps: see :func:`white_box_attack`.
         queries: how often the attacker sees each image; see :func:`cem.attacks.observe.observe`. The noise is
             drawn once, before the search.
-        seed: of the noise and of the choice of images. Random states stay as they are.
+        seed: of the noise. Random states stay as they are.
         device: where to compute.
 
     Raises:
@@ -182,24 +182,19 @@ def run_white_box(
             found = white_box_attack(model, z, start, steps=steps, tv_weight=tv_weight, progress=bar.update)
             return score_images(found, x)
 
-        def draw(image_set: ImageSet, count: int) -> Tensor:
-            x, _ = image_set.__getitems__(torch.randperm(len(image_set))[:count].tolist())
-            return x.to(device)
+        def some(image_set: ImageSet, count: int) -> Tensor:
+            return (pick(image_set, count).images.float() / 255).to(device)
 
         def seen(x: Tensor) -> tuple[Tensor, Tensor]:
             return x, torch.cat([observe(model, part, queries) for part in x.split(BATCH)])
 
-        # All images before any noise, so that they are the same ones whatever the target's features are like.
-        own = draw(splits.attacker_val, search_images)
-        trained_on, unseen = draw(splits.target_train, images), draw(splits.test, images)
-
-        x, z = seen(own)
+        x, z = seen(some(splits.attacker_val, search_images))
         unit = z.var(0, correction=0).mean().item()
         weights = [unit * weight for weight in TV_WEIGHTS]
         errors = [attack(x, z, search_steps, weight).mse.mean().item() for weight in weights]
         tv_weight = weights[errors.index(min(errors))]
-        train_target = mean_scores(attack(*seen(trained_on), steps, tv_weight))
-        test_target = mean_scores(attack(*seen(unseen), steps, tv_weight))
+        train_target = mean_scores(attack(*seen(some(splits.target_train, images)), steps, tv_weight))
+        test_target = mean_scores(attack(*seen(some(splits.test, images)), steps, tv_weight))
     return WhiteBoxResult(
         images=images,
         steps=steps,

@@ -27,6 +27,7 @@ FIGURES = {
     "train_psnr": "as test_psnr, on images that the target was trained on",
     "train_ssim": "as test_ssim, on images that the target was trained on",
     "white_box_test_mse": "MSE of the white-box attack on unseen images",
+    "white_box_decoder_test_mse": "MSE of the strongest attacker on the unseen images of the white-box attack",
     "white_box_train_mse": "MSE of the white-box attack on images that the target was trained on",
     "seconds_per_epoch": "median over the epochs [s]",
     "surrogate_seconds_per_epoch": "seconds spent in the surrogate, median over the epochs [s]",
@@ -140,6 +141,7 @@ def _read(comparison: Comparison, run: Run, failure: Mapping[str, Any] | None) -
         figures[f"white_box_{images}_mse"] = _number(attack, "white_box", f"{images}_target", "mse")
         for control in ("mean_image", "class_mean"):
             figures[f"{control}_{images}_mse"] = _number(attack, "controls", control, f"{images}_target", "mse")
+    figures["white_box_decoder_test_mse"] = _number(attack, "white_box", "decoder", "test_target", "mse")
     figures["nats"] = _number(attack, "information", "nats")
     values = (attack.get("information") or {}).get("values") or {}
     result.values = {name: _number(values, name) for name in values}

@@ -38,7 +38,7 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
         fill = colour if attacker["converged"] else "white"
         axes.plot(epochs[best], errors[best], "o", color=colour, markerfacecolor=fill)
     for style, (name, mse) in zip(("--", ":"), controls.items(), strict=False):
-        axes.axhline(mse, color="0.5", linestyle=style, lw=1, label=name.replace("_", " "))
+        axes.axhline(mse, color="0.5", linestyle=style, lw=1, label=name)
     axes.set_yscale("log")
     axes.set_xlabel("epoch of the decoder's training")
     axes.set_ylabel("MSE on the attacker's validation images")

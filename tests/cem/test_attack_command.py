@@ -53,7 +53,7 @@ def test_table_says_what_was_found(run_dir: Path, tmp_path: Path, capsys: pytest
     assert command.main([str(run_dir), *FAST, "--out", str(tmp_path / "attack")]) == 0
     result = json.loads((tmp_path / "attack" / "attack.json").read_text())
     out = capsys.readouterr().out
-    assert "strongest, deconvC4" in out
+    assert "strongest decoder, deconvC4" in out
     assert f"{result['test_target']['mse']:.5f}" in out
     assert f"{result['controls']['class_mean']['train_target']['mse']:.5f}" in out
     assert "white box" not in out
@@ -65,8 +65,8 @@ def test_an_under_trained_decoder_is_flagged(run_dir: Path, tmp_path: Path, caps
     assert result["converged"] is False
     assert result["attackers"][0]["converged"] is False
     captured = capsys.readouterr()
-    assert "not converged: the strongest decoder was still improving; raise --max-epochs" in captured.out
-    assert "had not converged" in captured.err
+    assert "not converged: deconvC4; --max-epochs 3 would give it another cycle" in captured.out
+    assert "deconvC4 had not converged" in captured.err
 
 
 def test_the_same_command_again_changes_nothing(
@@ -94,7 +94,7 @@ def test_options_of_another_attack_can_be_taken_over(run_dir: Path, tmp_path: Pa
         (["RUN", "--aux-size", "1000000"], "--aux-size must be in 1.."),
         (["RUN", "--control", "nowhere"], "--control nowhere has no finished attack"),
         (["nowhere"], "nowhere holds no finished run"),
-        ([], "which run? python -m cem.attack RUN"),
+        ([], "which run? python -m cem.attack RUN [options]; RUN comes first"),
     ],
 )
 def test_bad_options_end_with_2_and_one_line(

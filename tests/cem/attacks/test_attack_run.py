@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from cem.attacks import Attack, AttackConfig, fit
 from cem.attacks import run as run_module
-from cem.attacks.splits import identities
+from cem.attacks.splits import identities, pick
 from cem.data import ImageSet, load_data
 from cem.options import ConfigError
 from cem.training import TrainConfig, checkpoint, train
@@ -101,7 +103,7 @@ def test_sizes_of_the_sets_are_said(attacked: Path) -> None:
 
 def test_guessing_means_needs_no_features(attacked: Path) -> None:
     attack = Attack(attacked / "none", TINY)
-    known, judged = attack.splits.attacker_train, attack.judged["test_target"]
+    known, judged = attack.target.splits.attacker_train, attack.target.judged["test_target"]
     controls = result_of(attacked / "none" / "attack")["controls"]
     pixels, truth = known.images.double() / 255, judged.images.double() / 255
     assert controls["mean_image"]["test_target"]["mse"] == pytest.approx(
@@ -115,9 +117,9 @@ def test_scores_are_those_of_the_kept_decoder(attacked: Path) -> None:
     attack = Attack(attacked / "none", TINY)
     record = result_of(attacked / "none" / "attack")["attackers"][0]
     content = checkpoint.load(attacked / "none" / "attack" / "deconvC4.pt")
-    network = run_module.build_decoder("deconvC4", attack.model.feature_shape, attack.image_shape)
+    network = run_module.build_decoder("deconvC4", attack.target.model.feature_shape, attack.target.image_shape)
     network.load_state_dict(content["decoder"])
-    scores = fit.score_decoder(attack.model, network.eval(), attack.judged["test_target"], 1, TINY.seed)
+    scores = fit.score_decoder(attack.target.model, network.eval(), attack.target.judged["test_target"], 1, TINY.seed)
     assert scores.mse.double().mean().item() == record["test_target"]["mse"]
 
 
@@ -137,7 +139,7 @@ def test_other_options_are_refused_by_name(attacked: Path) -> None:
 def test_a_run_that_was_trained_again_is_not_mixed_up_with_the_old_one(attacked: Path, runs_copy: Path) -> None:
     shutil.copytree(attacked / "none" / "attack", runs_copy / "none" / "attack")
     shutil.copy(runs_copy / "attention" / "best.pt", runs_copy / "none" / "best.pt")
-    with pytest.raises(ConfigError, match=r"is of another best\.pt"):
+    with pytest.raises(ConfigError, match=r"is of another best\.pt, or of other images"):
         Attack(runs_copy / "none", TINY)
 
 
@@ -187,35 +189,44 @@ def test_an_undefended_run_beside_it_is_found(attacked: Path) -> None:
     assert control["undefended"] is None
 
 
-def test_no_image_of_the_final_test_is_seen_by_target_decoders_or_selection(
-    runs_copy: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_image_of_the_final_test_is_read_while_the_target_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: dict[str, set[tuple[str, int]]] = {"train": set(), "attack": set()}
-    phase = "train"
+    read: set[tuple[str, int]] = set()
     original = ImageSet.__getitems__
 
     def spy(self: ImageSet, positions: Any) -> tuple[Tensor, Tensor]:
-        read[phase].update((self.origin, index) for index in self.indices[torch.as_tensor(positions)].tolist())
+        read.update((self.origin, index) for index in self.indices[torch.as_tensor(positions)].tolist())
         return original(self, positions)
 
-    test = identities(load_data("digits").test)
     monkeypatch.setattr(ImageSet, "__getitems__", spy)
     monkeypatch.setattr("cem.training.trainer.Trainer._finish", lambda self: {})  # scores the test set, once
-    train(replace(TARGET, out=runs_copy / "again"))
-    assert read["train"]
-    assert not read["train"] & test
+    train(replace(TARGET, out=tmp_path / "run"))
+    assert identities(load_data("digits", train_size=200).train) <= read
+    assert not read & identities(load_data("digits").test)
 
-    phase = "attack"
-    attack = Attack(runs_copy / "none", TINY)
-    attack.judged = {}  # what is scored in the end, and only then
-    with pytest.raises(KeyError):
-        attack.run()
-    assert identities(attack.splits.attacker_train) <= read["attack"]
-    assert not read["attack"] & test
+
+def test_images_of_the_final_test_change_nothing_but_their_own_scores(attacked: Path, tmp_path: Path) -> None:
+    attack = Attack(attacked / "none", TINY, tmp_path / "attack")
+    target, test = attack.target, attack.target.splits.test
+    target.splits = replace(target.splits, test=replace(test, images=255 - test.images))
+    target.judged["test_target"] = pick(target.splits.test, 50)
+    first, other = result_of(attacked / "none" / "attack"), attack.run()
+    for name in ("strongest", "most_similar", "converged", "train_target"):
+        assert other[name] == first[name]
+    for one, another in zip(first["attackers"], other["attackers"], strict=True):
+        assert another["curve"] == one["curve"]
+        assert another["val"] == one["val"]
+        file = f"{re.sub('[^A-Za-z0-9]', '-', one['name'])}.pt"
+        kept, again = (checkpoint.load(path / file) for path in (attacked / "none" / "attack", tmp_path / "attack"))
+        assert all(torch.equal(kept["decoder"][name], again["decoder"][name]) for name in kept["decoder"])
+    assert other["white_box"]["tv_weight"] == first["white_box"]["tv_weight"]
+    assert other["white_box"]["train_target"] == first["white_box"]["train_target"]
+    assert other["test_target"] != first["test_target"]
 
 
 def test_the_four_sets_of_an_attack_are_disjoint_and_hold_what_the_target_had(trained: Path) -> None:
-    splits = Attack(trained / "none", TINY).splits
+    splits = Attack(trained / "none", TINY).target.splits
     for one, other in combinations(vars(splits).values(), 2):
         assert not identities(one) & identities(other)
     assert identities(splits.target_train) == identities(load_data("digits", train_size=200).train)
@@ -265,3 +276,69 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused_by_name(option: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(TINY, **{option: value}).validate()
+
+
+def test_white_box_and_strongest_decoder_are_compared_on_the_same_images(attacked: Path) -> None:
+    result = result_of(attacked / "none" / "attack")
+    attack = Attack(attacked / "none", TINY)
+    images = attack.target.judged["test_target"].subset(range(4))
+    white_box = pick(attack.target.splits.test, result["white_box"]["images"])
+    assert torch.equal(images.indices, white_box.indices)
+    assert result["white_box"]["decoder"]["test_target"] != result["test_target"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content["config"].update(max_epochs=4), r"attacked under other options: --max-epochs"),
+        (lambda content: content.update(data_checksum=1), "attacked on other images"),
+        (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.1 here"),
+        (lambda content: content.pop("config"), "has no finished attack"),
+    ],
+)
+def test_a_control_that_cannot_stand_beside_the_run_is_refused(
+    attacked: Path, runs_copy: Path, spoil: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    shutil.copytree(attacked / "none" / "attack", runs_copy / "none" / "attack")
+    content = result_of(runs_copy / "none" / "attack")
+    spoil(content)
+    (runs_copy / "none" / "attack" / "attack.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        Attack(runs_copy / "attention", replace(TINY, control=runs_copy / "none"))
+    assert Attack(runs_copy / "attention", TINY)._control is None  # nor is it found
+
+
+def test_a_run_with_a_penalty_is_no_control(attacked: Path, runs_copy: Path) -> None:
+    shutil.copytree(attacked / "none" / "attack", runs_copy / "attention" / "attack")
+    with pytest.raises(ConfigError, match="no control: it was trained with a penalty, attention"):
+        Attack(runs_copy / "none", replace(TINY, control=runs_copy / "attention"))
+
+
+def test_a_control_is_found_wherever_the_results_go(attacked: Path, tmp_path: Path) -> None:
+    assert Attack(attacked / "attention", TINY, tmp_path / "elsewhere")._control is not None
+
+
+def test_a_damaged_decoder_is_trained_again(runs_copy: Path, attacked: Path) -> None:
+    attack_dir = runs_copy / "none" / "attack"
+    shutil.copytree(attacked / "none" / "attack", attack_dir)
+    (attack_dir / "attack.json").unlink()
+    (attack_dir / "deconvC4.pt").write_bytes(b"half a file")
+    result = Attack(runs_copy / "none", TINY).run()
+    assert result["test_target"] == result_of(attacked / "none" / "attack")["test_target"]
+    assert "training it again" in (attack_dir / "attack.log").read_text()
+
+
+def test_a_network_in_one_piece_is_attacked_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
+    train(replace(TARGET, centralised=True, out=tmp_path / "run"))
+    result = Attack(tmp_path / "run", replace(TINY, attackers=("deconvC4",))).run()
+    assert (result["run"]["noise_std"], result["run"]["bottleneck"], result["run"]["cut_layer"]) == (0.0, None, None)
+    assert result["information"]["nats"] is None
+    assert result["undefended"] is None
+
+
+def test_data_that_moved_are_asked_for(runs_copy: Path) -> None:
+    options = TrainConfig.from_yaml(runs_copy / "none" / "config.yaml")
+    replace(options, data="mnist", data_root=Path("gone")).to_yaml(runs_copy / "none" / "config.yaml")
+    with pytest.raises(ConfigError, match=r"the run's data are not in gone, seen from here; .* --data-root"):
+        Attack(runs_copy / "none", TINY)

@@ -27,6 +27,30 @@ def test_any_features_become_any_image(name: str, features: tuple[int, ...], ima
     assert out.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("features", "image"),
+    [
+        ((8, 8, 8), (1, 30, 30)),
+        ((4, 13, 13), (1, 50, 50)),
+        ((64,), (1, 100, 100)),
+        ((9, 1, 1), (1, 28, 28)),
+        ((5, 3, 7), (1, 30, 20)),
+        ((8, 7, 7), (1, 28, 28)),
+        ((8, 8, 8), (1, 8, 8)),
+    ],
+)
+def test_images_are_drawn_at_full_resolution(features: tuple[int, ...], image: tuple[int, int, int]) -> None:
+    decoder = build_decoder("deconvC4", features, image).eval()
+    before_resizing = decoder.layers(torch.randn(1, *features))
+    assert all(drawn >= wanted for drawn, wanted in zip(before_resizing.shape[2:], image[1:], strict=True))
+
+
+def test_a_size_that_no_doubling_hits_works_in_mixed_precision() -> None:
+    decoder = build_decoder("deconvC4", (8, 8, 8), (1, 30, 30))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoder(torch.randn(2, 8, 8, 8)).shape == (2, 1, 30, 30)
+
+
 def test_res_norm_n8_c64_is_as_large_as_the_original() -> None:
     parameters = sum(p.numel() for p in build_decoder("res_normN8C64", (8, 8, 8), (3, 32, 32)).parameters())
     assert parameters == pytest.approx(0.71e6, rel=0.05)  # "0.71M parameters" in arXiv:2503.00383

@@ -89,7 +89,12 @@ def fake_attack(
         "train_target": scores(0.95 * mse, ssim),
         "test_target": scores(mse, ssim),
         "attackers": attackers,
-        "white_box": {"images": 8, "train_target": scores(1.3 * mse), "test_target": scores(1.2 * mse)}
+        "white_box": {
+            "images": 8,
+            "train_target": scores(1.3 * mse),
+            "test_target": scores(1.2 * mse),
+            "decoder": {"train_target": scores(0.9 * mse), "test_target": scores(1.1 * mse)},
+        }
         if white_box
         else None,
         "controls": {

@@ -121,7 +121,7 @@ def test_attack_of_other_options_is_refused_by_name(comparison: Comparison) -> N
     fake_training(comparison, RUN)
     fake_attack(comparison, RUN)
     other = replace(comparison, attack=AttackConfig(max_epochs=9))
-    with pytest.raises(ConfigError, match=r"attacked under other options: --attack.max-epochs \(was 60, got 9\)"):
+    with pytest.raises(ConfigError, match=r"attacked under other options: --attack.max-epochs \(was 75, got 9\)"):
         check_options(other, RUN)
 
 

@@ -61,6 +61,7 @@ def test_every_figure_is_read_from_its_file(comparison: Comparison) -> None:
             "train_psnr": -10 * math.log10(0.019),
             "train_ssim": 0.5,
             "white_box_test_mse": 0.024,
+            "white_box_decoder_test_mse": pytest.approx(0.022),
             "white_box_train_mse": 0.026,
             "seconds_per_epoch": 2.0,
             "surrogate_seconds_per_epoch": 0.2,

@@ -45,7 +45,7 @@ def test_grid_has_the_originals_over_a_row_for_every_name(tmp_path: Path, figure
 
 def test_curves_tell_converged_decoders_from_others(tmp_path: Path, figures: list) -> None:
     attackers = [attacker("deconvC64", converged=True), attacker("res_normN8C64", converged=False)]
-    draw_attack_curves(attackers, {"mean_image": 0.09, "class_mean": 0.05}, tmp_path / "curves.png")
+    draw_attack_curves(attackers, {"mean image": 0.09, "class mean": 0.05}, tmp_path / "curves.png")
     labels = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
     assert labels == ["deconvC64", "res_normN8C64 (not converged)", "mean image", "class mean"]
     assert imread(tmp_path / "curves.png").shape[0] > 100

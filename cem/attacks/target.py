@@ -1,0 +1,95 @@
+"""A finished run, as an attack meets it: the trained model, and whose images are whose."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+from cem.attacks.config import AttackConfig
+from cem.attacks.splits import attack_splits, pick
+from cem.data import DataSplits, load_data
+from cem.options import ConfigError
+from cem.training import checkpoint, load_run, read_summary, runs
+
+
+class Target:
+    """A run to attack.
+
+    Args:
+        run_dir: a finished run of ``python -m cem.train``.
+        config: of the attack: how many images, and where data and device are.
+
+    Attributes:
+        run_dir: as given.
+        config: the run's options.
+        model: with the weights of ``best.pt``, in evaluation mode, its parameters frozen.
+        device: the model's.
+        num_classes: of the data.
+        image_shape: ``(C, H, W)``.
+        splits: the four disjoint sets of images.
+        judged: ``train_target`` and ``test_target``, the images that attacks are scored on, equally many: such
+            as the target was trained on, and such as nobody has seen.
+        checksum: of ``best.pt``.
+        data_checksum: of the images and labels of all four sets.
+
+    Raises:
+        ConfigError: ``run_dir`` holds no finished run, its data are others now, or are not found.
+        CheckpointError: ``best.pt`` is damaged or another run's.
+        ValueError, OSError: ``best.pt`` or the data cannot be read, or leave nothing for an attacker.
+    """
+
+    def __init__(self, run_dir: Path, config: AttackConfig) -> None:
+        self.run_dir = run_dir
+        summary = read_summary(run_dir)
+        if summary is None:
+            raise ConfigError(f"{run_dir} holds no finished run: there is no summary.json")
+        self._test_accuracy = summary["test_accuracy"]
+        self.config, self.model = load_run(run_dir, config.device)
+        self.model.requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self.checksum = zlib.crc32((run_dir / "best.pt").read_bytes())
+        data, everything = self._load_data(config.data_root or self.config.data_root)
+        self.num_classes, self.image_shape = data.num_classes, data.image_shape
+        self.splits = attack_splits(data, everything, aux_size=config.aux_size)
+        self.data_checksum = 0
+        for images in vars(self.splits).values():
+            for tensor in (images.images, images.labels):
+                self.data_checksum = zlib.crc32(tensor.contiguous().numpy().data, self.data_checksum)
+        size = min(len(self.splits.test), len(self.splits.target_train), config.score_size or len(self.splits.test))
+        self.judged = {
+            "train_target": pick(self.splits.target_train, size),
+            "test_target": pick(self.splits.test, size),
+        }
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the features; a network in one piece has none."""
+        return 0.0 if self.config.centralised else self.config.noise_std
+
+    def facts(self) -> dict[str, Any]:
+        """What tells this run from others, as plain values; ``None`` for what a network in one piece does not have."""
+        names = ("data", "arch", "centralised", "cut_layer", "bottleneck", "surrogate", "lambd", "noise_std", "seed")
+        options = self.config.to_dict()
+        facts = {name: options[name] for name in (*names, "epochs", "train_size")}
+        if self.config.centralised:
+            facts.update(cut_layer=None, bottleneck=None, noise_std=0.0)
+        return {"name": self.run_dir.resolve().name, **facts, "test_accuracy": self._test_accuracy}
+
+    def _load_data(self, root: Path | None) -> tuple[DataSplits, DataSplits]:
+        """The data as the target saw it, and all of it."""
+        config = self.config
+        try:
+            everything = load_data(config.data, root, image_size=config.image_size)
+            data = everything
+            if config.train_size is not None:
+                data = load_data(config.data, root, image_size=config.image_size, train_size=config.train_size)
+        except FileNotFoundError as error:
+            where = root or Path("data", config.data)
+            raise ConfigError(
+                f"the run's data are not in {where}, seen from here; say where they are with --data-root ({error})"
+            ) from error
+        # Other data would make the four sets overlap in ways that no index shows.
+        before = checkpoint.load(self.run_dir / "best.pt")["data_fingerprint"]
+        runs.check_same_data(before, runs.data_fingerprint(data), self.run_dir)
+        return data, everything
