@@ -37,6 +37,5 @@ grid=(
 )
 attack=(
     --attack.attackers res_normN8C64 res_normN8C64:ssim res_normN8C128 deconvC64
-    --attack.max-epochs 60
 )
 exec python -m cem.compare "${model[@]}" "${training[@]}" "${grid[@]}" "${attack[@]}" --out runs/exp-cifar10 "$@"
