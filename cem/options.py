@@ -61,16 +61,26 @@ class Options:
         Raises:
             ConfigError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read options from {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of option names to values, got {values!r}")
+        values = read_yaml(path)
         try:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of option names to values in a YAML file.
+
+    Raises:
+        ConfigError: if there is no such file, it is not YAML, or it holds something else.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read options from {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of option names to values, got {values!r}")
+    return values
 
 
 def option(name: str) -> str:

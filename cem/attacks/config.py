@@ -87,6 +87,11 @@ class AttackConfig(Options):
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
         resolve_device(self.device)
 
+    @property
+    def directory(self) -> str:
+        """Name of the attack's directory inside the run's, unless it is asked for elsewhere."""
+        return "attack" if self.queries == 1 else f"attack-queries{self.queries}"
+
     def changed(self, after: AttackConfig) -> list[str]:
         """Describe the options that decide an attack's numbers and differ: ``["--lr (was 0.001, got 0.01)"]``."""
         old, new = self.to_dict(), after.to_dict()

@@ -176,11 +176,16 @@ def relative_to(report: Mapping[str, Any], reference_report: Mapping[str, Any], 
             f"runs on images of {report['image_dims']} and of {reference_report['image_dims']} dimensions "
             "do not compare"
         )
-    factor = None
-    if report["nats"] is not None and reference_report["nats"] is not None:
-        exponent = -2 * (report["nats"] - reference_report["nats"]) / report["image_dims"]
-        factor = math.exp(exponent) if exponent < 700 else None
+    factor = bound_ratio(report["nats"], reference_report["nats"], report["image_dims"])
     return {**report, "relative": {"reference": name, "factor": factor}}
+
+
+def bound_ratio(nats: float | None, reference_nats: float | None, image_dims: int) -> float | None:
+    """``exp(−2 (I − I_reference) / d)``; ``None`` where an ``I`` is, or where it is too large for a float."""
+    if nats is None or reference_nats is None:
+        return None
+    exponent = -2 * (nats - reference_nats) / image_dims
+    return math.exp(exponent) if exponent < 700 else None
 
 
 def _nats(x: Tensor, labels: Tensor, num_classes: int, clusters: int, noise_std: float) -> float | None:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
 from cem.training import CheckpointError, checkpoint, runs
 from cem.training.evaluation import collect_features, isolated_random
-from cem.training.runlog import run_log, write_json
+from cem.training.runlog import draw_or_log, run_log, write_json
 
 PICTURES = 10  # images in the grid
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
@@ -61,7 +60,7 @@ class Attack:
     def __init__(self, run_dir: Path, config: AttackConfig, out: Path | None = None) -> None:
         config.validate()
         self.config = config
-        name = "attack" if config.queries == 1 else f"attack-queries{config.queries}"
+        name = config.directory
         self.out = Path(run_dir) / name if out is None else Path(out)
         self.target = Target(Path(run_dir), config)
         self._check_losses()
@@ -285,18 +284,16 @@ class Attack:
             indices=shown.indices.numpy(),
         )
         rows = {result["strongest"]: (pixels, ssim)}
-        self._draw("reconstructions.png", lambda path: draw_reconstructions(originals, rows, path))
+        draw_or_log(
+            self._log, self.out / "reconstructions.png", lambda path: draw_reconstructions(originals, rows, path)
+        )
         levels = {
             f"{name.replace('_', ' ')}, unseen images": scores["test_target"]["mse"]
             for name, scores in result["controls"].items()
         }
-        self._draw("curves.png", lambda path: draw_attack_curves(result["attackers"], levels, path))
-
-    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        try:
-            draw(self.out / name)
-        except Exception:  # whatever goes wrong in a picture must not cost the attack that it shows
-            self._log.exception("cannot draw %s; the rest of the attack is complete", name)
+        draw_or_log(
+            self._log, self.out / "curves.png", lambda path: draw_attack_curves(result["attackers"], levels, path)
+        )
 
 
 def longer(record: dict[str, Any], config: AttackConfig) -> str:

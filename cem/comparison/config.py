@@ -10,7 +10,7 @@ import yaml
 
 from cem.attacks.config import AttackConfig
 from cem.comparison.grid import GridOptions, Run
-from cem.options import ConfigError
+from cem.options import ConfigError, read_yaml
 from cem.training.config import TrainConfig
 
 SET_BY_THE_GRID = {"surrogate": "surrogates", "lambd": "lambds", "noise_std": "noise_stds", "seed": "seeds"}
@@ -106,12 +106,7 @@ class Comparison:
         Raises:
             ConfigError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
         """
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read options from {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of option names to values, got {values!r}")
+        values = read_yaml(path)
         try:
             return cls.from_dict(values)
         except ConfigError as error:

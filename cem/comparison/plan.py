@@ -46,8 +46,7 @@ def is_trained(run_dir: Path) -> bool:
 
 def attack_dir(comparison: Comparison, run: Run) -> Path:
     """Where the attack on a run lies; attacks with several queries an image lie beside the one with a single query."""
-    queries = comparison.attack.queries
-    return comparison.run_dir(run) / ("attack" if queries == 1 else f"attack-queries{queries}")
+    return comparison.run_dir(run) / comparison.attack.directory
 
 
 def is_attacked(comparison: Comparison, run: Run) -> bool:

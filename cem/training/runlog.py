@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ def run_log(run_dir: Path, name: str = "train.log") -> Iterator[logging.Logger]:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
+
+
+def draw_or_log(log: logging.Logger, path: Path, draw: Callable[[Path], None]) -> None:
+    """Draw a picture to ``path``; whatever goes wrong goes to the log: it must not cost the run that it shows."""
+    try:
+        draw(path)
+    except Exception:
+        log.exception("cannot draw %s; the rest of the run is complete", path.name)
 
 
 def epoch_line(row: Mapping[str, float], epochs: int) -> str:

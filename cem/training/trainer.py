@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from cem.training.config import TrainConfig
 from cem.training.evaluation import accuracy, collect_features, first_not_finite, isolated_random
 from cem.training.injection import INJECTIONS
 from cem.training.meter import EpochMeter, Stopwatch
-from cem.training.runlog import epoch_line, run_log, write_json, write_metrics
+from cem.training.runlog import draw_or_log, epoch_line, run_log, write_json, write_metrics
 from cem.training.schedule import epoch_lr, lambda_eff
 from cem.training.state import TrainState
 
@@ -284,17 +284,15 @@ class Trainer:
             "device": runs.device_name(state.device),
             "versions": runs.versions(),
         }
-        self._draw("curves.png", lambda file: draw_curves(state.history, file, best_epoch=state.best_epoch))
-        self._draw("tsne.png", self._draw_features)
+        draw_or_log(
+            self._log,
+            self.run_dir / "curves.png",
+            lambda file: draw_curves(state.history, file, best_epoch=state.best_epoch),
+        )
+        draw_or_log(self._log, self.run_dir / "tsne.png", self._draw_features)
         write_json(self.run_dir / "summary.json", summary)
         self._log.info("test accuracy %.1f %%, of epoch %d", 100 * summary["test_accuracy"], state.best_epoch)
         return summary
-
-    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        try:
-            draw(self.run_dir / name)
-        except Exception:  # whatever goes wrong in a picture must not cost the run that it shows
-            self._log.exception("cannot draw %s; the rest of the run is complete", name)
 
     def _draw_features(self, file: Path) -> None:
         state = self.state

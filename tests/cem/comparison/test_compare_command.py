@@ -71,7 +71,9 @@ def test_options_override_quick() -> None:
 
 
 def test_quick_is_a_comparison_that_can_be_run() -> None:
-    command.parse(["--quick"])[0].validate()
+    comparison = command.parse(["--quick"])[0]
+    comparison.validate()  # raises if an option cannot be used
+    assert len(comparison.grid.runs()) == 6
 
 
 def test_options_override_the_config_file(finished: Comparison) -> None:
