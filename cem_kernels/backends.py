@@ -14,10 +14,21 @@ A backend asked for by name is used or refused with an error that says why; it n
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 BACKENDS = ("auto", "triton", "eager", "reference")
+
+# Both are read once, as Triton itself reads the second: what has been decorated cannot change its mind.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -30,23 +41,65 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def pick(backend: str, operator: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The implementation of ``operator`` that ``backend`` stands for.
+def check_available(backend: str, operator: str, implementations: Mapping[str, Callable[..., Any]]) -> None:
+    """What can be said of ``backend`` before there is any tensor.
+
+    Raises:
+        ValueError: no such backend name.
+        BackendUnavailableError: a real backend that this operator does not have, or Triton is not installed.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        return
+    if backend not in implementations:
+        available = ", ".join(sorted(implementations))
+        raise BackendUnavailableError(
+            f"{operator} has no {backend!r} backend in this release (available: {available}; 'auto' picks for you)"
+        )
+    if backend == "triton" and not TRITON_INSTALLED:
+        raise BackendUnavailableError(f"{operator}: backend='triton' needs the package triton, which is not installed")
+
+
+def why_not_triton(tokens: Tensor) -> str | None:
+    """Why no kernel of this library can take ``tokens``; None where one can.
+
+    The interpreter (``TRITON_INTERPRET=1`` before the first import) stands in for a device and takes CPU tensors.
+    """
+    if not TRITON_INSTALLED:
+        return "the package triton is not installed"
+    if tokens.dtype not in KERNEL_DTYPES:
+        return f"kernels take fp32, bf16 and fp16, got {tokens.dtype}"
+    if not tokens.is_cuda and not (INTERPRETING and tokens.device.type == "cpu"):
+        return f"kernels run on CUDA devices, got a tensor on {tokens.device}"
+    return None
+
+
+def pick(
+    backend: str,
+    operator: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    tokens: Tensor,
+    objection: str | None = None,
+) -> Callable[..., Any]:
+    """The implementation of ``operator`` that ``backend`` stands for, given the call's tokens.
 
     Args:
         backend: one of :data:`BACKENDS`.
         operator: the operator's public name, for the error.
         implementations: backend name to function, of the backends that this operator has.
+        tokens: the call's main input; ``auto`` takes ``triton`` where it is on a CUDA device and kernels support it.
+        objection: what else keeps this operator's kernels from running this call, or None.
 
     Raises:
         ValueError: no such backend name.
-        BackendUnavailableError: a real backend that this operator does not have.
+        BackendUnavailableError: a real backend that cannot run this call.
     """
-    check_backend(backend)
-    name = "eager" if backend == "auto" else backend
-    if name not in implementations:
-        available = ", ".join(sorted(implementations))
-        raise BackendUnavailableError(
-            f"{operator} has no {name!r} backend in this release (available: {available}; 'auto' picks for you)"
-        )
-    return implementations[name]
+    check_available(backend, operator, implementations)
+    if backend == "auto":
+        fast = tokens.is_cuda and "triton" in implementations and not (objection or why_not_triton(tokens))
+        return implementations["triton" if fast else "eager"]
+    if backend == "triton":
+        reason = why_not_triton(tokens) or objection
+        if reason is not None:
+            raise BackendUnavailableError(f"{operator}: backend='triton' cannot run this call: {reason}")
+    return implementations[backend]

@@ -69,7 +69,7 @@ class SlotAttention(nn.Module):
             num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim
         )
         validation.check_positive(eps=eps)
-        backends.pick(backend, "slot_attention", SLOT_ATTENTION)
+        backends.check_available(backend, "slot_attention", SLOT_ATTENTION)
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
         self.eps, self.backend = eps, backend
         self.slot_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -169,7 +169,7 @@ class CrossAttention(nn.Module):
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of num_heads, got num_heads={num_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        backends.pick(backend, "cross_attention", CROSS_ATTENTION)
+        backends.check_available(backend, "cross_attention", CROSS_ATTENTION)
         self.feature_dim, self.num_heads, self.dropout, self.backend = (
             feature_dim,
             num_heads,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,19 @@ from cem_kernels.groups import ClassGroups
 
 __all__ = ["ClassVariance", "Hinge", "class_variance"]
 
-IMPLEMENTATIONS = {"reference": reference.class_variance, "eager": eager.class_variance}
+
+def _triton(*args: Any) -> tuple[Tensor, ...]:
+    from cem_kernels.class_variance import triton  # only here, because importing needs Triton
+
+    return triton.class_variance(*args)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "reference": reference.class_variance,
+    "eager": eager.class_variance,
+    "triton": _triton,
+}
+MOST_CLASSES = 65_535  # a grid's second and third axes have no more programs
 
 Hinge = Literal["relu", "softplus", "identity"]
 HINGES: tuple[str, ...] = get_args(Hinge)
@@ -69,7 +82,7 @@ def class_variance(
             ``min_samples < 2``; unknown hinge or backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
     """
-    implementation = backends.pick(backend, "class_variance", IMPLEMENTATIONS)
+    backends.check_backend(backend)
     validation.check_float("features", features)
     if features.dim() < 2 or features.shape[0] != groups.num_samples or math.prod(features.shape[1:]) == 0:
         raise ValueError(f"features must have shape [B={groups.num_samples}, ...], got {list(features.shape)}")
@@ -80,17 +93,18 @@ def class_variance(
     if hinge not in HINGES:
         raise ValueError(f"hinge must be one of {', '.join(HINGES)}, got {hinge!r}")
 
-    dtype = torch.promote_types(features.dtype, torch.float32)
+    objection = None
     if isinstance(threshold, Tensor):
         validation.check_shape("threshold", threshold, {})
-        threshold = threshold.to(features.device, dtype)
+        threshold = threshold.to(features.device, torch.promote_types(features.dtype, torch.float32))
+        if threshold.requires_grad:
+            objection = "the threshold takes a gradient"
     else:
         validation.check_positive(threshold=threshold)
-        threshold = torch.full((), threshold, dtype=dtype, device=features.device)
+    if groups.num_classes > MOST_CLASSES:
+        objection = f"kernels take at most {MOST_CLASSES} classes, got {groups.num_classes}"
+    implementation = backends.pick(backend, "class_variance", IMPLEMENTATIONS, features, objection)
     with torch.autocast(features.device.type, enabled=False):
-        penalty, mse = implementation(
-            features.flatten(1).to(dtype), groups, threshold, eps_var, gamma, min_samples, hinge
+        return ClassVariance(
+            *implementation(features.flatten(1), groups, threshold, eps_var, gamma, min_samples, hinge)
         )
-        weight = torch.where(groups.counts >= min_samples, groups.counts, 0).to(dtype)
-        total = weight.sum().clamp(min=1)
-        return ClassVariance((weight * penalty).sum() / total, (weight * mse).sum() / total, penalty, mse)

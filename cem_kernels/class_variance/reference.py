@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cem_kernels.class_variance.common import log_threshold, over_classes
 from cem_kernels.groups import ClassGroups
 
 
 def class_variance(
     features: Tensor,
     groups: ClassGroups,
-    threshold: Tensor,
+    threshold: float | Tensor,
     eps_var: float,
     gamma: float,
     min_samples: int,
     hinge: str,
-) -> tuple[Tensor, Tensor]:
-    """``features [B, C]`` to the penalty and the mean squared error of every class, ``[K]`` each."""
+) -> tuple[Tensor, ...]:
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     hinges: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": F.relu,
         "softplus": F.softplus,
@@ -37,7 +39,7 @@ def class_variance(
             continue
         mean = x.mean(dim=0)
         variance = torch.clamp(x.var(dim=0, unbiased=True), min=eps_var)
-        height = torch.log(variance + gamma) - torch.log(threshold + gamma)
+        height = torch.log(variance + gamma) - log_threshold(threshold, gamma)
         penalties.append(hinges[hinge](height).mean())
         errors.append(F.mse_loss(x, mean.expand_as(x)))
-    return torch.stack(penalties), torch.stack(errors)
+    return over_classes(torch.stack(penalties), torch.stack(errors), groups, min_samples)

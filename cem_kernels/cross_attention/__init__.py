@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,28 @@ from cem_kernels.groups import ClassGroups
 
 __all__ = ["CrossAttentionWeights", "cross_attention"]
 
-IMPLEMENTATIONS = {"reference": reference.cross_attention, "eager": eager.cross_attention}
+
+def _triton(*args: Any) -> Tensor:
+    from cem_kernels.cross_attention import triton  # only here, because importing needs Triton
+
+    return triton.cross_attention(*args)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.cross_attention,
+    "eager": eager.cross_attention,
+    "triton": _triton,
+}
+MOST_CLASSES = 65_535  # a grid's second axis has no more programs
+
+
+def _why_not_triton(width: int, num_slots: int, num_heads: int, num_classes: int) -> str | None:
+    """Which size of a call the kernels do not support."""
+    limits = (("D", width, 16, 512), ("S", num_slots, 1, 32), ("H", num_heads, 1, 16))
+    for letter, size, least, most in (*limits, ("K", num_classes, 1, MOST_CLASSES)):
+        if not least <= size <= most:
+            return f"kernels take {letter} from {least} to {most}, got {size}"
+    return None
 
 
 def cross_attention(
@@ -52,7 +76,7 @@ def cross_attention(
 
     Source: Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning", section 2.2.
     """
-    implementation = backends.pick(backend, "cross_attention", IMPLEMENTATIONS)
+    backends.check_backend(backend)
     validation.check_float("tokens", tokens)
     validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
     width = tokens.shape[2]
@@ -64,8 +88,9 @@ def cross_attention(
     validation.check_weights(tokens, weights, weights.expected_shapes())
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
 
+    objection = _why_not_triton(width, slots.shape[1], num_heads, groups.num_classes)
+    implementation = backends.pick(backend, "cross_attention", IMPLEMENTATIONS, tokens, objection)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         wide = CrossAttentionWeights(*(weight.to(dtype) for weight in weights))
-        result: Tensor = implementation(tokens.to(dtype), slots.to(dtype), groups, wide, num_heads, dropout)
-        return result
+        return implementation(tokens, slots.to(dtype), groups, wide, num_heads, dropout)

@@ -22,6 +22,7 @@ def cross_attention(
     dropout: float,
 ) -> Tensor:
     """``tokens [B, T, D]`` read ``slots [K, S, D]`` of their own class; returns ``[B, T, D]``."""
+    tokens = tokens.to(slots.dtype)
     keep = F.dropout(torch.ones_like(tokens), dropout)
     bounds = groups.offsets.tolist()
     rows, results = [], []

@@ -53,7 +53,7 @@ def slot_attention(
 
     Source: Locatello et al. 2020, "Object-Centric Learning with Slot Attention".
     """
-    implementation = backends.pick(backend, "slot_attention", IMPLEMENTATIONS)
+    backends.check_available(backend, "slot_attention", IMPLEMENTATIONS)
     validation.check_float("tokens", tokens)
     validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
     width = tokens.shape[2]
@@ -62,6 +62,7 @@ def slot_attention(
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
     validation.check_positive(num_iterations=num_iterations, eps=eps)
 
+    implementation = backends.pick(backend, "slot_attention", IMPLEMENTATIONS, tokens)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         wide = SlotAttentionWeights(*(weight.to(dtype) for weight in weights))

@@ -33,7 +33,7 @@ class Problem:
         with forward_under or nullcontext():
             outputs = self.run(backend, **leaves)
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
         grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
         found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
@@ -93,6 +93,7 @@ def slot_problem(labels, num_classes, *, T=1, D=8, S=4, J=3, bound=None, seed=0,
         "slots": torch.randn(num_classes, S, D, generator=generator, dtype=torch.float64).to(dtype),
         **random_slot_weights(D, generator, dtype)._asdict(),
     }
+    leaves = {name: leaf.to(labels.device) for name, leaf in leaves.items()}
 
     def run(backend, tokens, slots, **weights):
         weights = SlotAttentionWeights(**weights)
@@ -109,6 +110,7 @@ def cross_problem(labels, num_classes, *, T=1, D=8, S=4, H=2, bound=None, seed=0
         "slots": torch.randn(num_classes, S, D, generator=generator, dtype=torch.float64).to(dtype),
         **random_cross_weights(D, generator, dtype)._asdict(),
     }
+    leaves = {name: leaf.to(labels.device) for name, leaf in leaves.items()}
 
     def run(backend, tokens, slots, **weights):
         weights = CrossAttentionWeights(**weights)
@@ -138,7 +140,7 @@ def variance_problem(
         )
         return tuple(result)
 
-    return Problem({"features": features.to(dtype)}, run)
+    return Problem({"features": features.to(labels.device, dtype)}, run)
 
 
 OPERATORS = {

@@ -1,0 +1,88 @@
+"""Class variance: the loop, padded batches, two-pass ``index_add``, ``segment_reduce``, and this library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks import operator_peers as peers
+from benchmarks.operators.base import Call, Case, Cost, Spec
+from cem_kernels import class_variance
+
+THRESHOLD, EPS_VAR, GAMMA = 0.05, 1e-4, 1e-6
+
+SQUARES: dict[str, peers.Squares] = {
+    "padded": peers.padded_squares,
+    "index-add": peers.index_add_squares,
+    "segment-reduce": peers.segment_reduce_squares,
+}
+
+
+class ClassVarianceCase(Case):
+    """Features ``[B, T, D]`` to ``rob_loss`` and ``intra_mse``; ``C = T · D`` columns."""
+
+    variants = (
+        "triton", "padded-compiled", "index-add-compiled", "eager", "eager-compiled", "padded", "index-add",
+        "segment-reduce", "loop",
+    )  # fmt: skip
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        s = self.spec
+        # Columns on both sides of the threshold and below the floor, and a mean that E[x²] − E[x]² would not survive.
+        spread = torch.logspace(-3, 0.5, s.T * s.D, device=self.device).view(s.T, s.D)
+        return {"features": self.normal(generator, s.B, s.T, s.D) * spread + 3.0}
+
+    def draw_upstream(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return torch.tensor(1.0, device=self.device), torch.tensor(0.5, device=self.device)
+
+    def public(self, backend: str) -> Call:
+        def call(features: Tensor) -> tuple[Tensor, ...]:
+            result = class_variance(
+                features,
+                self.groups,
+                threshold=THRESHOLD,
+                eps_var=EPS_VAR,
+                gamma=GAMMA,
+                hinge=self.spec.hinge,  # type: ignore[arg-type]
+                backend=backend,
+            )
+            return result.rob_loss, result.intra_mse
+
+        return call
+
+    def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return self.public("reference")(*leaves)
+
+    def yardsticks(self) -> list[Call]:
+        return [self.reference]  # statistics are fp32 whatever the features are
+
+    def plain(self, variant: str) -> Call:
+        if variant in ("eager", "triton"):
+            call = self.public(variant)
+            if variant == "triton":
+                with torch.no_grad():
+                    call(*self.leaves.values())  # refused here, by name, where it cannot run
+            return call
+        if variant == "loop":
+            return self.public("reference")
+        squares, classes = SQUARES[variant], self.classes
+
+        def peer(features: Tensor) -> tuple[Tensor, ...]:
+            return peers.variance_losses(squares(features.flatten(1), classes), classes, THRESHOLD, EPS_VAR, GAMMA)
+
+        return peer
+
+    @staticmethod
+    def cost(spec: Spec, direction: str) -> Cost:
+        """Forward reads the features; backward reads them again and writes their gradient.
+
+        Every element is added, centred and squared and added; and once more centred and scaled. Class statistics
+        ``[K, C]`` that travel from forward to backward are not counted: they could be computed again.
+        """
+        if direction == "both":
+            return ClassVarianceCase.cost(spec, "forward") + ClassVarianceCase.cost(spec, "backward")
+        elements = spec.B * spec.T * spec.D
+        index = 8 * spec.B
+        if direction == "forward":
+            return Cost(elements * spec.item + index, 4 * elements)
+        return Cost(2 * elements * spec.item + index, 2 * elements)

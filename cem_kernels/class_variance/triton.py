@@ -1,0 +1,389 @@
+"""Class variance over a log threshold in Triton: features read once forward; read and written once backward.
+
+Forward, a program takes one class (or a part of its rows) and a block of columns, walks the rows through ``order`` and
+merges chunk after chunk into a running mean and sum of squared deviations (Chan, Golub and LeVeque 1979, which never
+subtracts two large sums). Where classes are split, a second kernel merges the parts in a fixed order. The last kernel,
+one program, adds column blocks to classes and classes to losses. For the backward a class's ``mean`` and the hinge's
+``slope`` with respect to the variance are kept, ``[K, C]`` each; it is one multiplication an element then.
+
+Where classes are far tighter than their means are large, ``x − mean`` is no better than the last bit of the mean. So
+the mean is carried as two numbers, ``mean + low``, and the second goes to the backward in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
+
+from cem_kernels.groups import ClassGroups
+from cem_kernels.kernel_math import log1p
+from cem_kernels.launching import launch, operator, processors, splits_per_class
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _rows_of_part(offsets, c, part, num_parts, BLOCK_R: tl.constexpr):
+    """First sorted row, end of the part's rows (both from the class's first), and the class's number of rows."""
+    start = tl.load(offsets + c)
+    count = tl.load(offsets + c + 1) - start
+    rows = tl.cdiv(tl.cdiv(count, num_parts), BLOCK_R) * BLOCK_R
+    low = tl.minimum(part * rows, count)
+    return start, low, tl.minimum(low + rows, count), count
+
+
+@triton.jit
+def _finish_columns(
+    mean, low, squares, count, cols, c, block, num_blocks, C, eps_var, gamma, threshold, threshold_at, min_samples,
+    mean_out, low_out, slope_out, penalty_out, mse_out, HINGE: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of a class, from its moments to the block's share of penalty and mse, and the slope."""
+    live = cols < C
+    n = count.to(tl.float32)
+    variance = squares / tl.maximum(n - 1.0, 1.0)
+    if threshold_at is not None:  # a tensor: it may change between two replays of a captured graph
+        threshold = tl.load(threshold_at)
+    height = tl.log(tl.maximum(variance, eps_var) + gamma) - tl.log(threshold + gamma)
+    if HINGE == "relu":
+        risen = tl.where(height > 0.0, 1.0, 0.0)
+        # Not max(height, 0), which would hide a NaN.
+        value = tl.where(height <= 0.0, 0.0, height)
+    elif HINGE == "softplus":
+        small = tl.exp(-tl.abs(height))
+        value = tl.where(height <= 0.0, 0.0, height) + log1p(small)
+        risen = tl.where(height >= 0.0, 1.0, small) / (1.0 + small)
+    else:
+        value = height
+        risen = tl.full(height.shape, 1.0, tl.float32)
+    counts = cols < tl.where(count >= min_samples, C, 0)
+    # Below the floor there is no gradient. (A NaN is not below the floor.)
+    slope = tl.where(variance < eps_var, 0.0, risen / (tl.maximum(variance, eps_var) + gamma))
+    out = c.to(tl.int64) * C + cols
+    tl.store(mean_out + out, mean, mask=live)
+    tl.store(low_out + out, low.to(low_out.dtype.element_ty), mask=live)
+    tl.store(slope_out + out, slope, mask=live)
+    share = c.to(tl.int64) * num_blocks + block
+    tl.store(penalty_out + share, tl.sum(tl.where(counts, value, 0.0), axis=0) / C)
+    tl.store(mse_out + share, tl.sum(tl.where(counts, squares / tl.maximum(n, 1.0), 0.0), axis=0) / C)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def moments_kernel(
+    x, order, offsets, threshold_at,
+    mean_out, low_out, squares_or_slope_out, penalty_out, mse_out,
+    stride_row, stride_col, C, num_parts, eps_var, gamma, threshold, min_samples,
+    HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviations of a part of a class, ``[K, parts, C]``; finished at once if it is all of the class.
+
+    Grid: blocks of columns × parts × classes.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    c = tl.program_id(2)
+    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
+    end = tl.where(count >= min_samples, end, begin)  # nothing is read of a class that does not count
+    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = x + cols[None, :].to(tl.int64) * stride_col
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    low = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(begin, end, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        sample = tl.load(order + start + rows, mask=rows < end, other=0)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        chunk = tl.load(columns + sample[:, None].to(tl.int64) * stride_row, mask=inside, other=0.0).to(tl.float32)
+        before = (first - begin).to(tl.float32)
+        new = tl.minimum(end - first, BLOCK_R).to(tl.float32)
+        chunk_mean = tl.sum(chunk, axis=0) / new
+        deviation = tl.where(inside, chunk - chunk_mean[None, :], 0.0)
+        chunk_low = tl.sum(deviation, axis=0) / new  # what rounding took from the chunk's mean
+        # The first chunk's mean is no step away from a mean of nothing.
+        step = tl.where(before > 0.0, (chunk_mean - mean) + (chunk_low - low), 0.0)
+        share = new / (before + new)
+        squares += tl.sum(deviation * deviation, axis=0) - new * chunk_low * chunk_low + step * step * (before * share)
+        old = tl.where(before > 0.0, mean, chunk_mean)
+        mean = old + step * share
+        low = tl.where(before > 0.0, low, chunk_low) + (step * share - (mean - old))
+    if num_parts > 1:
+        out = (c.to(tl.int64) * num_parts + part) * C + cols
+        tl.store(mean_out + out, mean, mask=cols < C)
+        tl.store(low_out + out, low.to(low_out.dtype.element_ty), mask=cols < C)
+        tl.store(squares_or_slope_out + out, squares, mask=cols < C)
+    else:
+        _finish_columns(
+            mean, low, squares, count, cols, c, block, tl.num_programs(0), C, eps_var, gamma, threshold, threshold_at,
+            min_samples,
+            mean_out, low_out, squares_or_slope_out, penalty_out, mse_out, HINGE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def merge_kernel(
+    offsets, threshold_at, part_mean, part_low, part_squares,
+    mean_out, low_out, slope_out, penalty_out, mse_out,
+    C, num_parts, eps_var, gamma, threshold, min_samples,
+    HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The parts of a class, in their order, to the class. Grid: blocks of columns × classes.
+
+    ``mean = mean_0 + Σ n_i (mean_i − mean_0) / n`` and ``squares = Σ squares_i + n_i (mean_i − mean)²``.
+    """
+    block = tl.program_id(0)
+    c = tl.program_id(1)
+    _, begin, end, count = _rows_of_part(offsets, c, 0, num_parts, BLOCK_R)
+    rows = end - begin  # of every part but the last ones
+    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    filled = tl.where(count >= min_samples, tl.cdiv(count, tl.maximum(rows, 1)), 0)
+    base = c.to(tl.int64) * num_parts * C + cols
+    n = tl.maximum(count, 1).to(tl.float32)
+    origin = tl.load(part_mean + base, mask=cols < tl.where(filled > 0, C, 0), other=0.0)
+    away = tl.zeros([BLOCK_C], tl.float32)  # of the mean from the first part's
+    for first in range(0, filled, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        inside = (part < filled)[:, None] & (cols < C)[None, :]
+        at = base[None, :] + part[:, None].to(tl.int64) * C
+        share = tl.minimum(count - part * rows, rows).to(tl.float32) / n
+        difference = tl.load(part_mean + at, mask=inside, other=0.0) - origin[None, :]
+        difference += tl.load(part_low + at, mask=inside, other=0.0)
+        away += tl.sum(tl.where(inside, difference * share[:, None], 0.0), axis=0)
+    mean = origin + away
+    low = away - (mean - origin)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, filled, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        inside = (part < filled)[:, None] & (cols < C)[None, :]
+        at = base[None, :] + part[:, None].to(tl.int64) * C
+        size = tl.minimum(count - part * rows, rows).to(tl.float32)
+        difference = tl.load(part_mean + at, mask=inside, other=0.0) - mean[None, :]
+        difference += tl.load(part_low + at, mask=inside, other=0.0) - low[None, :]
+        within = tl.load(part_squares + at, mask=inside, other=0.0)
+        squares += tl.sum(within + tl.where(inside, difference * difference * size[:, None], 0.0), axis=0)
+    _finish_columns(
+        mean, low, squares, count, cols, c, block, tl.num_programs(0), C, eps_var, gamma, threshold, threshold_at,
+            min_samples,
+        mean_out, low_out, slope_out, penalty_out, mse_out, HINGE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["K", "num_blocks"])
+def losses_kernel(
+    offsets, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out, K, num_blocks, min_samples,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Blocks of columns ``[K, blocks]`` to classes ``[K]``, and classes to both losses and ``Σ M_c``. One program."""
+    rob = tl.zeros([BLOCK_K], tl.float32)
+    intra = tl.zeros([BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for first_class in range(0, K, BLOCK_K):
+        c = first_class + tl.arange(0, BLOCK_K)
+        penalty = tl.zeros([BLOCK_K], tl.float32)
+        mse = tl.zeros([BLOCK_K], tl.float32)
+        for first in range(0, num_blocks, BLOCK_B):
+            block = first + tl.arange(0, BLOCK_B)
+            inside = (c < K)[:, None] & (block < num_blocks)[None, :]
+            at = c[:, None].to(tl.int64) * num_blocks + block[None, :]
+            penalty += tl.sum(tl.load(block_penalty + at, mask=inside, other=0.0), axis=1)
+            mse += tl.sum(tl.load(block_mse + at, mask=inside, other=0.0), axis=1)
+        tl.store(penalty_out + c, penalty, mask=c < K)
+        tl.store(mse_out + c, mse, mask=c < K)
+        begin = tl.load(offsets + c, mask=c < K, other=0)
+        count = tl.load(offsets + c + 1, mask=c < K, other=0) - begin
+        weight = tl.where(count >= min_samples, count, 0).to(tl.float32)
+        rob += weight * penalty
+        intra += weight * mse
+        total += weight
+    weights = tl.sum(total, axis=0)
+    tl.store(rob_out, tl.sum(rob, axis=0) / tl.maximum(weights, 1.0))
+    tl.store(intra_out, tl.sum(intra, axis=0) / tl.maximum(weights, 1.0))
+    tl.store(weight_out, weights)
+
+
+@triton.jit(do_not_specialize=["num_parts", "stride_penalty", "stride_mse"])
+def variance_backward_kernel(
+    x, order, offsets, mean, low, slope, weight, grad_rob, grad_intra, grad_penalty, grad_mse, dx,
+    stride_row, stride_col, stride_penalty, stride_mse, C, num_parts, min_samples,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``dx = (x − mean − low) · coefficient``, zeros for classes that do not count; ``dx [B, C]`` is contiguous.
+
+    The mean's own gradient vanishes, because deviations sum to zero. Upstream gradients may be None.
+    Grid: blocks of columns × parts × classes.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    c = tl.program_id(2)
+    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
+    qualifies = count >= min_samples
+    n = count.to(tl.float32)
+    share = n / tl.maximum(tl.load(weight), 1.0)
+    penalty = 0.0
+    mse = 0.0
+    if grad_rob is not None:
+        penalty += tl.load(grad_rob).to(tl.float32) * share
+    if grad_penalty is not None:
+        penalty += tl.load(grad_penalty + c.to(tl.int64) * stride_penalty).to(tl.float32)
+    if grad_intra is not None:
+        mse += tl.load(grad_intra).to(tl.float32) * share
+    if grad_mse is not None:
+        mse += tl.load(grad_mse + c.to(tl.int64) * stride_mse).to(tl.float32)
+    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = c.to(tl.int64) * C + cols
+    known = cols < tl.where(qualifies, C, 0)
+    centre = tl.load(mean + at, mask=known, other=0.0)
+    remainder = tl.load(low + at, mask=known, other=0.0).to(tl.float32)
+    steepness = tl.load(slope + at, mask=known, other=0.0)
+    coefficient = 2.0 / C * (steepness * (penalty / tl.maximum(n - 1.0, 1.0)) + mse / tl.maximum(n, 1.0))
+    columns = cols[None, :].to(tl.int64)
+    for first in range(begin, end, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        sample = tl.load(order + start + rows, mask=rows < end, other=0)[:, None].to(tl.int64)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        # Masked, not multiplied by zero: what does not count may be infinite.
+        read = (rows < end)[:, None] & known[None, :]
+        features = tl.load(x + sample * stride_row + columns * stride_col, mask=read, other=0.0)
+        deviation = (features.to(tl.float32) - centre[None, :]) - remainder[None, :]
+        gradient = tl.where(read, deviation * coefficient[None, :], 0.0)
+        tl.store(dx + sample * C + columns, gradient.to(dx.dtype.element_ty), mask=inside)
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+# A warp reads 512 bytes of a row, and a thread holds all rows of its columns: no reduction crosses warps.
+WARP_BYTES, BLOCK_R, BLOCK_P = 512, 16, 16
+# Programs of one warp that fill a multiprocessor; fewer rows than this are not worth splitting.
+PROGRAMS_PER_PROCESSOR, ROWS_PER_PART = 16, 64
+
+
+def _blocks(x: Tensor) -> tuple[int, int]:
+    """Columns of a block, a power of two, and blocks."""
+    columns = x.shape[1]
+    size = min(WARP_BYTES // x.element_size(), max(16, triton.next_power_of_2(columns)))
+    return size, triton.cdiv(columns, size)
+
+
+def _parts(x: Tensor, num_classes: int, blocks: int) -> int:
+    programs = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(x.device), blocks)
+    return splits_per_class(triton.cdiv(x.shape[0], ROWS_PER_PART), num_classes, programs)
+
+
+def _forward_shapes(x, order, offsets, *rest):
+    num_classes, columns = offsets.shape[0] - 1, x.shape[1]
+    per_class, per_column = (num_classes,), (num_classes, columns)
+    shapes = ((), (), per_class, per_class, (), per_column, per_column)
+    low = x.new_empty(per_column, dtype=torch.bfloat16)
+    return *(x.new_empty(shape, dtype=torch.float32) for shape in shapes), low
+
+
+@operator(
+    "class_variance_forward(Tensor x, Tensor order, Tensor offsets, Tensor? threshold_at, float threshold, "
+    "float eps_var, float gamma, int min_samples, str hinge) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_shapes,
+)
+def class_variance_forward(
+    x: Tensor, order: Tensor, offsets: Tensor, threshold_at: Tensor | None, threshold: float, eps_var: float,
+    gamma: float, min_samples: int, hinge: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``mean, slope, low [K, C]``.
+
+    The threshold is read from ``threshold_at`` where that is given.
+    """
+    result = _forward_shapes(x, order, offsets)
+    rob, intra, penalty, mse, weight, mean, slope, low = result
+    num_classes, columns = mean.shape
+    block_c, blocks = _blocks(x)
+    parts = _parts(x, num_classes, blocks)
+    # Each in memory of its own: Triton compiles another version for a pointer that is not aligned to 16 bytes.
+    block_penalty, block_mse = (x.new_empty((num_classes, blocks), dtype=torch.float32) for _ in range(2))
+    moments: tuple[Tensor, ...] = (mean, low, slope)
+    if parts > 1:
+        moments = tuple(x.new_empty((num_classes, parts, columns), dtype=t.dtype) for t in moments)
+    numbers = (columns, parts, eps_var, gamma, threshold, min_samples)
+    launch(
+        moments_kernel, (blocks, parts, num_classes), x.device,
+        x, order, offsets, threshold_at, *moments, block_penalty, block_mse, *x.stride(), *numbers,
+        HINGE=hinge, BLOCK_R=BLOCK_R, BLOCK_C=block_c, num_warps=1,
+    )  # fmt: skip
+    if parts > 1:
+        launch(
+            merge_kernel, (blocks, num_classes), x.device,
+            offsets, threshold_at, *moments, mean, low, slope, block_penalty, block_mse, *numbers,
+            HINGE=hinge, BLOCK_R=BLOCK_R, BLOCK_C=block_c, BLOCK_P=BLOCK_P, num_warps=1,
+        )  # fmt: skip
+    launch(
+        losses_kernel, (1,), x.device,
+        offsets, block_penalty, block_mse, penalty, mse, rob, intra, weight, num_classes, blocks, min_samples,
+        BLOCK_K=128, BLOCK_B=16, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+@operator(
+    "class_variance_backward(Tensor x, Tensor order, Tensor offsets, Tensor weight, Tensor mean, Tensor slope, "
+    "Tensor low, Tensor? grad_rob, Tensor? grad_intra, Tensor? grad_penalty, Tensor? grad_mse, int min_samples) "
+    "-> Tensor",
+    fake=lambda x, *rest: x.new_empty(x.shape),
+)
+def class_variance_backward(
+    x: Tensor, order: Tensor, offsets: Tensor, weight: Tensor, mean: Tensor, slope: Tensor,
+    low: Tensor, grad_rob: Tensor | None, grad_intra: Tensor | None, grad_penalty: Tensor | None,
+    grad_mse: Tensor | None, min_samples: int,
+) -> Tensor:  # fmt: skip
+    """The gradient of ``x [B, C]``, contiguous, in its dtype."""
+    dx = x.new_empty(x.shape)
+    num_classes, columns = mean.shape
+    block_c, blocks = _blocks(x)
+    parts = _parts(x, num_classes, blocks)
+    launch(
+        variance_backward_kernel, (blocks, parts, num_classes), x.device,
+        x, order, offsets, mean, low, slope, weight, grad_rob, grad_intra, grad_penalty, grad_mse, dx,
+        *x.stride(), *(g.stride(0) if g is not None else 0 for g in (grad_penalty, grad_mse)),
+        columns, parts, min_samples, BLOCK_R=BLOCK_R, BLOCK_C=block_c, num_warps=1,
+    )  # fmt: skip
+    return dx
+
+
+# ------------------------------------------------------------------------------------------------- autograd.Function
+
+
+class _ClassVariance(torch.autograd.Function):
+    @staticmethod
+    @custom_fwd(device_type="cuda")
+    def forward(ctx, x, order, offsets, threshold, eps_var, gamma, min_samples, hinge):
+        at, number = (threshold, 0.0) if isinstance(threshold, Tensor) else (None, threshold)
+        rob, intra, penalty, mse, *kept = class_variance_forward(
+            x, order, offsets, at, number, eps_var, gamma, min_samples, hinge
+        )
+        ctx.save_for_backward(x, order, offsets, *kept)
+        ctx.min_samples = min_samples
+        ctx.set_materialize_grads(False)
+        return rob, intra, penalty, mse
+
+    @staticmethod
+    @custom_bwd(device_type="cuda")
+    @once_differentiable
+    def backward(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * 8
+        return class_variance_backward(*ctx.saved_tensors, *grads, ctx.min_samples), *(None,) * 7
+
+
+def class_variance(
+    features: Tensor,
+    groups: ClassGroups,
+    threshold: float | Tensor,
+    eps_var: float,
+    gamma: float,
+    min_samples: int,
+    hinge: str,
+) -> tuple[Tensor, ...]:
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``, differentiable once in the features."""
+    result: tuple[Tensor, ...] = _ClassVariance.apply(
+        features, groups.order, groups.offsets, threshold, eps_var, gamma, min_samples, hinge
+    )
+    return result

@@ -1,0 +1,216 @@
+"""Compile every kernel for a GPU that is not there, and say what each needs.
+
+    python tests/cem_kernels/compile_kernels.py sm90             # the rows of one target
+    python tests/cem_kernels/compile_kernels.py --write          # all targets, into kernel_resources.csv
+    python tests/cem_kernels/compile_kernels.py --vary-sizes sm90  # versions compiled as the batch varies: one each
+
+The launchers run as they are, on CPU tensors, with a driver that is a stub and a ``launch`` that only compiles. So what
+is compiled is the very launch that a GPU would get: signature, specialisation, tile sizes. Needs a process of its own,
+without ``TRITON_INTERPRET``, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from cem_kernels.class_variance import triton as class_variance
+from cem_kernels.cross_attention import triton as cross_attention
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TABLE = Path(__file__).with_name("kernel_resources.csv")
+COLUMNS = ("target", "kernel", "case", "shared_bytes", "registers", "spilled_bytes", "triton")
+
+
+class StubDriver:
+    """An active driver of a device that does not exist: enough for ``warmup``, which compiles and does not launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Shared memory, registers and spills of a compiled kernel, as the assembler reports them."""
+    if "cubin" in compiled.asm:
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            report = subprocess.run(
+                [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    else:
+        assembly = compiled.asm["amdgcn"]
+        found = re.search(r"\.vgpr_count:\s+(\d+)\s+\.vgpr_spill_count:\s+(\d+)", assembly)
+    if found is None:
+        raise RuntimeError("the assembler's report of resources was not understood")
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "registers": int(found[1]),
+        # Four bytes a spilled register; a CUDA kernel has no stack but for spills.
+        "spilled_bytes": int(found[2]) * (1 if "cubin" in compiled.asm else 4),
+    }
+
+
+def variance_case(
+    dtype: torch.dtype, hinge: str, columns: int, upstream: str = "losses", samples: int = 64, classes: int = 4
+) -> Callable[[], None]:
+    """``upstream``: ``losses``, as training has it, or ``all`` four results, through expanded gradients."""
+
+    def run() -> None:
+        x, order = torch.empty(samples, columns, dtype=dtype), torch.arange(samples)
+        offsets = torch.arange(classes + 1)
+        _, _, _, _, *kept = class_variance.class_variance_forward(x, order, offsets, None, 0.1, 1e-4, 1e-6, 2, hinge)
+        one, several = torch.empty(()), torch.empty(()).expand(classes)
+        grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)
+        class_variance.class_variance_backward(x, order, offsets, *kept, *grads, 2)
+
+    return run
+
+
+def read_case(
+    width: int, heads: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, dropout: float = 0.0,
+    strided: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4,
+) -> Callable[[], None]:  # fmt: skip
+    """``matmul``: PyTorch's fp32 precision; ``strided``: samples side by side and an expanded upstream gradient."""
+
+    def run() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        x = torch.empty(tokens, samples, width, dtype=dtype).transpose(0, 1)
+        x = x if strided else x.contiguous()
+        order, offsets = torch.arange(samples), torch.arange(classes + 1)
+        padded_heads, padded_slots = cross_attention.padded_sizes(heads, slots)
+        shifts = torch.empty(classes, padded_heads * padded_slots)
+        queries = torch.empty(*shifts.shape, width, dtype=dtype)
+        alpha, seed = torch.empty(()), torch.zeros(1, dtype=torch.int64) if dropout else None
+        common = (x, order, offsets, queries, shifts, queries, alpha, seed)
+        y, statistics = cross_attention.gated_read_forward(*common, padded_slots, dropout)
+        dy = torch.empty(()).expand(y.shape) if strided else y
+        cross_attention.gated_read_backward(*common, statistics, dy, padded_slots, dropout)
+
+    return run
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """One of every class of configuration that the launchers choose."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"{name_of(dtype)} relu C128", variance_case(dtype, "relu", 128)
+    for hinge in ("softplus", "identity"):
+        yield f"fp32 {hinge} C8192", variance_case(torch.float32, hinge, 8192, "all")
+    yield "fp32 relu C128 split", variance_case(torch.float32, "relu", 128, samples=8192, classes=1)
+    yield "fp32 relu C17", variance_case(torch.float32, "relu", 17, "all")
+
+    products = {"fp32": (torch.float32,), "tf32": (torch.float32, "high"), "bf16": (torch.bfloat16,)}
+    for name, product in products.items():
+        yield f"{name} D128 H4 S8", read_case(128, 4, 8, *product)
+        yield f"{name} D64 H4 S8", read_case(64, 4, 8, *product)
+        yield f"{name} D512 H16 S32", read_case(512, 16, 32, *product)
+    yield "fp16 D128 H4 S8", read_case(128, 4, 8, torch.float16)
+    for name in ("fp32", "bf16"):
+        yield f"{name} D16 H1 S1", read_case(16, 1, 1, *products[name])
+        yield f"{name} D200 H5 S7", read_case(200, 5, 7, *products[name])
+        yield f"{name} D512 H8 S8", read_case(512, 8, 8, *products[name])
+        yield f"{name} D128 H4 S8 dropout", read_case(128, 4, 8, *products[name], dropout=0.1)
+        yield f"{name} D128 H4 S8 strided", read_case(128, 4, 8, *products[name], strided=True)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def compile_only(target: str) -> list[tuple[str, Any]]:
+    """From here on launches compile for ``target``, and are appended to the returned list: kernel name, result."""
+    triton.runtime.driver.set_active(StubDriver(TARGETS[target]))
+    compiled: list[tuple[str, Any]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+        compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options)))
+
+    for module in (class_variance, cross_attention):
+        module.launch = launch
+    return compiled
+
+
+def rows_of(target: str) -> Iterator[dict[str, Any]]:
+    """What every kernel needs on ``target``."""
+    compiled = compile_only(target)
+    for case, run in cases():
+        run()
+        for kernel, result in compiled:
+            needs = resources(result)
+            yield {"target": target, "kernel": kernel, "case": case, **needs, "triton": triton.__version__}
+        compiled.clear()
+
+
+def versions_as_sizes_vary(target: str) -> dict[str, int]:
+    """Kernel to the number of versions compiled for batches of many sizes."""
+    compiled = compile_only(target)
+    for samples, classes, tokens in ((64, 4, 4), (1, 1, 1), (17, 3, 1), (8192, 1, 7), (4096, 100, 16), (100, 1000, 2)):
+        variance_case(torch.float32, "relu", 128, samples=samples, classes=classes)()
+        read_case(128, 4, 8, torch.bfloat16, samples=samples, classes=classes, tokens=tokens)()
+    versions: dict[str, set[str]] = {}
+    for kernel, result in compiled:
+        versions.setdefault(kernel, set()).add(result.hash)
+    return {kernel: len(hashes) for kernel, hashes in versions.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all of them")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead of printing")
+    parser.add_argument("--vary-sizes", action="store_true", help="count compiled versions as the batch varies")
+    options = parser.parse_args()
+    targets = options.targets or [*TARGETS]
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"unknown targets {', '.join(sorted(unknown))}")
+    if options.vary_sizes:
+        print("target,kernel,versions")
+        for target in targets:
+            for kernel, count in versions_as_sizes_vary(target).items():
+                print(target, kernel, count, sep=",")
+        return
+    with open(TABLE, "w", newline="") if options.write else nullcontext(sys.stdout) as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for target in targets:
+            for row in rows_of(target):
+                writer.writerow(row)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

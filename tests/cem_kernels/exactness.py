@@ -1,0 +1,49 @@
+"""The rule that kernels are held to: at most twice the error of the reference in the kernel's own precision.
+
+Errors are Euclidean norms against the reference in fp64, tensor by tensor, outputs and every gradient.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from problems import Problem, assert_same
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_as_exact(
+    *problems: Problem, dtype: torch.dtype = torch.float32, own_precision: tuple[Problem, ...] = ()
+) -> None:
+    """Triton, with the leaves of ``problems`` rounded to ``dtype``, is as exact as the reference.
+
+    Several problems that differ in their seed are judged together: a single number that many terms add up to, like the
+    gradient of a gate, comes out exact or not by luck. ``own_precision`` are the same problems with a reference that
+    computes in ``dtype`` throughout, where backend "reference" does not.
+    """
+    squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for problem, own in zip(problems, own_precision or problems, strict=True):
+        rounded = {name: leaf.to(dtype) for name, leaf in problem.leaves.items()}
+        exact = problem.results("reference", **{name: leaf.double() for name, leaf in rounded.items()})
+        reference = own.results("reference", **rounded)
+        found = problem.results("triton", **rounded)
+        for name, want in exact.items():
+            assert found[name].shape == want.shape, name
+            assert found[name].isfinite().all(), f"{name} is not finite"
+            norms = (found[name] - want).norm(), (reference[name] - want).norm(), want.norm()
+            squares[name] += torch.stack(norms).double().cpu() ** 2
+    # The interpreter truncates to bf16 where a device rounds, which doubles the error of a conversion by itself.
+    factor = 2.0 if DEVICE == "cuda" or dtype != torch.bfloat16 else 4.0
+    for name, square in squares.items():
+        error, allowed, scale = square.sqrt().tolist()
+        limit = factor * allowed + 16 * torch.finfo(torch.float32).eps * scale + 1e-9
+        assert error <= limit, f"{name}: error {error:.3g}, reference {allowed:.3g}, norm {scale:.3g}"
+
+
+def assert_close_to_exact(problem: Problem) -> None:
+    """Triton in fp32 and the reference in fp64 say the same, to a few parts in 10⁵ of a tensor's largest entry."""
+    rounded = {name: leaf.float() for name, leaf in problem.leaves.items()}
+    exact = problem.results("reference", **{name: leaf.double() for name, leaf in rounded.items()})
+    assert_same({n: t.double() for n, t in problem.results("triton", **rounded).items()}, exact, tolerance=3e-5)

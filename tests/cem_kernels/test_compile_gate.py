@@ -1,0 +1,45 @@
+"""Every kernel compiles for GPUs that are not there, fits, spills nothing, and does not change its needs unnoticed."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+from compile_kernels import COLUMNS, TABLE, TARGETS
+
+MOST_SHARED = 99 * 1024  # what a block can have on the smallest of the devices, sm_86
+KEY = ("kernel", "case")
+
+
+def rows_for(*arguments: str) -> list[dict[str, str]]:
+    """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
+    script = str(TABLE.with_name("compile_kernels.py"))
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_need_what_the_table_says(target):
+    found = rows_for(target)
+    for row in found:
+        assert int(row["shared_bytes"]) <= MOST_SHARED, row
+        assert int(row["spilled_bytes"]) == 0, row
+    with open(TABLE, newline="") as file:
+        expected = [row for row in csv.DictReader(file) if row["target"] == target]
+    assert [[row[k] for k in KEY] for row in found] == [[row[k] for k in KEY] for row in expected]
+    if found[0]["triton"] == expected[0]["triton"]:  # another compiler gives other numbers
+        assert found == expected, "python tests/cem_kernels/compile_kernels.py --write, and look at the difference"
+
+
+@pytest.mark.slow
+def test_batch_classes_and_tokens_vary_without_recompiling():
+    versions = {row["kernel"]: int(row["versions"]) for row in rows_for("--vary-sizes", "sm90")}
+    assert len(versions) == 6
+    assert set(versions.values()) == {1}, versions
+
+
+def test_table_has_the_columns_that_the_script_writes():
+    with open(TABLE, newline="") as file:
+        assert next(csv.reader(file)) == list(COLUMNS)
