@@ -56,7 +56,9 @@ class ClassGroups:
             ValueError: labels are not of rank 1, ``num_classes`` or ``max_class_size`` is not positive, a label is
                 out of range, or a class is larger than ``max_class_size``. The last two cost a synchronisation:
                 they are checked on the CPU, and on CUDA only under :func:`cem_kernels.set_debug`. Without the check
-                either of them trips a device assertion in eager: no class takes another's rows.
+                either of them trips a device assertion in eager: no class takes another's rows. Kernels know no bound
+                on the class size; a sample whose label is out of range is in no class, and its row of a result is
+                never written.
         """
         validation.check_labels(labels, num_classes)
         if max_class_size is not None and max_class_size < 1:

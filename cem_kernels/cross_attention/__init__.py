@@ -28,12 +28,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
 }
 MOST_CLASSES = 65_535  # a grid's second axis has no more programs
+MOST_TOKENS = 2**30  # tokens of a class are counted in 32 bits
 
 
-def _why_not_triton(width: int, num_slots: int, num_heads: int, num_classes: int) -> str | None:
+def _why_not_triton(tokens: Tensor, slots: Tensor, num_heads: int) -> str | None:
     """Which size of a call the kernels do not support."""
-    limits = (("D", width, 16, 512), ("S", num_slots, 1, 32), ("H", num_heads, 1, 16))
-    for letter, size, least, most in (*limits, ("K", num_classes, 1, MOST_CLASSES)):
+    (num_samples, num_tokens, width), (num_classes, num_slots, _) = tokens.shape, slots.shape
+    limits = (
+        ("D", width, 16, 512),
+        ("S", num_slots, 1, 32),
+        ("H", num_heads, 1, 16),
+        ("K", num_classes, 1, MOST_CLASSES),
+        ("B·T", num_samples * num_tokens, 0, MOST_TOKENS),
+    )
+    for letter, size, least, most in limits:
         if not least <= size <= most:
             return f"kernels take {letter} from {least} to {most}, got {size}"
     return None
@@ -64,7 +72,10 @@ def cross_attention(
         num_heads: ``H``; ``D`` must be a multiple of it.
         dropout: probability in ``[0, 1)`` that an element of ``W_p o + b_p`` is dropped (and the rest scaled up). Pass
             0 when evaluating. Drawn from PyTorch's global generator, in batch order.
-        backend: see :mod:`cem_kernels.backends`.
+        backend: see :mod:`cem_kernels.backends`. ``triton`` takes ``D`` from 16 to 512, ``S`` to 32, ``H`` to 16, fp32,
+            bf16 and fp16; it is differentiable once, the others twice. It multiplies matrices in the dtype of the
+            tokens and sums in fp32; fp32 follows :func:`torch.set_float32_matmul_precision`. Eager computes in fp32
+            whatever the tokens are.
 
     Returns:
         ``[B, T, D]`` in fp32 (fp64 for fp64 tokens), in batch order. Differentiable in tokens, slots and weights.
@@ -88,7 +99,7 @@ def cross_attention(
     validation.check_weights(tokens, weights, weights.expected_shapes())
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
 
-    objection = _why_not_triton(width, slots.shape[1], num_heads, groups.num_classes)
+    objection = _why_not_triton(tokens, slots, num_heads)
     implementation = backends.pick(backend, "cross_attention", IMPLEMENTATIONS, tokens, objection)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):

@@ -1,8 +1,11 @@
 """Every kernel compiles for GPUs that are not there, fits, spills nothing, and does not change its needs unnoticed."""
 
 import csv
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from compile_kernels import COLUMNS, TABLE, TARGETS
@@ -10,8 +13,10 @@ from compile_kernels import COLUMNS, TABLE, TARGETS
 MOST_SHARED = 99 * 1024  # what a block can have on the smallest of the devices, sm_86
 KEY = ("kernel", "case")
 
+Rows = list[dict[str, str]]
 
-def rows_for(*arguments: str) -> list[dict[str, str]]:
+
+def rows_for(*arguments: str) -> Rows:
     """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
     script = str(TABLE.with_name("compile_kernels.py"))
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
@@ -19,10 +24,18 @@ def rows_for(*arguments: str) -> list[dict[str, str]]:
     return list(csv.DictReader(done.stdout.splitlines()))
 
 
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Callable[[str], Rows]]:
+    """The rows of a target. All targets start with the first question, one for every core at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tables = {target: pool.submit(rows_for, target) for target in TARGETS}
+        yield lambda target: tables[target].result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_and_need_what_the_table_says(target):
-    found = rows_for(target)
+def test_kernels_compile_and_need_what_the_table_says(compiled, target):
+    found = compiled(target)
     for row in found:
         assert int(row["shared_bytes"]) <= MOST_SHARED, row
         assert int(row["spilled_bytes"]) == 0, row
