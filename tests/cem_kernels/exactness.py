@@ -19,11 +19,12 @@ def assert_as_exact(
 ) -> None:
     """Triton, with the leaves of ``problems`` rounded to ``dtype``, is as exact as the reference.
 
-    Several problems that differ in their seed are judged together: a single number that many terms add up to, like the
-    gradient of a gate, comes out exact or not by luck. ``own_precision`` are the same problems with a reference that
-    computes in ``dtype`` throughout, where backend "reference" does not.
+    Several problems that differ in their seed are judged together, and single numbers less strictly: what many terms
+    add up to, like the gradient of a gate, comes out exact or not by luck. ``own_precision`` are the same problems with
+    a reference that computes in ``dtype`` throughout, where backend "reference" does not.
     """
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    single = set()
     for problem, own in zip(problems, own_precision or problems, strict=True):
         rounded = {name: leaf.to(dtype) for name, leaf in problem.leaves.items()}
         exact = problem.results("reference", **{name: leaf.double() for name, leaf in rounded.items()})
@@ -34,11 +35,14 @@ def assert_as_exact(
             assert found[name].isfinite().all(), f"{name} is not finite"
             norms = (found[name] - want).norm(), (reference[name] - want).norm(), want.norm()
             squares[name] += torch.stack(norms).double().cpu() ** 2
+            if want.numel() == 1:
+                single.add(name)
     # The interpreter truncates to bf16 where a device rounds, which doubles the error of a conversion by itself.
     factor = 2.0 if DEVICE == "cuda" or dtype != torch.bfloat16 else 4.0
     for name, square in squares.items():
         error, allowed, scale = square.sqrt().tolist()
-        limit = factor * allowed + 16 * torch.finfo(torch.float32).eps * scale + 1e-9
+        lucky = (256 if name in single else 16) * torch.finfo(torch.float32).eps * scale
+        limit = factor * allowed + lucky + 1e-9
         assert error <= limit, f"{name}: error {error:.3g}, reference {allowed:.3g}, norm {scale:.3g}"
 
 
