@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_output_of_a_step_goes_to_its_log(tmp_path: Path) -> None:
     assert step.log.read_text() == "out\nerr\n"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the test also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_the_steps_with_sigterm_and_waits_for_them(tmp_path: Path) -> None:
     ended = tmp_path / "ended"
     step = shell(tmp_path, f"trap 'sleep 0.2; echo TERM > {ended}; exit 130' TERM; while :; do sleep 0.05; done")
@@ -74,6 +84,7 @@ def test_interrupt_ends_the_steps_with_sigterm_and_waits_for_them(tmp_path: Path
     assert ended.read_text() == "TERM\n"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_kills_a_step_that_does_not_end(tmp_path: Path) -> None:
     step = shell(tmp_path, "trap '' TERM; echo $$; while :; do sleep 0.05; done")
     for delay in (0.5, 1.0):
