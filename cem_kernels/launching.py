@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -14,6 +14,31 @@ import triton
 DISPATCH_KEYS = ("CPU", "CUDA")
 
 Grid = tuple[int, ...]
+Sizes = TypeVar("Sizes", bound=NamedTuple)
+
+_tuned: dict[str, dict[str, int]] = {}
+
+
+def tune(operator: str, **sizes: int) -> None:
+    """Compile an operator's kernels for other sizes than the default ones, for the rest of the process.
+
+    Nothing tunes itself: sizes are fixed, so that no call is slow or different because it came first. Whoever has a
+    device and the time tries others, checks the results and measures (``python -m benchmarks.gpu`` does both).
+
+    Args:
+        operator: a registered operator, ``gated_read_backward`` say.
+        sizes: fields of its ``Tiles`` or ``Blocks`` to replace, ``BLOCK_N=32, num_warps=2`` say; none of them: back to
+            the defaults.
+
+    A field that does not exist is a ValueError in the operator's next call.
+    """
+    _tuned[operator] = sizes
+
+
+def tuned(operator: str, defaults: Sizes) -> Sizes:
+    """``defaults``, but for what :func:`tune` has replaced."""
+    replaced: Sizes = defaults._replace(**_tuned.get(operator, {}))
+    return replaced
 
 
 def launch(kernel: Any, grid: Grid, device: torch.device, *args: Any, **options: Any) -> None:

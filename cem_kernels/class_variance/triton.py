@@ -12,6 +12,8 @@ the mean is carried as two numbers, ``mean + low``, and the second goes to the b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.kernel_math import log1p
-from cem_kernels.launching import launch, operator, processors, splits_per_class
+from cem_kernels.launching import launch, operator, processors, splits_per_class, tuned
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -253,21 +255,26 @@ def variance_backward_kernel(
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
-# A warp reads 512 bytes of a row, and a thread holds all rows of its columns: no reduction crosses warps.
-WARP_BYTES, BLOCK_R, BLOCK_P = 512, 16, 16
+WARP_BYTES, BLOCK_P = 512, 16
 # Programs of one warp that fill a multiprocessor; fewer rows than this are not worth splitting.
 PROGRAMS_PER_PROCESSOR, ROWS_PER_PART = 16, 64
 
 
-def _blocks(x: Tensor) -> tuple[int, int]:
-    """Columns of a block, a power of two, and blocks."""
-    columns = x.shape[1]
-    size = min(WARP_BYTES // x.element_size(), max(16, triton.next_power_of_2(columns)))
-    return size, triton.cdiv(columns, size)
+class Blocks(NamedTuple):
+    """Sizes that the kernels over rows are compiled for. They follow width and dtype, never the batch."""
+
+    BLOCK_R: int
+    BLOCK_C: int
+    num_warps: int
 
 
-def _parts(x: Tensor, num_classes: int, blocks: int) -> int:
-    programs = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(x.device), blocks)
+def blocks(x: Tensor) -> Blocks:
+    """A warp reads 512 bytes of a row, and a thread holds all rows of its columns: no reduction crosses warps."""
+    return Blocks(16, min(WARP_BYTES // x.element_size(), max(16, triton.next_power_of_2(x.shape[1]))), 1)
+
+
+def _parts(x: Tensor, num_classes: int, column_blocks: int) -> int:
+    programs = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(x.device), column_blocks)
     return splits_per_class(triton.cdiv(x.shape[0], ROWS_PER_PART), num_classes, programs)
 
 
@@ -296,28 +303,29 @@ def class_variance_forward(
     result = _forward_shapes(x, order, offsets)
     rob, intra, penalty, mse, weight, mean, slope, low = result
     num_classes, columns = mean.shape
-    block_c, blocks = _blocks(x)
-    parts = _parts(x, num_classes, blocks)
+    sizes = tuned("class_variance_forward", blocks(x))
+    column_blocks = triton.cdiv(columns, sizes.BLOCK_C)
+    parts = _parts(x, num_classes, column_blocks)
     # Each in memory of its own: Triton compiles another version for a pointer that is not aligned to 16 bytes.
-    block_penalty, block_mse = (x.new_empty((num_classes, blocks), dtype=torch.float32) for _ in range(2))
+    block_penalty, block_mse = (x.new_empty((num_classes, column_blocks), dtype=torch.float32) for _ in range(2))
     moments: tuple[Tensor, ...] = (mean, low, slope)
     if parts > 1:
         moments = tuple(x.new_empty((num_classes, parts, columns), dtype=t.dtype) for t in moments)
     numbers = (columns, parts, eps_var, gamma, threshold, min_samples)
     launch(
-        moments_kernel, (blocks, parts, num_classes), x.device,
+        moments_kernel, (column_blocks, parts, num_classes), x.device,
         x, order, offsets, threshold_at, *moments, block_penalty, block_mse, *x.stride(), *numbers,
-        HINGE=hinge, BLOCK_R=BLOCK_R, BLOCK_C=block_c, num_warps=1,
+        HINGE=hinge, **sizes._asdict(),
     )  # fmt: skip
     if parts > 1:
         launch(
-            merge_kernel, (blocks, num_classes), x.device,
+            merge_kernel, (column_blocks, num_classes), x.device,
             offsets, threshold_at, *moments, mean, low, slope, block_penalty, block_mse, *numbers,
-            HINGE=hinge, BLOCK_R=BLOCK_R, BLOCK_C=block_c, BLOCK_P=BLOCK_P, num_warps=1,
+            HINGE=hinge, BLOCK_P=BLOCK_P, **sizes._asdict(),
         )  # fmt: skip
     launch(
         losses_kernel, (1,), x.device,
-        offsets, block_penalty, block_mse, penalty, mse, rob, intra, weight, num_classes, blocks, min_samples,
+        offsets, block_penalty, block_mse, penalty, mse, rob, intra, weight, num_classes, column_blocks, min_samples,
         BLOCK_K=128, BLOCK_B=16, num_warps=4,
     )  # fmt: skip
     return result
@@ -337,13 +345,14 @@ def class_variance_backward(
     """The gradient of ``x [B, C]``, contiguous, in its dtype."""
     dx = x.new_empty(x.shape)
     num_classes, columns = mean.shape
-    block_c, blocks = _blocks(x)
-    parts = _parts(x, num_classes, blocks)
+    sizes = tuned("class_variance_backward", blocks(x))
+    column_blocks = triton.cdiv(columns, sizes.BLOCK_C)
+    parts = _parts(x, num_classes, column_blocks)
     launch(
-        variance_backward_kernel, (blocks, parts, num_classes), x.device,
+        variance_backward_kernel, (column_blocks, parts, num_classes), x.device,
         x, order, offsets, mean, low, slope, weight, grad_rob, grad_intra, grad_penalty, grad_mse, dx,
         *x.stride(), *(g.stride(0) if g is not None else 0 for g in (grad_penalty, grad_mse)),
-        columns, parts, min_samples, BLOCK_R=BLOCK_R, BLOCK_C=block_c, num_warps=1,
+        columns, parts, min_samples, **sizes._asdict(),
     )  # fmt: skip
     return dx
 

@@ -34,7 +34,7 @@ from cem_kernels.cross_attention.feed_forward import feed_forward
 from cem_kernels.cross_attention.weights import CrossAttentionWeights, absorb
 from cem_kernels.groups import ClassGroups
 from cem_kernels.kernel_math import dot, tanh, tanh_slope
-from cem_kernels.launching import input_precision, launch, operator, processors, splits_per_class
+from cem_kernels.launching import input_precision, launch, operator, processors, splits_per_class, tuned
 
 LN_EPS = 1e-5  # F.layer_norm's
 PADDING_LOGIT = -1e30  # finite, so that a head of nothing but padding is no NaN
@@ -344,7 +344,7 @@ def gated_read_forward(
     y, statistics = _forward_shapes(x)
     num_classes, rows, width = queries.shape
     precision = input_precision(x.dtype)
-    t = tiles(width, rows, num_slots, precision, x.dtype, backward=False)
+    t = tuned("gated_read_forward", tiles(width, rows, num_slots, precision, x.dtype, backward=False))
     parts = _parts(x, num_classes, t.BLOCK_N)
     launch(
         gated_read_forward_kernel, (parts, num_classes), x.device,
@@ -379,7 +379,7 @@ def gated_read_backward(
     x, dy = _with_rows(x), _with_rows(dy)
     num_classes, rows, width = queries.shape
     precision = input_precision(x.dtype)
-    t = tiles(width, rows, num_slots, precision, x.dtype, backward=True)
+    t = tuned("gated_read_backward", tiles(width, rows, num_slots, precision, x.dtype, backward=True))
     parts = _parts(x, num_classes, t.BLOCK_N)
     partials = x.new_empty((num_classes, parts, sum(_partial_sizes(queries))), dtype=torch.float32)
     # Several groups of heads add to dx, which should not be rounded in between.

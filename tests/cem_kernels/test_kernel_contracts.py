@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exactness import DEVICE, assert_as_exact
-from problems import OPERATORS, Problem, cross_problem, labels_with_holes, slot_problem, variance_problem
+from problems import OPERATORS, Problem, assert_same, cross_problem, labels_with_holes, slot_problem, variance_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -250,6 +250,31 @@ def test_fp32_products_follow_pytorchs_precision(allowed, precision):
         assert launching.input_precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+OTHER_SIZES = {
+    "class_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
+    "class_variance_backward": {"BLOCK_R": 8, "num_warps": 2},
+    "gated_read_forward": {"BLOCK_N": 16, "BLOCK_D": 16},
+    "gated_read_backward": {"BLOCK_N": 16, "BLOCK_K": 16},
+}
+
+
+@every_kernel
+def test_other_sizes_on_request_change_nothing_but_the_last_bits(make, monkeypatch):
+    monkeypatch.setattr(launching, "_tuned", {})
+    problem = problem_of(make)
+    default = problem.results("triton")
+    for operator, sizes in OTHER_SIZES.items():
+        launching.tune(operator, **sizes)
+    assert_same(problem.results("triton"), default, tolerance=1e-5)
+
+
+def test_tuning_a_size_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(launching, "_tuned", {})
+    launching.tune("class_variance_forward", BLOCK_X=1)
+    with pytest.raises(ValueError, match="BLOCK_X"):
+        class_variance(torch.randn(23, 4, device=DEVICE), GROUPS, threshold=0.1, backend="triton")
 
 
 @pytest.mark.gpu
