@@ -304,13 +304,12 @@ def tiles(width: int, rows: int, num_slots: int, precision: str, dtype: torch.dt
     group = min(rows, MOST_ROWS)
     heads = (rows // group, group // num_slots, num_slots)
     even = width % 32 == 0  # else the last block's mask costs registers
-    block_k = 32 if even or not backward else 16
     if dtype == torch.float32 and precision == "ieee":
         # Products without matrix units keep both operands of a block in registers.
-        return Tiles(*heads, 32, block_k, 16, 4, 1)
+        return Tiles(*heads, 32, 32 if even else 16, 16 if backward else 32, 4, 1)
     if backward:
-        return Tiles(*heads, 64 if even else 32, block_k, 16, 4, 1)
-    return Tiles(*heads, 64, 64, 64, 4, 1)
+        return Tiles(*heads, 64 if even else 32, 32 if even else 16, 16, 4, 1)
+    return Tiles(*heads, 64, 32, 32, 4, 1)
 
 
 def _parts(x: Tensor, num_classes: int, block_n: int) -> int:

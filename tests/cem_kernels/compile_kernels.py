@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
@@ -203,13 +203,23 @@ def main() -> None:
             for kernel, count in versions_as_sizes_vary(target).items():
                 print(target, kernel, count, sep=",")
         return
-    with open(TABLE, "w", newline="") if options.write else nullcontext(sys.stdout) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for target in targets:
-            for row in rows_of(target):
-                writer.writerow(row)
-                file.flush()
+    if len(targets) > 1 or options.write:
+        write_tables(targets, sys.stdout if not options.write else TABLE.open("w", newline=""))
+        return
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows_of(targets[0]))
+
+
+def write_tables(targets: list[str], file: TextIO) -> None:
+    """The tables of several targets, each from a process of its own: a kernel remembers what it was compiled for."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        command = [sys.executable, __file__]
+        runs = [pool.submit(subprocess.check_output, [*command, target], text=True) for target in targets]
+        tables = [run.result().splitlines() for run in runs]
+    lines = tables[0][:1] + [line for table in tables for line in table[1:]]
+    file.write("\n".join(lines) + "\n")
+    file.flush()
 
 
 if __name__ == "__main__":

@@ -328,8 +328,6 @@ def test_slot_noise_of_wrong_shape_is_refused():
 def test_triton_is_refused_by_name_until_it_exists():
     with pytest.raises(BackendUnavailableError, match="slot_attention has no 'triton' backend"):
         surrogate(backend="triton")
-    with pytest.raises(BackendUnavailableError, match="cross_attention has no 'triton' backend"):
-        cem.CrossAttention(16, backend="triton")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
