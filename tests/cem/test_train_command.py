@@ -143,13 +143,7 @@ def test_resuming_with_another_option_is_refused(
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_signal_ends_with_130_and_a_run_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
     options = [*SMALL, "--epochs", "10000", "--out", "run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cem.train", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that were started in the background ignore Ctrl-C, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen([sys.executable, "-m", "cem.train", *options], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2:
