@@ -275,8 +275,8 @@ def gated_read_backward_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 MOST_ROWS = 32  # rows of G that a program holds at a time
-# Programs that fill a multiprocessor. Each writes gradients of G and P of its own, so no more than needed.
-PROGRAMS_PER_PROCESSOR = 2
+# Programs of a multiprocessor: forward what fills it; backward no more than fit at once, as each writes its own sums.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 2
 
 
 class Tiles(NamedTuple):
@@ -312,9 +312,9 @@ def tiles(width: int, rows: int, num_slots: int, precision: str, dtype: torch.dt
     return Tiles(*heads, 64, 32, 32, 4, 1)
 
 
-def _parts(x: Tensor, num_classes: int, block_n: int) -> int:
+def _parts(x: Tensor, num_classes: int, block_n: int, programs: int) -> int:
     units = triton.cdiv(x.shape[0] * x.shape[1], block_n)
-    return splits_per_class(units, num_classes, PROGRAMS_PER_PROCESSOR * processors(x.device))
+    return splits_per_class(units, num_classes, programs * processors(x.device))
 
 
 def _with_rows(tokens: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ def gated_read_forward(
     num_classes, rows, width = queries.shape
     precision = input_precision(x.dtype)
     t = tuned("gated_read_forward", tiles(width, rows, num_slots, precision, x.dtype, backward=False))
-    parts = _parts(x, num_classes, t.BLOCK_N)
+    parts = _parts(x, num_classes, t.BLOCK_N, FORWARD_PROGRAMS)
     launch(
         gated_read_forward_kernel, (parts, num_classes), x.device,
         x, order, offsets, queries, shifts, outputs, alpha, seed, y, statistics,
@@ -379,7 +379,7 @@ def gated_read_backward(
     num_classes, rows, width = queries.shape
     precision = input_precision(x.dtype)
     t = tuned("gated_read_backward", tiles(width, rows, num_slots, precision, x.dtype, backward=True))
-    parts = _parts(x, num_classes, t.BLOCK_N)
+    parts = _parts(x, num_classes, t.BLOCK_N, BACKWARD_PROGRAMS)
     partials = x.new_empty((num_classes, parts, sum(_partial_sizes(queries))), dtype=torch.float32)
     # Several groups of heads add to dx, which should not be rounded in between.
     dx = x.new_empty(x.shape, dtype=torch.float32 if t.GROUPS > 1 else x.dtype)

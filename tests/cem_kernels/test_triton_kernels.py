@@ -136,7 +136,8 @@ def test_cross_attention_is_as_exact_in_half_precision(dtype, D, H, S):
 
 
 def test_cross_attention_is_exact_where_a_program_has_several_tiles(monkeypatch):
-    monkeypatch.setattr(cross_attention_kernels, "PROGRAMS_PER_PROCESSOR", 0)
+    monkeypatch.setattr(cross_attention_kernels, "FORWARD_PROGRAMS", 0)
+    monkeypatch.setattr(cross_attention_kernels, "BACKWARD_PROGRAMS", 0)
     assert_as_exact(cross_problem(HOLES % 2, 2, T=20, D=32, H=4, S=8))
 
 
