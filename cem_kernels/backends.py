@@ -74,6 +74,30 @@ def why_not_triton(tokens: Tensor) -> str | None:
     return None
 
 
+MOST_CLASSES = 65_535  # a grid's second axis has no more programs
+MOST_TOKENS = 2**30  # tokens of a class are counted in 32 bits
+
+
+def size_outside_kernels(tokens: Tensor, slots: Tensor, *more: tuple[str, int, int, int]) -> str | None:
+    """Which size kernels over tokens ``[B, T, D]`` and slots ``[K, S, D]`` do not take; None where they take all.
+
+    Args:
+        more: letter, size, least and most of what else a kernel limits.
+    """
+    (num_samples, num_tokens, width), (num_classes, num_slots, _) = tokens.shape, slots.shape
+    limits = (
+        ("D", width, 16, 512),
+        ("S", num_slots, 1, 32),
+        ("K", num_classes, 1, MOST_CLASSES),
+        ("B·T", num_samples * num_tokens, 0, MOST_TOKENS),
+        *more,
+    )
+    for letter, size, least, most in limits:
+        if not least <= size <= most:
+            return f"kernels take {letter} from {least} to {most}, got {size}"
+    return None
+
+
 def pick(
     backend: str,
     operator: str,

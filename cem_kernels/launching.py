@@ -13,6 +13,9 @@ import triton
 # Kernels are compiled for CUDA (and ROCm, which PyTorch calls cuda too) and interpreted on the CPU.
 DISPATCH_KEYS = ("CPU", "CUDA")
 
+# For kernels of few programs: left alone, ptxas may spill to make room for more programs than there are.
+ALL_REGISTERS: dict[str, Any] = {} if torch.version.hip else {"maxnreg": 255}
+
 Grid = tuple[int, ...]
 Sizes = TypeVar("Sizes", bound=NamedTuple)
 
@@ -26,7 +29,8 @@ def tune(operator: str, **sizes: int) -> None:
     device and the time tries others, checks the results and measures (``python -m benchmarks.gpu`` does both).
 
     Args:
-        operator: a registered operator, ``gated_read_backward`` say.
+        operator: a registered operator, ``gated_read_backward`` say, or one of several kernels of an operator, by its
+            name without ``_kernel``: ``attend_backward``.
         sizes: fields of its ``Tiles`` or ``Blocks`` to replace, ``BLOCK_N=32, num_warps=2`` say; none of them: back to
             the defaults.
 

@@ -27,24 +27,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "eager": eager.cross_attention,
     "triton": _triton,
 }
-MOST_CLASSES = 65_535  # a grid's second axis has no more programs
-MOST_TOKENS = 2**30  # tokens of a class are counted in 32 bits
-
-
-def _why_not_triton(tokens: Tensor, slots: Tensor, num_heads: int) -> str | None:
-    """Which size of a call the kernels do not support."""
-    (num_samples, num_tokens, width), (num_classes, num_slots, _) = tokens.shape, slots.shape
-    limits = (
-        ("D", width, 16, 512),
-        ("S", num_slots, 1, 32),
-        ("H", num_heads, 1, 16),
-        ("K", num_classes, 1, MOST_CLASSES),
-        ("B·T", num_samples * num_tokens, 0, MOST_TOKENS),
-    )
-    for letter, size, least, most in limits:
-        if not least <= size <= most:
-            return f"kernels take {letter} from {least} to {most}, got {size}"
-    return None
 
 
 def cross_attention(
@@ -99,7 +81,7 @@ def cross_attention(
     validation.check_weights(tokens, weights, weights.expected_shapes())
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
 
-    objection = _why_not_triton(tokens, slots, num_heads)
+    objection = backends.size_outside_kernels(tokens, slots, ("H", num_heads, 1, 16))
     implementation = backends.pick(backend, "cross_attention", IMPLEMENTATIONS, tokens, objection)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):

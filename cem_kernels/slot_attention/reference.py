@@ -23,6 +23,7 @@ def slot_attention(
     eps: float,
 ) -> Tensor:
     """``tokens [B, T, D]``, ``slots [K, S, D]`` to the final slots ``[K, S, D]``."""
+    tokens = tokens.to(slots.dtype)
     bounds = groups.offsets.tolist()
     results = []
     for c in range(groups.num_classes):

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from cem_kernels.class_variance import triton as class_variance
 from cem_kernels.cross_attention import triton as cross_attention
+from cem_kernels.slot_attention import triton as slot_attention
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -125,6 +126,31 @@ def read_case(
     return run
 
 
+def slot_case(
+    width: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, hidden: int | None = None,
+    strided: bool = False, split: bool | None = None, samples: int = 64, classes: int = 4, tokens: int = 4,
+) -> Callable[[], None]:  # fmt: skip
+    """``split``: whether tokens are split over programs, where the launcher's own choice is not wanted."""
+
+    def run() -> None:
+        torch.set_float32_matmul_precision(matmul)
+        x = torch.empty(tokens, samples, width, dtype=dtype).transpose(0, 1)
+        x = x if strided else x.contiguous()
+        initial, vectors = torch.empty(classes, slots, width), torch.empty(13 * width + (hidden or 2 * width))
+        sizes = (width, width), (3 * width, width), (3 * width, width), (hidden or 2 * width, width)
+        matrices = [torch.empty(size, dtype=dtype) for size in (*sizes, sizes[-1][::-1])]
+        common = (x, torch.arange(samples), torch.arange(classes + 1))
+        choose = slot_attention.tokens_are_split
+        slot_attention.tokens_are_split = choose if split is None else lambda x, groups: split
+        try:
+            kept = slot_attention.slot_attention_forward(*common, initial, *matrices, vectors, 3, 1e-8)
+            slot_attention.slot_attention_backward(*common, *matrices, vectors, *kept, initial, 1e-8)
+        finally:
+            slot_attention.tokens_are_split = choose
+
+    return run
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """One of every class of configuration that the launchers choose."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -147,6 +173,15 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name} D128 H4 S8 dropout", read_case(128, 4, 8, *products[name], dropout=0.1)
         yield f"{name} D128 H4 S8 strided", read_case(128, 4, 8, *products[name], strided=True)
 
+    # Large kernels, half of what there is to compile: no more cases than differ.
+    for name in ("fp32", "bf16"):
+        yield f"{name} D128 S8", slot_case(128, 8, *products[name])
+        yield f"{name} D512 S32", slot_case(512, 32, *products[name])
+        yield f"{name} split D128 S8", slot_case(128, 8, *products[name], split=True)
+    yield "tf32 D128 S8", slot_case(128, 8, *products["tf32"])
+    yield "fp32 D200 S7", slot_case(200, 7, *products["fp32"], hidden=100)
+    yield "bf16 D16 S1", slot_case(16, 1, *products["bf16"], strided=True)
+
 
 def name_of(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -158,9 +193,11 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
     compiled: list[tuple[str, Any]] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+        if TARGETS[target].backend == "hip":  # this PyTorch is CUDA's, and so are its launchers' options
+            options.pop("maxnreg", None)
         compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options)))
 
-    for module in (class_variance, cross_attention):
+    for module in (class_variance, cross_attention, slot_attention):
         module.launch = launch
     return compiled
 
@@ -182,6 +219,9 @@ def versions_as_sizes_vary(target: str) -> dict[str, int]:
     for samples, classes, tokens in ((64, 4, 4), (1, 1, 1), (17, 3, 1), (8192, 1, 7), (4096, 100, 16), (100, 1000, 2)):
         variance_case(torch.float32, "relu", 128, samples=samples, classes=classes)()
         read_case(128, 4, 8, torch.bfloat16, samples=samples, classes=classes, tokens=tokens)()
+        for split in (False, True):
+            sizes = {"samples": samples, "classes": classes, "tokens": tokens}
+            slot_case(128, 8, torch.bfloat16, split=split, **sizes)()
     versions: dict[str, set[str]] = {}
     for kernel, result in compiled:
         versions.setdefault(kernel, set()).add(result.hash)

@@ -5,7 +5,6 @@ import torch
 from problems import cross_problem, random_cross_weights, random_slot_weights, slot_problem
 
 from cem_kernels import (
-    BackendUnavailableError,
     ClassGroups,
     class_variance,
     cross_attention,
@@ -98,11 +97,6 @@ def test_bad_type_is_refused(call, kwargs, message):
 def test_tensors_on_two_devices_are_refused(call):
     with pytest.raises(ValueError, match="slots must be on the tokens' device cpu, got meta"):
         call(slots=SLOTS.to("meta"))
-
-
-def test_backend_that_does_not_exist_yet_is_refused_by_name():
-    with pytest.raises(BackendUnavailableError, match="has no 'triton' backend in this release"):
-        slots(backend="triton")
 
 
 @pytest.mark.parametrize("make", [slot_problem, cross_problem])

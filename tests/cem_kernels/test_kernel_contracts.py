@@ -11,11 +11,11 @@ from cem_kernels import BackendUnavailableError, ClassGroups, backends, class_va
 from cem_kernels.class_variance import triton as class_variance_kernels
 from cem_kernels.cross_attention import IMPLEMENTATIONS
 from cem_kernels.cross_attention import triton as cross_attention_kernels
+from cem_kernels.slot_attention import triton as slot_attention_kernels
 
 LABELS = labels_with_holes(23, 7).to(DEVICE)
 GROUPS = ClassGroups.from_labels(LABELS, 7)
-WITH_KERNELS = {name: make for name, make in OPERATORS.items() if name != "slot_attention"}
-every_kernel = pytest.mark.parametrize("make", WITH_KERNELS.values(), ids=WITH_KERNELS.keys())
+every_kernel = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
 
 
 def problem_of(make) -> Problem:
@@ -46,9 +46,9 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second row", "wider rows", "tokens first"])
-@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_strides_do_not_matter(name, layout):
-    problem = problem_of(WITH_KERNELS[name])
+    problem = problem_of(OPERATORS[name])
     leaf = "features" if name == "class_variance" else "tokens"
     plain = problem.leaves[leaf]
     strided = layouts(plain)[layout]
@@ -139,7 +139,14 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     read = (tokens, GROUPS.order, GROUPS.offsets, queries, queries[:, :, 0].contiguous(), queries.clone(),
             torch.tensor(0.1, device=DEVICE), seed)  # fmt: skip
     y, statistics = cross_attention_kernels.gated_read_forward(*read, 4, 0.5)
+    matrices = [torch.randn(size, 32, device=DEVICE) for size in (32, 96, 96, 48)]
+    slots = (tokens, GROUPS.order, GROUPS.offsets)
+    weights = (*matrices, torch.randn(32, 48, device=DEVICE), torch.randn(13 * 32 + 48, device=DEVICE))
+    initial = torch.randn(7, 4, 32, device=DEVICE)
+    rows = slot_attention_kernels.slot_attention_forward(*slots, initial, *weights, 2, 1e-8)
     return [
+        (slot_attention_kernels.slot_attention_forward, (*slots, initial, *weights, 2, 1e-8)),
+        (slot_attention_kernels.slot_attention_backward, (*slots, *weights, *rows, initial, 1e-8)),
         (class_variance_kernels.class_variance_forward, forward),
         (class_variance_kernels.class_variance_backward, backward),
         (cross_attention_kernels.gated_read_forward, (*read, 4, 0.5)),
@@ -147,7 +154,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(6))
 def test_operators_are_registered_right(index):
     operator, args = operator_calls()[index]
     torch.library.opcheck(operator, args)
@@ -206,7 +213,8 @@ REFUSED = {
     "S=33": (lambda: cross_problem(LABELS, 7, D=16, S=33), "kernels take S from 1 to 32, got 33"),
     "H=17": (lambda: cross_problem(LABELS, 7, D=34, H=17), "kernels take H from 1 to 16, got 17"),
     "fp64": (lambda: variance_problem(LABELS, 7), "kernels take fp32, bf16 and fp16, got torch.float64"),
-    "no kernel": (lambda: slot_problem(LABELS, 7), "slot_attention has no 'triton' backend"),
+    "slots, D=8": (lambda: slot_problem(LABELS, 7, D=8), "kernels take D from 16 to 512, got 8"),
+    "slots, S=33": (lambda: slot_problem(LABELS, 7, D=16, S=33), "kernels take S from 1 to 32, got 33"),
 }
 
 
@@ -255,6 +263,8 @@ def test_fp32_products_follow_pytorchs_precision(allowed, precision):
 OTHER_SIZES = {
     "class_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
     "class_variance_backward": {"BLOCK_R": 8, "num_warps": 2},
+    "slot_attention_forward": {"BLOCK_D": 16, "BLOCK_K": 32},
+    "slot_attention_backward": {"BLOCK_N": 32, "BLOCK_K": 16},
     "gated_read_forward": {"BLOCK_N": 16, "BLOCK_D": 16},
     "gated_read_backward": {"BLOCK_N": 16, "BLOCK_K": 16},
 }

@@ -1,8 +1,9 @@
-"""The Triton kernels against the reference in fp64: on a CUDA device compiled, elsewhere in Triton's interpreter."""
+"""Class variance and cross attention in Triton against the reference in fp64: on a CUDA device compiled, elsewhere in
+Triton's interpreter."""
 
 import pytest
 import torch
-from exactness import DEVICE, assert_as_exact, assert_close_to_exact
+from exactness import DEVICE, HOLES, assert_as_exact, assert_close_to_exact, every_labelling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem, cross_problem, labels_with_holes, variance_problem
@@ -11,29 +12,9 @@ from cem_kernels import ClassGroups, CrossAttentionWeights, class_variance
 from cem_kernels.cross_attention import triton as cross_attention_kernels
 from cem_kernels.cross_attention.reference import cross_attention as reference_cross_attention
 
-HOLES = labels_with_holes(23, 7).to(DEVICE)
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 SEEDS = range(4)
-
-LABEL_CASES = {
-    "holes in front, middle and back": (HOLES, 7),
-    "one sample": (torch.tensor([2], device=DEVICE), 4),
-    "one class": (torch.zeros(9, dtype=torch.long, device=DEVICE), 1),
-    "all in the last of many": (torch.full((6,), 11, device=DEVICE), 12),
-    "more classes than samples": (torch.tensor([3, 17, 3, 29, 0], device=DEVICE), 30),
-    "one sample each": (torch.arange(5, device=DEVICE), 5),
-    "no sample": (torch.zeros(0, dtype=torch.long, device=DEVICE), 3),
-}
-every_labelling = pytest.mark.parametrize(("labels", "num_classes"), LABEL_CASES.values(), ids=LABEL_CASES.keys())
-
-
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_is_nan():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.zeros(1).new_empty(64).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def read_in_own_precision(labels: torch.Tensor, num_classes: int, **sizes: int) -> tuple[Problem, Problem]:

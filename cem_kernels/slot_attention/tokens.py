@@ -1,0 +1,226 @@
+"""What kernels of slot attention do with tokens: they attend to their class's slots, and the way back.
+
+A program has ``CLASSES`` neighbouring classes and so ``ROWS = CLASSES · SLOTS`` slots. Their tokens lie side by side in
+sorted order; a tile of them meets all the rows at once, and what belongs to another class is masked. It takes every
+``num_parts``-th tile and adds to sums of its own. Imports Triton, so only ``triton.py`` files import this module.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cem_kernels.kernel_math import dot
+from cem_kernels.slot_attention.rows import load_rows, load_vector, store_rows
+
+
+@triton.jit
+def rows_of_classes(first_class, num_classes, num_slots, SLOTS: tl.constexpr, ROWS: tl.constexpr):
+    """Of a program's rows: their index among all slots, their class, and whether they exist."""
+    r = tl.arange(0, ROWS)
+    c = first_class + r // SLOTS
+    slot = r % SLOTS
+    return c.to(tl.int64) * num_slots + slot, c, (c < num_classes) & (slot < num_slots)
+
+
+@triton.jit
+def tokens_of_classes(offsets, first_class, num_classes, T, CLASSES: tl.constexpr):
+    """First sorted sample of a program's classes, and their number of tokens."""
+    first_sample = tl.load(offsets + first_class)
+    end = tl.load(offsets + tl.minimum(first_class + CLASSES, num_classes))
+    return first_sample, (end - first_sample).to(tl.int32) * T
+
+
+@triton.jit
+def _tile(
+    order, offsets, first_sample, n, num_live, T, first_class, num_classes, live_rows,
+    SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile's tokens exist, their samples, their places in them, and which slots are their class's."""
+    live = n < num_live
+    place = first_sample + n // T
+    sample = tl.load(order + place, mask=live, other=0).to(tl.int64)
+    mine = live[:, None] & live_rows[None, :]
+    if CLASSES > 1:
+        local = tl.zeros(n.shape, tl.int32)
+        for i in tl.static_range(1, CLASSES):
+            local += (place >= tl.load(offsets + tl.minimum(first_class + i, num_classes))).to(tl.int32)
+        mine = mine & (local[:, None] == (tl.arange(0, ROWS) // SLOTS)[None, :])
+    return live, sample, (n % T).to(tl.int64), mine
+
+
+@triton.jit
+def _softmax(logits, mine):
+    """Over the slots of a token's own class; zero elsewhere."""
+    logits = tl.where(mine, logits, -float("inf"))
+    highest = tl.max(logits, axis=1)
+    # A token that does not exist has no slot at all.
+    highest = tl.where(highest == -float("inf"), 0.0, highest)
+    exponential = tl.exp(logits - highest[:, None])
+    total = tl.sum(exponential, axis=1)
+    return exponential / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _normal(x_rows, d, live, mean, rstd, D: tl.constexpr):
+    """Normalised tokens ``[BLOCK_N, BLOCK]`` in the tokens' dtype, zero where there is none."""
+    x = load_rows(x_rows, d, live, D).to(tl.float32)
+    normal = (x - mean[:, None]) * rstd[:, None]
+    return tl.where(live[:, None] & (d < D)[None, :], normal, 0.0).to(x_rows.dtype.element_ty)
+
+
+@triton.jit
+def _queries(floats, d, live_rows, input_norm, D: tl.constexpr, kind: tl.constexpr):
+    """``[ROWS, BLOCK]`` of the queries with the inputs' affine."""
+    return (load_rows(floats, d, live_rows, D) * load_vector(input_norm, d, D)).to(kind)
+
+
+@triton.jit
+def token_statistics(
+    x, order, offsets, statistics, stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, ln_eps,
+    D: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1/deviation of a program's tokens into ``statistics [B, T, 2]``."""
+    first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
+    for start in range(part * BLOCK_N, num_live, num_parts * BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        live = n < num_live
+        sample = tl.load(order + first_sample + n // T, mask=live, other=0).to(tl.int64)
+        token = (n % T).to(tl.int64)
+        x_rows = x + sample * stride_b + token * stride_t
+        mean = tl.zeros([BLOCK_N], tl.float32)
+        for first in range(0, width, BLOCK_D):
+            mean += tl.sum(load_rows(x_rows, first + tl.arange(0, BLOCK_D), live, D).to(tl.float32), axis=1)
+        mean /= D
+        squares = tl.zeros([BLOCK_N], tl.float32)
+        for first in range(0, width, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            away = load_rows(x_rows, d, live, D).to(tl.float32) - mean[:, None]
+            squares += tl.sum(tl.where((d < D)[None, :], away * away, 0.0), axis=1)
+        place = statistics + (sample * T + token) * 2
+        tl.store(place, mean, mask=live)
+        tl.store(place + 1, 1.0 / tl.sqrt(squares / D + ln_eps), mask=live)
+    tl.debug_barrier()
+
+
+@triton.jit
+def attend(
+    x, order, offsets, statistics, floats, stats, live_rows, input_norm, sums, totals,
+    stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
+    D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``Σ_n (p + eps) x̂`` and ``Σ_n (p + eps)`` of this part's tokens, for every row, into ``sums`` and ``totals``."""
+    kind = x.dtype.element_ty
+    first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
+    shift = tl.load(stats + 4, mask=live_rows, other=0.0)
+    total = tl.zeros([ROWS], tl.float32)
+    begin = part * BLOCK_N
+    if begin >= num_live:
+        for first in range(0, width, BLOCK_D):
+            store_rows(sums, first + tl.arange(0, BLOCK_D), live_rows, tl.zeros([ROWS, BLOCK_D], tl.float32), D)
+    for start in range(begin, num_live, num_parts * BLOCK_N):
+        live, sample, token, mine = _tile(
+            order, offsets, first_sample, start + tl.arange(0, BLOCK_N), num_live, T, first_class, num_classes,
+            live_rows, SLOTS, CLASSES, ROWS,
+        )  # fmt: skip
+        x_rows = x + sample * stride_b + token * stride_t
+        place = statistics + (sample * T + token) * 2
+        mean = tl.load(place, mask=live, other=0.0)
+        rstd = tl.load(place + 1, mask=live, other=0.0)
+        logits = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        for first in range(0, width, BLOCK_K):
+            d = first + tl.arange(0, BLOCK_K)
+            query = _queries(floats, d, live_rows, input_norm, D, kind)
+            logits = dot(_normal(x_rows, d, live, mean, rstd, D), tl.trans(query), logits, PRECISION)
+        attention = _softmax(logits + shift[None, :], mine)
+        attention = tl.where(mine, attention + eps, 0.0)
+        total += tl.sum(attention, axis=0)
+        attention_t = tl.trans(attention.to(kind))
+        for first in range(0, width, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            # The first tile has nothing to add to.
+            before = tl.load(
+                sums[:, None] + d[None, :], mask=live_rows[:, None] & (d < tl.where(start > begin, D, 0))[None, :],
+                other=0.0,
+            )  # fmt: skip
+            added = dot(attention_t, _normal(x_rows, d, live, mean, rstd, D), before, PRECISION)
+            store_rows(sums, d, live_rows, added, D)
+        tl.debug_barrier()
+    tl.store(totals, total, mask=live_rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def attend_backward(
+    x, order, offsets, statistics, floats, stats, work, live_rows, input_norm, d_queries, d_shifts, dx,
+    stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps, first_time,
+    D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Backward of :func:`attend` divided by its totals; adds to ``dx [B, T, D]`` what this iteration has to say.
+
+    Means over columns of the gradient of a normalised token are sums over slots: ``mean(G) · w + mean(q) · ∂l`` and
+    ``w · (x̂ G) + ∂l · (x̂ q)``, so that no pass is needed before the one that writes.
+    """
+    kind = x.dtype.element_ty
+    first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
+    shift = tl.load(stats + 4, mask=live_rows, other=0.0)
+    total = tl.load(stats + 5, mask=live_rows, other=1.0)
+    share = 1.0 / tl.where(total > 0.0, total, 1.0)
+    of_update = tl.load(work + 3 * D, mask=live_rows, other=0.0)
+    update_sum = tl.load(work + 3 * D + 1, mask=live_rows, other=0.0)
+    query_sum = tl.zeros([ROWS], tl.float32)
+    for first in range(0, width, BLOCK_K):
+        d = first + tl.arange(0, BLOCK_K)
+        query_sum += tl.sum(_queries(floats, d, live_rows, input_norm, D, kind).to(tl.float32), axis=1)
+    d_shift = tl.zeros([ROWS], tl.float32)
+    begin = part * BLOCK_N
+    if begin >= num_live:
+        for first in range(0, width, BLOCK_D):
+            store_rows(d_queries, first + tl.arange(0, BLOCK_D), live_rows, tl.zeros([ROWS, BLOCK_D], tl.float32), D)
+    for start in range(begin, num_live, num_parts * BLOCK_N):
+        live, sample, token, mine = _tile(
+            order, offsets, first_sample, start + tl.arange(0, BLOCK_N), num_live, T, first_class, num_classes,
+            live_rows, SLOTS, CLASSES, ROWS,
+        )  # fmt: skip
+        row = sample * T + token
+        x_rows = x + sample * stride_b + token * stride_t
+        mean = tl.load(statistics + row * 2, mask=live, other=0.0)
+        rstd = tl.load(statistics + row * 2 + 1, mask=live, other=0.0)
+        logits = tl.zeros([BLOCK_N, ROWS], tl.float32)  # without the shift
+        upstream = tl.zeros([BLOCK_N, ROWS], tl.float32)
+        for first in range(0, width, BLOCK_K):
+            d = first + tl.arange(0, BLOCK_K)
+            normal = _normal(x_rows, d, live, mean, rstd, D)
+            logits = dot(normal, tl.trans(_queries(floats, d, live_rows, input_norm, D, kind)), logits, PRECISION)
+            update = load_rows(work + D, d, live_rows, D).to(kind)
+            upstream = dot(normal, tl.trans(update), upstream, PRECISION)
+        attention = _softmax(logits + shift[None, :], mine)
+        weight = tl.where(mine, attention + eps, 0.0) * share[None, :]
+        d_attention = attention * (upstream - of_update[None, :]) * share[None, :]
+        d_logits = d_attention - attention * tl.sum(d_attention, axis=1)[:, None]
+        d_shift += tl.sum(d_logits, axis=0)
+        mean_1 = tl.sum(weight * update_sum[None, :] + d_logits * query_sum[None, :], axis=1) / D
+        mean_x = tl.sum(weight * upstream + d_logits * logits, axis=1) / D
+        low, weight = d_logits.to(kind), weight.to(kind)
+        low_t = tl.trans(low)
+        for first in range(0, width, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            normal = _normal(x_rows, d, live, mean, rstd, D)
+            before = tl.load(
+                d_queries[:, None] + d[None, :],
+                mask=live_rows[:, None] & (d < tl.where(start > begin, D, 0))[None, :], other=0.0,
+            )  # fmt: skip
+            store_rows(d_queries, d, live_rows, dot(low_t, normal, before, PRECISION), D)
+            gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            gradient = dot(weight, load_rows(work + D, d, live_rows, D).to(kind), gradient, PRECISION)
+            gradient = dot(low, _queries(floats, d, live_rows, input_norm, D, kind), gradient, PRECISION)
+            step = rstd[:, None] * (gradient - mean_1[:, None] - normal.to(tl.float32) * mean_x[:, None])
+            place = dx + row[:, None] * D + d[None, :]
+            inside = live[:, None] & (d < D)[None, :]
+            earlier = live[:, None] & (d < tl.where(first_time, 0, D))[None, :]
+            tl.store(place, tl.load(place, mask=earlier, other=0.0) + step, mask=inside)
+        tl.debug_barrier()
+    tl.store(d_shifts, d_shift, mask=live_rows)
+    tl.debug_barrier()
