@@ -20,7 +20,7 @@ groups of at most ``MOST_ROWS`` rows of ``G``: one for 4 heads of 8 slots. Furth
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from cem_kernels.cross_attention.feed_forward import feed_forward
+from cem_kernels.cross_attention.feed_forward import feed_forward_backward, feed_forward_in_chunks, network
 from cem_kernels.cross_attention.weights import CrossAttentionWeights, absorb
 from cem_kernels.groups import ClassGroups
 from cem_kernels.kernel_math import dot, tanh, tanh_slope
@@ -393,27 +393,85 @@ def gated_read_backward(
     return dx.to(x.dtype), partials.sum(dim=1)
 
 
+# One opaque call each for torch.compile: the number of chunks follows the batch.
+NETWORK = "Tensor alpha, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, Tensor norm, Tensor norm_bias"
+
+
+@operator(
+    f"feed_forward_forward(Tensor y, {NETWORK}, ScalarType product_dtype) -> Tensor",
+    fake=lambda y, *rest: torch.empty_like(y),
+)
+def feed_forward_forward(y, *net_and_dtype):
+    *net, product_dtype = net_and_dtype
+    return feed_forward_in_chunks(y.flatten(0, 1), tuple(net), product_dtype).view(y.shape)
+
+
+@operator(
+    f"feed_forward_gradients(Tensor y, Tensor upstream, {NETWORK}, ScalarType product_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda y, upstream, *rest: tuple(torch.empty_like(t) for t in (y, *rest[:-1])),
+)
+def feed_forward_gradients(y, upstream, *net_and_dtype):
+    *net, product_dtype = net_and_dtype
+    upstream = upstream.reshape(-1, y.shape[-1])
+    dy, d_net = feed_forward_backward(y.flatten(0, 1), upstream, tuple(net), product_dtype)
+    return dy.view(y.shape), *d_net
+
+
 # ------------------------------------------------------------------------------------------------- autograd.Function
+
+
+def _read_gradients(read: tuple[Any, ...], statistics: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of every one of :func:`_read_inputs`."""
+    *tensors, num_slots, dropout = read
+    queries = tensors[3]
+    dx, sums = gated_read_backward(*tensors, statistics, dy, num_slots, dropout)
+    d_queries, d_outputs, d_shifts, d_alpha = sums.split(_partial_sizes(queries), dim=1)
+    d_queries, d_outputs = (t.reshape(queries.shape).to(queries.dtype) for t in (d_queries, d_outputs))
+    return dx, None, None, d_queries, d_shifts, d_outputs, d_alpha.sum(), None, None, None
 
 
 class _GatedRead(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cuda")
-    def forward(ctx, x, order, offsets, queries, shifts, outputs, alpha, seed, num_slots, dropout):
-        y, statistics = gated_read_forward(x, order, offsets, queries, shifts, outputs, alpha, seed, num_slots, dropout)
-        ctx.save_for_backward(x, order, offsets, queries, shifts, outputs, alpha, seed, statistics)
-        ctx.sizes = (num_slots, dropout)
+    def forward(ctx, *read):
+        y, statistics = gated_read_forward(*read)
+        ctx.save_for_backward(*read[:-2], statistics)
+        ctx.options = read[-2:]
         return y
 
     @staticmethod
     @custom_bwd(device_type="cuda")
     @once_differentiable
     def backward(ctx, dy):
-        _, _, _, queries, *_ = ctx.saved_tensors
-        dx, sums = gated_read_backward(*ctx.saved_tensors, dy, *ctx.sizes)
-        d_queries, d_outputs, d_shifts, d_alpha = sums.split(_partial_sizes(queries), dim=1)
-        d_queries, d_outputs = (t.reshape(queries.shape).to(queries.dtype) for t in (d_queries, d_outputs))
-        return dx, None, None, d_queries, d_shifts, d_outputs, d_alpha.sum(), None, None, None
+        *tensors, statistics = ctx.saved_tensors
+        return _read_gradients((*tensors, *ctx.options), statistics, dy)
+
+
+READ_INPUTS = 10  # arguments of gated_read_forward
+
+
+class _CrossAttention(torch.autograd.Function):
+    """Read and feed-forward. Of what is as large as the tokens, only these are kept: the read is done again."""
+
+    @staticmethod
+    @custom_fwd(device_type="cuda")
+    def forward(ctx, *inputs):
+        read, net = inputs[:READ_INPUTS], inputs[READ_INPUTS:]
+        y, _ = gated_read_forward(*read)
+        ctx.save_for_backward(*read[:-2], *net)
+        ctx.options = read[-2:]
+        return feed_forward_forward(y, *net, read[0].dtype)
+
+    @staticmethod
+    @custom_bwd(device_type="cuda")
+    @once_differentiable
+    def backward(ctx, upstream):
+        tensors, net = ctx.saved_tensors[: READ_INPUTS - 2], ctx.saved_tensors[READ_INPUTS - 2 :]
+        read = (*tensors, *ctx.options)
+        y, statistics = gated_read_forward(*read)
+        dy, *d_net = feed_forward_gradients(y, upstream, *net, read[0].dtype)
+        return (*_read_gradients(read, statistics, dy), *d_net)
 
 
 def _padded(rows: Tensor, num_heads: int, heads: int, slots: int, value: float) -> Tensor:
@@ -422,10 +480,10 @@ def _padded(rows: Tensor, num_heads: int, heads: int, slots: int, value: float) 
     return F.pad(by_head, (0, 0, 0, slots - by_head.shape[2], 0, heads - num_heads), value=value).flatten(1, 2)
 
 
-def gated_read(
+def _read_inputs(
     tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
-) -> Tensor:
-    """``y [B, T, D]`` in fp32: ``tokens [B, T, D]`` after ``slots [K, S, D]``, without the feed-forward."""
+) -> tuple[Any, ...]:
+    """What the kernels take: the foldings in front of them, the padding of heads and slots, dropout's seed."""
     w = weights
     width = tokens.shape[-1]
     context = F.layer_norm(slots, (width,), w.ln_kv_weight, w.ln_kv_bias)
@@ -441,10 +499,15 @@ def gated_read(
         # A slot that only pads is never attended to; a head that only pads reads zeros.
         queries, outputs = (_padded(t, num_heads, heads, num_slots, 0.0) for t in (queries, outputs))
         shifts = _padded(shifts[:, :, None], num_heads, heads, num_slots, PADDING_LOGIT)[:, :, 0]
-    y: Tensor = _GatedRead.apply(
-        tokens, groups.order, groups.offsets, queries.to(tokens.dtype), shifts, outputs.to(tokens.dtype),
-        w.alpha_xattn, seed, num_slots, dropout,
-    )  # fmt: skip
+    queries, outputs = queries.to(tokens.dtype), outputs.to(tokens.dtype)
+    return tokens, groups.order, groups.offsets, queries, shifts, outputs, w.alpha_xattn, seed, num_slots, dropout
+
+
+def gated_read(
+    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
+) -> Tensor:
+    """``y [B, T, D]`` in fp32: ``tokens [B, T, D]`` after ``slots [K, S, D]``, without the feed-forward."""
+    y: Tensor = _GatedRead.apply(*_read_inputs(tokens, slots, groups, weights, num_heads, dropout))
     return y
 
 
@@ -452,4 +515,7 @@ def cross_attention(
     tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
 ) -> Tensor:
     """``tokens [B, T, D]`` read ``slots [K, S, D]`` of their own class; returns ``[B, T, D]`` in fp32."""
-    return feed_forward(gated_read(tokens, slots, groups, weights, num_heads, dropout), weights, tokens.dtype)
+    result: Tensor = _CrossAttention.apply(
+        *_read_inputs(tokens, slots, groups, weights, num_heads, dropout), *network(weights)
+    )
+    return result

@@ -139,12 +139,24 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     read = (tokens, GROUPS.order, GROUPS.offsets, queries, queries[:, :, 0].contiguous(), queries.clone(),
             torch.tensor(0.1, device=DEVICE), seed)  # fmt: skip
     y, statistics = cross_attention_kernels.gated_read_forward(*read, 4, 0.5)
-    matrices = [torch.randn(size, 32, device=DEVICE) for size in (32, 96, 96, 48)]
+    matrices = [0.2 * torch.randn(size, 32, device=DEVICE) for size in (32, 96, 96, 48)]
     slots = (tokens, GROUPS.order, GROUPS.offsets)
-    weights = (*matrices, torch.randn(32, 48, device=DEVICE), torch.randn(13 * 32 + 48, device=DEVICE))
+    weights = (*matrices, 0.2 * torch.randn(32, 48, device=DEVICE), torch.randn(13 * 32 + 48, device=DEVICE))
     initial = torch.randn(7, 4, 32, device=DEVICE)
     rows = slot_attention_kernels.slot_attention_forward(*slots, initial, *weights, 2, 1e-8)
+    w = torch.randn(128, 32, device=DEVICE)
+    network = (
+        torch.tensor(0.1, device=DEVICE),
+        w,
+        w[:, 0].clone(),
+        w.t().clone(),
+        w[0].clone(),
+        w[1].clone(),
+        w[2].clone(),
+    )
     return [
+        (cross_attention_kernels.feed_forward_forward, (tokens, *network, torch.float32)),
+        (cross_attention_kernels.feed_forward_gradients, (tokens, tokens.clone(), *network, torch.float32)),
         (slot_attention_kernels.slot_attention_forward, (*slots, initial, *weights, 2, 1e-8)),
         (slot_attention_kernels.slot_attention_backward, (*slots, *weights, *rows, initial, 1e-8)),
         (class_variance_kernels.class_variance_forward, forward),
@@ -154,7 +166,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_operators_are_registered_right(index):
     operator, args = operator_calls()[index]
     torch.library.opcheck(operator, args)

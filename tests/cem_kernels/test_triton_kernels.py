@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from problems import Problem, cross_problem, labels_with_holes, variance_problem
 
 from cem_kernels import ClassGroups, CrossAttentionWeights, class_variance
+from cem_kernels.cross_attention import feed_forward
 from cem_kernels.cross_attention import triton as cross_attention_kernels
 from cem_kernels.cross_attention.reference import cross_attention as reference_cross_attention
 
@@ -120,6 +121,28 @@ def test_cross_attention_is_exact_where_a_program_has_several_tiles(monkeypatch)
     monkeypatch.setattr(cross_attention_kernels, "FORWARD_PROGRAMS", 0)
     monkeypatch.setattr(cross_attention_kernels, "BACKWARD_PROGRAMS", 0)
     assert_as_exact(cross_problem(HOLES % 2, 2, T=20, D=32, H=4, S=8))
+
+
+def test_feed_forward_in_several_chunks_is_as_exact(monkeypatch):
+    monkeypatch.setattr(feed_forward, "CHUNK", 10)
+    assert_as_exact(cross_problem(HOLES, 7, T=3, D=32, H=4, S=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_as_large_as_the_tokens_is_saved_but_the_tokens(dtype):
+    problem = cross_problem(HOLES, 7, T=50, D=32, H=4, S=8)
+    leaves = {name: leaf.to(dtype).requires_grad_() for name, leaf in problem.leaves.items()}
+    large = {}
+
+    def keep(tensor):
+        if tensor.numel() >= leaves["tokens"].numel():
+            large[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (output,) = problem.run("triton", **leaves)
+    assert list(large) == [leaves["tokens"].untyped_storage().data_ptr()]
+    assert output.requires_grad
 
 
 @settings(max_examples=10, deadline=None)
