@@ -41,12 +41,13 @@ _Hidden = tyro.conf.Suppress[tyro.conf.Fixed[_T]]
 
 @dataclass
 class SharedTrainConfig(TrainConfig):
-    """The options of all trainings; what the grid sets is no option here."""
+    """The options of all trainings; what the grid sets is no option here, nor what only one surrogate can do."""
 
     surrogate: _Hidden[Literal["attention", "gmm", "none"]] = "none"
     lambd: _Hidden[float] = 0.0
     noise_std: _Hidden[float] = 0.0
     seed: _Hidden[int] = 0
+    capture: _Hidden[bool] = False
     out: _Hidden[Path | None] = None
 
 

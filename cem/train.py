@@ -36,8 +36,9 @@ class CommandLine(TrainConfig):
     """Take options from this YAML file, such as the config.yaml of another run; other options override it."""
     resume: Path | None = None
     """Continue the run in this directory, with the numbers it would have had without the interruption.
-    Its options hold; only those that say where to compute may be given besides: --device, --backend,
-    --num-workers (not with --augment), --data-root (the same data elsewhere), --download."""
+    Its options hold; only those that say where or how to compute may be given besides: --device, --backend,
+    --capture, --num-workers (not with --augment), --data-root (the same data elsewhere), --download,
+    --profile-steps."""
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:

@@ -256,7 +256,9 @@ class SlotCrossAttentionCEM(Surrogate):
             matrices. With ``reduce="linear"`` the width it projects to; with ``reduce="conv1x1"`` the channels.
         reduce: ``linear``, a linear map of the flattened features, or ``conv1x1``, a 1×1 convolution before flattening.
             Neither has a bias: a constant does not change a variance.
-        feature_shape: ``(C, H, W)`` of one sample's features; needed by ``conv1x1`` alone.
+        feature_shape: ``(C, H, W)`` of one sample's features; needed by ``conv1x1`` and by spatial tokens.
+        tokens: ``flat``, one token a sample, or ``spatial``: every position of a map is a token as wide as the map has
+            channels (after ``conv1x1``), and variances are those of a channel at a position, over the class's samples.
         backend: see :mod:`cem_kernels.backends`.
 
     Raises:
@@ -286,6 +288,7 @@ class SlotCrossAttentionCEM(Surrogate):
         reduce_dim: int | None = None,
         reduce: Literal["linear", "conv1x1"] = "linear",
         feature_shape: tuple[int, int, int] | None = None,
+        tokens: Literal["flat", "spatial"] = "flat",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -303,6 +306,13 @@ class SlotCrossAttentionCEM(Surrogate):
                 "reduce='conv1x1' needs reduce_dim and feature_shape=(C, H, W), "
                 f"got reduce_dim={reduce_dim} and feature_shape={feature_shape}"
             )
+        if tokens not in ("flat", "spatial"):
+            raise ValueError(f"tokens must be 'flat' or 'spatial', got {tokens!r}")
+        if tokens == "spatial" and (feature_shape is None or (reduce_dim is not None and reduce == "linear")):
+            raise ValueError(
+                "tokens='spatial' needs feature_shape=(C, H, W), and reduces with reduce='conv1x1' if at all, "
+                f"got feature_shape={feature_shape}, reduce_dim={reduce_dim} and reduce={reduce!r}"
+            )
         validation.check_positive(eps_var=eps_var, gamma=gamma)
         if min_samples < 2:
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
@@ -316,6 +326,7 @@ class SlotCrossAttentionCEM(Surrogate):
         self.threshold = coupled_threshold(var_threshold, reg_strength)
         warn_if_swamped(self.threshold, eps_var, gamma)
 
+        self.num_tokens = 1  # T
         width = feature_dim
         if reduce_dim is not None and feature_shape is not None and reduce == "conv1x1":
             channels, height, breadth = feature_shape
@@ -324,6 +335,9 @@ class SlotCrossAttentionCEM(Surrogate):
         elif reduce_dim is not None:
             self.reduction = nn.Linear(feature_dim, reduce_dim, bias=False)
             width = reduce_dim
+        if feature_shape is not None and tokens == "spatial":
+            self.num_tokens = feature_shape[1] * feature_shape[2]
+            width //= self.num_tokens
         self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend)
         self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
 
@@ -392,7 +406,9 @@ class SlotCrossAttentionCEM(Surrogate):
             chosen = torch.isin(labels, unique_labels)
             flat, labels = flat[chosen], labels[chosen]
         groups = self._groups(labels)
-        tokens = F.layer_norm(flat, flat.shape[1:])[:, None]  # [B, T=1, D]
+        # A map's positions are its fastest index; a token is what the channels say at one of them.
+        tokens = flat.unflatten(1, (-1, self.num_tokens)).mT.contiguous()  # [B, T, D]
+        tokens = F.layer_norm(tokens, tokens.shape[2:])
         slots = self.slot_attention(tokens, groups, slot_noise)
         enhanced = self.cross_attention(tokens, slots, groups)
         result = cem_kernels.class_variance(

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from cem.options import ConfigError, Options, option, resolve_device
+from cem_kernels import backends
 
 
 @dataclass
@@ -80,6 +83,10 @@ class TrainConfig(Options):
     combined: one backward from the cut. two_pass: the original's two, for comparison; it costs more."""
     backend: Literal["auto", "triton", "eager", "reference"] = "auto"
     """Implementation of the surrogate's operators. auto: triton on CUDA where it applies, otherwise eager."""
+    capture: bool = False
+    """Record the attention surrogate, forward and backward, in a CUDA graph and launch it whole in every step.
+    Meant for small batches and networks, where the GPU waits for the host. A last, smaller batch is launched as always.
+    Needs a CUDA device, --injection combined, and kernels for all operators of the surrogate."""
 
     epochs: int = 20
     """Passes over the training set. The learning rate falls to a fifth after each quarter of them."""
@@ -105,6 +112,10 @@ class TrainConfig(Options):
     """Run directory; one that is not empty is refused.
     Without it: runs/ and a name made of data, arch, surrogate, lambd, noise and seed.
     Where that is taken: the first free one of NAME-2, NAME-3, ..."""
+    profile_steps: int = 0
+    """Trace this many steps, after a short warm-up in the first epoch with the penalty; with --resume, in the first
+    one that is left. The trace is OUT/trace.json.gz, for chrome://tracing or https://ui.perfetto.dev.
+    No number changes but times, which include the tracing."""
 
     @property
     def penalised(self) -> bool:
@@ -150,17 +161,43 @@ class TrainConfig(Options):
             )
         if not self.seed < 2**32:  # NumPy's generators take no more
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
-        resolve_device(self.device)
+        device = resolve_device(self.device)
+        if (
+            self.surrogate == "attention"
+            and self.backend == "triton"
+            and device.type != "cuda"
+            and not backends.INTERPRETING
+        ):
+            raise ConfigError(f"--backend triton needs a CUDA device, got {device} (--device {self.device})")
+        if self.capture:
+            self._check_capture(device)
+
+    def _check_capture(self, device: torch.device) -> None:
+        if self.surrogate != "attention":
+            raise ConfigError(f"--capture: only the attention surrogate can be captured, got {self.surrogate}")
+        if not self.penalised:
+            raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.lambd:g}")
+        if self.injection != "combined":
+            raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
+        if self.backend not in ("auto", "triton"):
+            raise ConfigError(
+                f"--capture takes --backend auto or triton, got {self.backend}: "
+                "it asks the device how large the classes of a batch are, and waits, which a CUDA graph cannot"
+            )
+        if device.type != "cuda":
+            raise ConfigError(f"--capture needs a CUDA device, got {device} (--device {self.device})")
 
 
 _AT_LEAST = {
     **dict.fromkeys(("train_size", "image_size", "cut_layer", "epochs", "batch_size", "penalty_from"), 1),
-    **dict.fromkeys(("num_workers", "noise_std", "lambd", "var_threshold", "reduce_dim"), 0),
+    **dict.fromkeys(("num_workers", "noise_std", "lambd", "var_threshold", "reduce_dim", "profile_steps"), 0),
     **dict.fromkeys(("momentum", "weight_decay", "warmup_epochs", "seed"), 0),
 }
 
-HARMLESS_ON_RESUME = frozenset({"device", "backend", "num_workers", "data_root", "download"})
-"""Options that may change when a run is resumed: they say where it is computed, not what. With augmentation
+HARMLESS_ON_RESUME = frozenset(
+    {"device", "backend", "capture", "num_workers", "data_root", "download", "profile_steps"}
+)
+"""Options that may change when a run is resumed: they say where or how it is computed, not what. With augmentation
 ``num_workers`` is not one of them: each worker process draws from a random stream of its own."""
 
 

@@ -3,6 +3,8 @@
 Both procedures leave in ``.grad`` what one backward of ``cross_entropy + lambda_eff * rob_loss`` would: they
 differ in what crosses the cut and in cost. The surrogate sees clean features, the server sees what the
 defence made of them.
+
+The names of a step's regions are those under which a trace shows them (:mod:`cem.training.tracing`).
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from cem.models import SplitModel
 from cem.surrogates.base import Surrogate
@@ -39,6 +44,37 @@ class Step:
     skipped: Tensor
 
 
+class Penalty(NamedTuple):
+    """The surrogate's answer to a batch; nothing of it is attached to a graph.
+
+    Attributes:
+        rob_loss, intra_mse: 0-dim, see :class:`~cem.surrogates.base.Surrogate`.
+        finite: 0-dim bool, whether ``rob_loss`` and all gradients are.
+        z_grad: ``∂rob_loss/∂z``, shaped like ``z``.
+        grads: ``∂rob_loss`` of each of the surrogate's parameters with ``requires_grad``, in their order.
+    """
+
+    rob_loss: Tensor
+    intra_mse: Tensor
+    finite: Tensor
+    z_grad: Tensor
+    grads: list[Tensor]
+
+
+def penalty_of(surrogate: Surrogate, z: Tensor, labels: Tensor) -> Penalty:
+    """Forward and backward of the surrogate: all that it does in a step, apart from the encoder and the weight.
+
+    Args:
+        surrogate: the penalty.
+        z: clean features ``[B, ...]``; a detached copy of them is what the gradient is taken to.
+        labels: ``[B]``, int64.
+    """
+    z = z.detach().requires_grad_()
+    rob_loss, intra_mse = surrogate(z, labels)
+    grads = torch.autograd.grad(rob_loss, [z, *_trained(surrogate)], materialize_grads=True)
+    return Penalty(rob_loss.detach(), intra_mse.detach(), _all_finite(rob_loss, grads), grads[0], list(grads[1:]))
+
+
 def combined(
     model: SplitModel,
     surrogate: Surrogate | None,
@@ -46,6 +82,7 @@ def combined(
     labels: Tensor,
     lambda_eff: float,
     clock: AbstractContextManager[object] | None = None,
+    penalise: Callable[[Tensor, Tensor], Penalty] | None = None,
 ) -> Step:
     """Compute the gradients of one step with a single backward of the encoder.
 
@@ -63,29 +100,28 @@ def combined(
         labels: ``[B]``, int64.
         lambda_eff: weight of the penalty, see :func:`cem.training.schedule.lambda_eff`.
         clock: entered around the work that the penalty causes.
+        penalise: ``(z, labels)`` → what :func:`penalty_of` gives for ``surrogate``, computed in another way.
     """
-    z = model.encoder(images)
-    server_z = z.detach().requires_grad_()
-    logits = model.server(model.defense(server_z))
-    cross_entropy = F.cross_entropy(logits, labels)
-    cross_entropy.backward()
-    z_grad = server_z.grad
-    if surrogate is None:
+    with record_function("encoder forward"):
+        z = model.encoder(images)
+    with record_function("server"):
+        server_z = z.detach().requires_grad_()
+        logits = model.server(model.defense(server_z))
+        cross_entropy = F.cross_entropy(logits, labels)
+        cross_entropy.backward()
+    z_grad, penalty = server_z.grad, None
+    if surrogate is not None:
+        with clock or nullcontext(), record_function("surrogate"):
+            penalty = (penalise or partial(penalty_of, surrogate))(z, labels)
+            # torch.where, and not a branch: a branch would wait for the device in every step.
+            z_grad = torch.where(penalty.finite, z_grad + lambda_eff * penalty.z_grad, z_grad)
+            for parameter, grad in zip(_trained(surrogate), penalty.grads, strict=True):
+                _accumulate(parameter, torch.where(penalty.finite, lambda_eff * grad, 0.0))
+    with record_function("encoder backward"):
         z.backward(z_grad)
+    if penalty is None:
         return _classified(cross_entropy, logits, labels)
-
-    with clock or nullcontext():
-        surrogate_z = z.detach().requires_grad_()
-        rob_loss, intra_mse = surrogate(surrogate_z, labels)
-        trained = _trained(surrogate)
-        grads = torch.autograd.grad(rob_loss, [surrogate_z, *trained], materialize_grads=True)
-        finite = _all_finite(rob_loss, grads)
-        # torch.where, and not a branch: a branch would wait for the device in every step.
-        z_grad = torch.where(finite, z_grad + lambda_eff * grads[0], z_grad)
-        for parameter, grad in zip(trained, grads[1:], strict=True):
-            _accumulate(parameter, torch.where(finite, lambda_eff * grad, 0.0))
-    z.backward(z_grad)
-    return _classified(cross_entropy, logits, labels, rob_loss, intra_mse, finite)
+    return _classified(cross_entropy, logits, labels, penalty.rob_loss, penalty.intra_mse, penalty.finite)
 
 
 def two_pass(
@@ -102,14 +138,17 @@ def two_pass(
     cross-entropy, add ``lambda_eff`` times the copy. ``.grad`` must be empty on entry: clearing is part of
     it.
     """
-    z = model.encoder(images)
-    logits = model.server(model.defense(z))
-    cross_entropy = F.cross_entropy(logits, labels)
+    with record_function("encoder forward"):
+        z = model.encoder(images)
+    with record_function("server"):
+        logits = model.server(model.defense(z))
+        cross_entropy = F.cross_entropy(logits, labels)
     if surrogate is None:
-        cross_entropy.backward()
+        with record_function("server and encoder backward"):
+            cross_entropy.backward()
         return _classified(cross_entropy, logits, labels)
 
-    with clock or nullcontext():
+    with clock or nullcontext(), record_function("surrogate"):
         rob_loss, intra_mse = surrogate(z, labels)
         rob_loss.backward(retain_graph=True)
         trained = _trained(model.encoder) + _trained(surrogate)
@@ -117,7 +156,8 @@ def two_pass(
         for parameter in trained:
             parameter.grad = None
         finite = _all_finite(rob_loss, [grad for _, grad in copies])
-    cross_entropy.backward()
+    with record_function("server and encoder backward"):
+        cross_entropy.backward()
     for parameter, grad in copies:
         own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         parameter.grad = torch.where(finite, own + lambda_eff * grad, own)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from cem.report.curves import draw_curves
 from cem.report.tsne import MAX_SAMPLES, draw_tsne
 from cem.surrogates import Surrogate
 from cem.training import checkpoint, runs
+from cem.training.capture import CapturedPenalty
 from cem.training.config import TrainConfig
 from cem.training.evaluation import accuracy, collect_features, first_not_finite, isolated_random
 from cem.training.injection import INJECTIONS
@@ -24,6 +28,7 @@ from cem.training.meter import EpochMeter, Stopwatch
 from cem.training.runlog import draw_or_log, epoch_line, run_log, write_json, write_metrics
 from cem.training.schedule import epoch_lr, lambda_eff
 from cem.training.state import TrainState
+from cem.training.tracing import traced_steps
 
 
 class TrainingDiverged(RuntimeError):
@@ -56,8 +61,8 @@ class Trainer:
         state: data, model, surrogate and optimisers.
 
     Raises:
-        ConfigError: an option cannot be used, ``config.out`` is taken, or, when resuming, an option or the
-            data differ.
+        ConfigError: an option cannot be used, ``config.out`` is taken, the surrogate cannot be captured, or, when
+            resuming, an option or the data differ.
         CheckpointError: ``last.pt`` or, for a new run, ``init_from`` is missing, damaged or another model's.
         ValueError: data set, architecture or surrogate refuse their options.
         BackendUnavailableError: the surrogate does not have ``config.backend``.
@@ -75,6 +80,7 @@ class Trainer:
             self.state.restore(self.run_dir / "last.pt")
         elif config.init_from is not None:
             self.state.warm_start(config.init_from)
+        self._captured = self._capture() if config.capture else None
         self._resumed = resume
         self._warm = config.init_from is not None
 
@@ -116,6 +122,13 @@ class Trainer:
                 self._log.exception("training failed")
                 raise
 
+    def _capture(self) -> CapturedPenalty:
+        """The surrogate as a graph for full batches. It draws random numbers, which ``_start`` takes back."""
+        state = self.state
+        assert state.surrogate is not None  # validate() sees to that
+        batch_size = min(self.config.batch_size, len(state.data.train))
+        return CapturedPenalty(state.surrogate, (batch_size, *state.model.feature_shape), state.device)
+
     def _start(self) -> None:
         """The first lines of the log, and the files that make a run resumable from its very beginning."""
         config, state = self.config, self.state
@@ -147,7 +160,8 @@ class Trainer:
 
         state, run_dir = self.state, self.run_dir
         done = len(state.history)
-        with SummaryWriter(str(run_dir), purge_step=done + 1 if done else None) as board:
+        board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
+        with board, self._trace() as self._end_of_step:
             for epoch in range(done, self.config.epochs):
                 row, monitors = self._epoch(epoch)
                 # Validation accuracy alone would choose an early epoch, trained under a fraction of the
@@ -168,6 +182,20 @@ class Trainer:
                 self._log.info("%s%s", epoch_line(row, self.config.epochs), "  best" if best else "")
                 if monitors:
                     self._log.info("refit: %s", ", ".join(f"{name} {value:.6g}" for name, value in monitors.items()))
+
+    def _trace(self) -> AbstractContextManager[Callable[[], None]]:
+        """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
+        config, state = self.config, self.state
+        done, per_epoch = len(state.history), len(state.train)
+        first = max(done, config.penalty_from - 1) if config.penalised else done
+        return traced_steps(
+            self.run_dir / "trace.json.gz",
+            self._log,
+            state.device,
+            steps=config.profile_steps,
+            begin=(first - done) * per_epoch,
+            total=(config.epochs - done) * per_epoch,
+        )
 
     def _epoch(self, epoch: int) -> tuple[dict[str, float], Mapping[str, float]]:
         """Train and validate epoch ``epoch``, counted from 0.
@@ -219,6 +247,8 @@ class Trainer:
         """The training steps of an epoch, and what they measured."""
         state = self.state
         inject = INJECTIONS[self.config.injection]
+        if self._captured is not None:
+            inject = partial(inject, penalise=self._captured)
         surrogate = state.surrogate if weight > 0 else None
         meter = EpochMeter(state.device)
         for part in state.parts().values():
@@ -231,10 +261,12 @@ class Trainer:
                 for optimizer in state.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
                 step = inject(state.model, surrogate, images, labels, weight, watch)
-                for optimizer in state.optimizers.values():
-                    optimizer.step()
-                state.scheduler.step()
+                with record_function("optimizer"):
+                    for optimizer in state.optimizers.values():
+                        optimizer.step()
+                    state.scheduler.step()
                 meter.add(step, len(labels))
+                self._end_of_step()
                 if bar.update():  # true only when the bar is redrawn: reading the meter waits for the device
                     now = meter.read()
                     terms = f"ce {now['cross_entropy']:.3f}, rob {now['rob_loss']:.3f}"

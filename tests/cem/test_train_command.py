@@ -99,7 +99,8 @@ def test_config_of_a_run_makes_the_same_run_elsewhere(tmp_path: Path) -> None:
         (["--resume", "absent"], "error: cannot read options from absent/config.yaml"),
         (["--resume", "a", "--config", "b"], "error: --resume takes its options from the run"),
         (["--data", "folder", "--data-root", "absent"], "error: "),
-        (["--backend", "triton", "--device", "cpu"], "'triton'"),
+        (["--surrogate", "gmm", "--backend", "triton"], "the gmm surrogate has no 'triton' backend"),
+        (["--capture", "--device", "cpu"], "error: --capture needs a CUDA device"),
     ],
 )
 def test_bad_options_end_with_2_and_a_sentence(

@@ -250,6 +250,9 @@ def test_sound_threshold_does_not_warn():
         ({"var_threshold": float("nan")}, "var_threshold must be finite and not negative, got nan"),
         ({"reduce_dim": 0}, "reduce_dim must be at least 1, got 0"),
         ({"reduce_dim": 4, "reduce": "conv1x1"}, r"reduce='conv1x1' needs reduce_dim and feature_shape=\(C, H, W\)"),
+        ({"tokens": "patches"}, "tokens must be 'flat' or 'spatial', got 'patches'"),
+        ({"tokens": "spatial"}, r"tokens='spatial' needs feature_shape=\(C, H, W\)"),
+        ({"tokens": "spatial", "feature_shape": (4, 2, 2), "reduce_dim": 4}, "reduces with reduce='conv1x1' if at all"),
         ({"reduce_dim": 4, "reduce": "pool"}, "reduce must be 'linear' or 'conv1x1', got 'pool'"),
         (
             {"feature_shape": (4, 2, 3)},
@@ -323,11 +326,6 @@ def test_slot_noise_of_wrong_shape_is_refused():
     features, labels = batch()
     with pytest.raises(ValueError, match=r"slot_noise must have shape \[K, S, D\] = \[5, 4, 16\], got \[4, 16\]"):
         surrogate()(features, labels, slot_noise=torch.randn(4, 16))
-
-
-def test_triton_is_refused_by_name_until_it_exists():
-    with pytest.raises(BackendUnavailableError, match="slot_attention has no 'triton' backend"):
-        surrogate(backend="triton")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
@@ -433,3 +431,31 @@ def test_eager_compiles_as_one_graph_under_a_static_bound():
     sum(found).backward()
     sum(want).backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_spatial_tokens_are_the_positions_of_a_map():
+    features, labels = batch(width=4 * 6)
+    maps = features.view(24, 4, 2, 3)
+    spatial = surrogate(24, tokens="spatial", feature_shape=(4, 2, 3), num_heads=2, hinge="identity").eval()
+    assert spatial.slot_attention.slot_dim == 4
+    # The same positions in another order are the same tokens, and so are features that come flat.
+    turned = surrogate(24, tokens="spatial", feature_shape=(4, 3, 2), num_heads=2, hinge="identity").eval()
+    turned.load_state_dict(spatial.state_dict())
+    torch.testing.assert_close(turned(maps.transpose(2, 3).contiguous(), labels), spatial(maps, labels))
+    torch.testing.assert_close(spatial(features, labels), spatial(maps, labels))
+
+
+def test_spatial_tokens_of_one_position_are_flat_ones():
+    features, labels = batch()
+    flat = surrogate().eval()
+    spatial = surrogate(tokens="spatial", feature_shape=(16, 1, 1)).eval()
+    spatial.load_state_dict(flat.state_dict())
+    assert spatial(features, labels) == flat(features, labels)
+
+
+def test_spatial_tokens_after_conv1x1_are_as_wide_as_its_channels():
+    features, labels = batch(width=8 * 4)
+    sizes = {"reduce": "conv1x1", "feature_shape": (8, 2, 2), "num_heads": 2}
+    module = surrogate(32, tokens="spatial", reduce_dim=6, **sizes)
+    assert module.slot_attention.slot_dim == 6
+    assert all(loss.isfinite() for loss in module(features, labels))

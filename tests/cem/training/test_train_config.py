@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from cem.data import DATASETS
 from cem.options import ConfigError, resolve_device
 from cem.surrogates import SURROGATES
 from cem.training.config import TrainConfig, changed_options
-from cem_kernels import BACKENDS
+from cem_kernels import BACKENDS, backends
 
 EVERY_OPTION = TrainConfig(
     data="cifar10",
@@ -39,6 +39,7 @@ EVERY_OPTION = TrainConfig(
     gmm_fit="full",
     injection="two_pass",
     backend="eager",
+    capture=True,
     epochs=240,
     batch_size=64,
     lr=0.01,
@@ -49,6 +50,7 @@ EVERY_OPTION = TrainConfig(
     seed=7,
     device="cpu",
     out=Path("runs/here"),
+    profile_steps=5,
 )
 
 
@@ -142,11 +144,42 @@ def test_missing_yaml_is_refused(tmp_path: Path) -> None:
         ("warmup_epochs", 1000.0),
         ("seed", 2**32),
         ("num_workers", -1),
+        ("profile_steps", -1),
     ],
 )
 def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be .* got {value}"):
         replace(TrainConfig(), **{name: value}).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surrogate": "gmm"}, "only the attention surrogate can be captured, got gmm"),
+        ({"surrogate": "none"}, "only the attention surrogate can be captured, got none"),
+        ({"lambd": 0.0}, "without a penalty there is nothing to capture, got --lambd 0"),
+        ({"injection": "two_pass"}, "takes --injection combined, got two_pass"),
+        ({"backend": "eager"}, "takes --backend auto or triton, got eager: .* waits"),
+        ({"backend": "reference"}, "takes --backend auto or triton, got reference: .* waits"),
+        ({}, "needs a CUDA device, got cpu"),
+    ],
+)
+def test_capture_of_what_cannot_be_captured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--capture:? {message}"):
+        replace(TrainConfig(capture=True, device="cpu"), **options).validate()
+
+
+def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    TrainConfig(backend="triton", device="cpu").validate()  # the tests run Triton's interpreter
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    with pytest.raises(ConfigError, match=r"--backend triton needs a CUDA device, got cpu"):
+        TrainConfig(backend="triton", device="cpu").validate()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
+def test_capture_on_a_device_chosen_automatically_is_refused_with_the_choice() -> None:
+    with pytest.raises(ConfigError, match=r"got cpu \(--device auto\)"):
+        TrainConfig(capture=True).validate()
 
 
 def test_validate_turns_text_into_the_path_it_names() -> None:
@@ -179,9 +212,9 @@ def test_no_penalty_without_weight_or_surrogate() -> None:
 
 def test_changed_options_name_what_would_change_the_numbers() -> None:
     before = TrainConfig()
-    assert changed_options(before, replace(before, lr=0.1, device="cpu", backend="eager", out=Path("x"))) == [
-        "--lr (was 0.05, got 0.1)"
-    ]
+    elsewhere = replace(before, device="cpu", backend="eager", capture=True, profile_steps=3, out=Path("x"))
+    assert changed_options(before, elsewhere) == []
+    assert changed_options(before, replace(elsewhere, lr=0.1)) == ["--lr (was 0.05, got 0.1)"]
 
 
 def test_workers_change_the_numbers_of_a_run_with_augmentation_only() -> None:

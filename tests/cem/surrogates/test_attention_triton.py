@@ -1,0 +1,124 @@
+"""The whole attention surrogate in Triton: compiled on a CUDA device, elsewhere in Triton's interpreter."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+import cem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATORS = ("slot_attention", "cross_attention", "class_variance")
+kernels = {name: importlib.import_module(f"cem_kernels.{name}.triton") for name in OPERATORS}
+
+
+def surrogate(backend: str, feature_dim: int = 32, **options) -> cem.SlotCrossAttentionCEM:
+    torch.manual_seed(0)
+    options = {"num_slots": 4, "reg_strength": 0.5, "num_classes": 6, **options}
+    return cem.SlotCrossAttentionCEM(feature_dim, backend=backend, **options).to(DEVICE)
+
+
+def batch(samples: int = 20, width: int = 32) -> tuple[Tensor, Tensor]:
+    """Features, and labels of which one class has no sample and another has one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (samples,), generator=generator)
+    labels[0] = 5
+    return torch.randn(samples, width, generator=generator).to(DEVICE), labels.to(DEVICE)
+
+
+def results(module: cem.SlotCrossAttentionCEM, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Both losses, and the gradients of their sum to the features and to every parameter."""
+    x = features.detach().requires_grad_()
+    rob_loss, intra_mse = module(x, labels)
+    (rob_loss + intra_mse).backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    return {"rob_loss": rob_loss.detach(), "intra_mse": intra_mse.detach(), "gradient of features": x.grad, **gradients}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_slots": 8, "num_heads": 8},
+        {"reduce_dim": 16},
+        {"tokens": "spatial", "feature_shape": (16, 2, 3), "feature_dim": 96, "num_iterations": 2},
+    ],
+    ids=["flat", "eight slots and heads", "reduced", "spatial"],
+)
+def test_loss_and_all_gradients_are_those_of_the_reference(options):
+    exact = surrogate("reference", **options).double().eval()
+    module = surrogate("triton", **options).eval()
+    module.load_state_dict(exact.state_dict())
+    features, labels = batch(width=options.get("feature_dim", 32))
+    found, want = results(module, features, labels), results(exact, features.double(), labels)
+    largest = max(float(tensor.norm()) for tensor in want.values())
+    for name, tensor in want.items():
+        error = float((found[name] - tensor).norm())
+        assert error <= 2e-5 * float(tensor.norm()) + 1e-7 * largest, (
+            f"{name}: {error:.2g} of {float(tensor.norm()):.2g}"
+        )
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, module: cem.SlotCrossAttentionCEM, *inputs: Tensor) -> list[str]:
+    """Names of the kernels that one forward and backward launch."""
+    names = []
+    for operator in kernels.values():
+
+        def counted(kernel, *args, launch=operator.launch, **options):
+            names.append(kernel.__name__)
+            launch(kernel, *args, **options)
+
+        monkeypatch.setattr(operator, "launch", counted)
+    results(module, *inputs)
+    return names
+
+
+def test_forward_and_backward_are_eight_launches(monkeypatch):
+    assert len(launches(monkeypatch, surrogate("triton"), *batch())) == 8
+
+
+def test_split_tokens_are_two_launches_an_iteration_more(monkeypatch):
+    monkeypatch.setattr(kernels["slot_attention"], "tokens_are_split", lambda x, groups: True)
+    names = launches(monkeypatch, surrogate("triton", num_iterations=3), *batch())
+    assert len(names) == 8 - 2 + 2 * (2 * 3 + 1)
+
+
+def test_training_draws_slots_anew_and_repeats_under_the_same_seed():
+    module = surrogate("triton").train()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(float(module(*batch())[1]))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_compiles_as_one_graph_without_a_bound_on_class_sizes():
+    """Nothing in it reads a value on the host, and so nothing waits for a device."""
+    module = surrogate("triton").eval()
+    plain = results(copy.deepcopy(module), *batch())
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = batch()[0].requires_grad_()
+    losses = compiled(x, batch()[1])
+    sum(losses).backward()
+    assert torch.equal(losses[0], plain["rob_loss"])
+    assert torch.equal(x.grad, plain["gradient of features"])
+
+
+def test_only_tokens_and_the_result_are_saved_of_what_is_as_large_as_the_tokens():
+    module = surrogate("triton", tokens="spatial", feature_shape=(32, 8, 8), feature_dim=2048, num_iterations=1)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 32, 8, 8, generator=generator).to(DEVICE).requires_grad_()
+    saved = {}
+
+    def keep(tensor):
+        if tensor.numel() >= features.numel():
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(features, batch()[1])
+    # Features by position, as the normalisation of the samples needs them; normalised; after cross attention.
+    assert len(saved) == 3
