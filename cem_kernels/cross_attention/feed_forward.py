@@ -9,7 +9,7 @@ from torch import Tensor
 from cem_kernels.cross_attention.weights import CrossAttentionWeights
 
 LN_EPS = 1e-5  # F.layer_norm's
-CHUNK = 2**14  # tokens whose hidden layers are in memory at a time
+CHUNK = 2**12  # tokens whose hidden layers are in memory at a time: small enough for the L2 cache
 
 Network = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -51,9 +51,9 @@ def feed_forward_in_chunks(y: Tensor, net: Network, product_dtype: torch.dtype) 
 
 
 def feed_forward_backward(
-    y: Tensor, upstream: Tensor, net: Network, product_dtype: torch.dtype
-) -> tuple[Tensor, Network]:
-    """Gradients of ``y [N, D]`` and of the network's weights from :func:`feed_forward`'s input alone.
+    y: Tensor, upstream: Tensor, net: Network, product_dtype: torch.dtype, *, frozen: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of ``y [N, D]`` and, unless ``frozen``, of the network from :func:`feed_forward`'s input alone.
 
     Chunk by chunk the hidden layer is computed again: one more matrix product, and nothing ``4D`` wide is kept from the
     forward. Sums over chunks are in the dtype of ``y``.
@@ -61,24 +61,25 @@ def feed_forward_backward(
     alpha, in_weight, in_bias, out_weight, out_bias, norm_weight, norm_bias = net
     gate, dy, width = torch.tanh(alpha), torch.empty_like(y), y.shape[-1:]
     wide_in, wide_out = in_weight.to(product_dtype), out_weight.to(product_dtype)
-    d_in, d_in_bias, d_out, d_out_bias, d_norm, d_norm_bias = (torch.zeros_like(weight) for weight in net[1:])
+    sums = [] if frozen else [torch.zeros_like(weight) for weight in net[1:]]
     for rows, above, below in zip(y.split(CHUNK), upstream.split(CHUNK), dy.split(CHUNK), strict=True):
         normal, mean, rstd = torch.native_layer_norm(rows, width, norm_weight, norm_bias, LN_EPS)
-        normal = normal.to(product_dtype)
+        normal, low = normal.to(product_dtype), above.to(product_dtype)
         before = F.linear(normal, wide_in, in_bias.to(product_dtype))
-        hidden = F.gelu(before)
-        above_low = above.to(product_dtype)
-        d_out += above_low.t() @ hidden  # without the gate
-        d_out_bias += above.sum(dim=0)
-        d_before = torch.ops.aten.gelu_backward(above_low @ wide_out, before) * gate.to(product_dtype)
-        d_in += d_before.t() @ normal
-        d_in_bias += d_before.sum(dim=0, dtype=y.dtype)
-        d_rows, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            (d_before @ wide_in).to(y.dtype), rows, width, mean, rstd, norm_weight, norm_bias, [True, True, True]
-        )
+        d_before = torch.ops.aten.gelu_backward(low @ wide_out, before) * gate.to(product_dtype)
+        d_rows, *d_norm = torch.ops.aten.native_layer_norm_backward(
+            (d_before @ wide_in).to(y.dtype), rows, width, mean, rstd, norm_weight, norm_bias,
+            [True, not frozen, not frozen],
+        )  # fmt: skip
         torch.add(above, d_rows, out=below)
-        d_norm += d_weight
-        d_norm_bias += d_bias
+        if not frozen:
+            d_in, d_in_bias = d_before.t() @ normal, d_before.sum(dim=0, dtype=y.dtype)
+            d_out, d_out_bias = low.t() @ F.gelu(before), above.sum(dim=0)  # without the gate
+            for total, part in zip(sums, (d_in, d_in_bias, d_out, d_out_bias, *d_norm), strict=True):
+                total += part
+    if frozen:
+        return (dy,)
+    d_in, d_in_bias, d_out, d_out_bias, *d_norm = sums
     # Σ_n ∂out · FFN(y) over the gate, without another pass over the tokens.
     d_alpha = ((d_out * out_weight).sum() + d_out_bias @ out_bias) * (1 - gate * gate)
-    return dy, (d_alpha, d_in, d_in_bias, d_out * gate, d_out_bias * gate, d_norm, d_norm_bias)
+    return dy, d_alpha, d_in, d_in_bias, d_out * gate, d_out_bias * gate, *d_norm

@@ -407,15 +407,14 @@ def feed_forward_forward(y, *net_and_dtype):
 
 
 @operator(
-    f"feed_forward_gradients(Tensor y, Tensor upstream, {NETWORK}, ScalarType product_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda y, upstream, *rest: tuple(torch.empty_like(t) for t in (y, *rest[:-1])),
+    f"feed_forward_gradients(Tensor y, Tensor upstream, {NETWORK}, ScalarType product_dtype, bool frozen) -> Tensor[]",
+    fake=lambda y, upstream, *rest: [torch.empty_like(t) for t in ((y,) if rest[-1] else (y, *rest[:-2]))],
 )
-def feed_forward_gradients(y, upstream, *net_and_dtype):
-    *net, product_dtype = net_and_dtype
+def feed_forward_gradients(y, upstream, *net_and_options):
+    *net, product_dtype, frozen = net_and_options
     upstream = upstream.reshape(-1, y.shape[-1])
-    dy, d_net = feed_forward_backward(y.flatten(0, 1), upstream, tuple(net), product_dtype)
-    return dy.view(y.shape), *d_net
+    dy, *d_net = feed_forward_backward(y.flatten(0, 1), upstream, tuple(net), product_dtype, frozen=frozen)
+    return [dy.view(y.shape), *d_net]
 
 
 # ------------------------------------------------------------------------------------------------- autograd.Function
@@ -470,8 +469,9 @@ class _CrossAttention(torch.autograd.Function):
         tensors, net = ctx.saved_tensors[: READ_INPUTS - 2], ctx.saved_tensors[READ_INPUTS - 2 :]
         read = (*tensors, *ctx.options)
         y, statistics = gated_read_forward(*read)
-        dy, *d_net = feed_forward_gradients(y, upstream, *net, read[0].dtype)
-        return (*_read_gradients(read, statistics, dy), *d_net)
+        frozen = not any(ctx.needs_input_grad[READ_INPUTS:])
+        dy, *d_net = feed_forward_gradients(y, upstream, *net, read[0].dtype, frozen)
+        return (*_read_gradients(read, statistics, dy), *(d_net or [None] * len(net)))
 
 
 def _padded(rows: Tensor, num_heads: int, heads: int, slots: int, value: float) -> Tensor:

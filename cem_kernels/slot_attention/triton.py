@@ -265,6 +265,8 @@ def step_backward_kernel(
 # --------------------------------------------------------------------------------------------------------- launchers
 
 BYTES_OF_A_PROGRAM = 2**18  # of tokens, that one program reads in about the time that two more launches take
+# Rows of a product without matrix units; older versions of Triton ask for 16 all the same.
+FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 16
 PROGRAMS_PER_PROCESSOR, TOKENS_OF_A_PART = 2, 64
 
 
@@ -278,29 +280,38 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def padded_slots(num_slots: int) -> tuple[int, int]:
-    """``SLOTS`` and ``CLASSES`` of a program: a power of two, and as many as fill the 16 rows of a matrix unit."""
+def padded_slots(num_slots: int, precision: str, dtype: torch.dtype) -> tuple[int, int]:
+    """``SLOTS`` and ``CLASSES`` of a program: a power of two, and as many as make up the fewest rows of a product."""
     slots = triton.next_power_of_2(num_slots)
-    return slots, max(1, 16 // slots)
+    fewest = FEWEST_ROWS if dtype == torch.float32 and precision == "ieee" else 16  # a matrix unit's
+    return slots, max(1, fewest // slots)
 
 
 def tiles(kernel: str, width: int, rows: int, precision: str, dtype: torch.dtype) -> Tiles:
     """How the work is cut: the largest sizes tried that spill no register on any architecture the tests compile for.
 
+    Wide blocks matter most: a program waits for memory in every loop over ``BLOCK_K``, and blocks of columns decide how
+    many such loops there are.
+
     Args:
         kernel: its name, without ``_kernel``.
         width: ``D``.
-        rows: ``CLASSES · SLOTS``, 16 or 32.
+        rows: ``CLASSES · SLOTS``, 8 to 32.
         precision, dtype: of the products.
     """
+    few = rows <= 16
     even = width % 64 == 0  # else the last block's mask costs registers
+    wide = width % 128 == 0 and not kernel.endswith("_backward")
     if dtype == torch.float32:
         # Without matrix units both operands of a block are in registers; with them, twice the bytes are in flight.
-        t = Tiles(16, 32 if even and rows == 16 else 16, 64 if even else 32, 8, 2 if precision == "ieee" else 3)
+        columns = 128 if wide and rows == 8 else 64 if even and few else 32
+        t = Tiles(16, 32 if even and few else 16, columns, 8, 2 if precision == "ieee" else 3)
     else:
-        t = Tiles(16 if kernel.endswith("_backward") else 32, 32, 64, 8, 3)
+        t = Tiles(32, 32 if few else 16, 128 if wide and few else 64, 8, 3)
         if kernel == "attend":
             t = t._replace(BLOCK_N=64)
+        elif kernel.endswith("_backward"):
+            t = Tiles(16, 16, 64, 8, 3) if few else Tiles(16, 32, 32, 8, 3)
     most = triton.next_power_of_2(width)
     return t._replace(BLOCK_K=min(t.BLOCK_K, most), BLOCK_D=min(t.BLOCK_D, most))
 
@@ -328,13 +339,14 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, num_classes: int, num_slots: int, hidden_width: int) -> Plan:
-        slots, classes = padded_slots(num_slots)
+        precision = input_precision(x.dtype)
+        slots, classes = padded_slots(num_slots, precision, x.dtype)
         rows, groups, parts = slots * classes, triton.cdiv(num_classes, classes), 0
         if tokens_are_split(x, groups):
             units = triton.cdiv(x.shape[0] * x.shape[1], TOKENS_OF_A_PART)
             parts = splits_per_class(units, groups, PROGRAMS_PER_PROCESSOR * processors(x.device))
         tiles_of_slots = triton.cdiv(num_classes * num_slots, rows) if parts else groups
-        sizes = {"D": x.shape[2], "HIDDEN": hidden_width, "PRECISION": input_precision(x.dtype)}
+        sizes = {"D": x.shape[2], "HIDDEN": hidden_width, "PRECISION": precision}
         return cls(groups, parts, tiles_of_slots, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, x.dtype)
 
     def options(self, kernel: str) -> dict[str, Any]:
@@ -343,7 +355,7 @@ class Plan(NamedTuple):
         if kernel.startswith("step"):
             del t["BLOCK_N"]
             return {**self.sizes, "ROWS": self.rows, **t, **ALL_REGISTERS}
-        return {**self.sizes, **self.by_class, **t}
+        return {**self.sizes, **self.by_class, **t, **ALL_REGISTERS}
 
 
 def _with_rows(tokens: Tensor) -> Tensor:
@@ -415,7 +427,7 @@ def slot_attention_forward(
 
 
 def _backward_shapes(x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, slots, *rest):
-    num_iterations, num_classes, num_slots, width = slots.shape[0] - 1, *slots.shape[1:]
+    num_iterations, (num_classes, num_slots, width) = slots.shape[0] - 1, slots.shape[1:]
     return (
         x.new_empty(x.shape),
         slots.new_empty(slots.shape[1:]),
@@ -437,7 +449,7 @@ def slot_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of ``x``, of the initial slots, of the products' results (``records``) and of ``vectors``."""
     x, upstream = _with_rows(x), upstream.contiguous()
-    num_iterations, num_classes, num_slots, width = slots.shape[0] - 1, *slots.shape[1:]
+    num_iterations, (num_classes, num_slots, width) = slots.shape[0] - 1, slots.shape[1:]
     hidden_width = mlp_in.shape[0]
     _, d_slots, records, _ = _backward_shapes(
         x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, slots
@@ -498,14 +510,17 @@ class _SlotAttention(torch.autograd.Function):
         normal, update, normal_mlp, hidden = operands.flatten(0, 1).tensor_split((width, 2 * width, 3 * width), dim=1)
         records = records.flatten(0, 1)
         d_queries, d_gru, d_out, d_hidden = records.tensor_split((width, 5 * width, 6 * width), dim=1)
-        d_query_map = normal.t() @ d_queries
         # Recorded as n, r, z, hn: both triples lie side by side, but the first begins with the last of its weight.
-        d_input_map = (d_gru[:, : 3 * width].t() @ update).roll(-width, 0)
-        d_hidden_map = d_gru[:, width:].t() @ slots[:-1].reshape(-1, width).to(d_gru.dtype)
-        d_mlp_in, d_mlp_out = d_hidden.t() @ normal_mlp, d_out.t() @ hidden
-        return (
-            dx, None, None, d_slots, d_query_map, d_input_map, d_hidden_map, d_mlp_in, d_mlp_out, d_vectors, None, None,
-        )  # fmt: skip
+        products = (
+            lambda: normal.t() @ d_queries,
+            lambda: (d_gru[:, : 3 * width].t() @ update).roll(-width, 0),
+            lambda: d_gru[:, width:].t() @ slots[:-1].reshape(-1, width).to(d_gru.dtype),
+            lambda: d_hidden.t() @ normal_mlp,
+            lambda: d_out.t() @ hidden,
+        )
+        wanted = ctx.needs_input_grad[4:9]  # a frozen surrogate wants none of them
+        d_matrices = (product() if want else None for product, want in zip(products, wanted, strict=True))
+        return dx, None, None, d_slots, *d_matrices, d_vectors, None, None
 
 
 def slot_attention(

@@ -151,7 +151,7 @@ def slot_case(
     return run
 
 
-def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """One of every class of configuration that the launchers choose."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield f"{name_of(dtype)} relu C128", variance_case(dtype, "relu", 128)
@@ -173,6 +173,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name} D128 H4 S8 dropout", read_case(128, 4, 8, *products[name], dropout=0.1)
         yield f"{name} D128 H4 S8 strided", read_case(128, 4, 8, *products[name], strided=True)
 
+    if TARGETS[target].backend == "hip":
+        return  # nobody has cut the kernels of slot attention for it, and they spill
     # Large kernels, half of what there is to compile: no more cases than differ.
     for name in ("fp32", "bf16"):
         yield f"{name} D128 S8", slot_case(128, 8, *products[name])
@@ -205,9 +207,10 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
 def rows_of(target: str) -> Iterator[dict[str, Any]]:
     """What every kernel needs on ``target``."""
     compiled = compile_only(target)
-    for case, run in cases():
+    for case, run in cases(target):
         run()
-        for kernel, result in compiled:
+        launched = {result.hash: (kernel, result) for kernel, result in compiled}  # some launch several times
+        for kernel, result in launched.values():
             needs = resources(result)
             yield {"target": target, "kernel": kernel, "case": case, **needs, "triton": triton.__version__}
         compiled.clear()

@@ -156,7 +156,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     )
     return [
         (cross_attention_kernels.feed_forward_forward, (tokens, *network, torch.float32)),
-        (cross_attention_kernels.feed_forward_gradients, (tokens, tokens.clone(), *network, torch.float32)),
+        (cross_attention_kernels.feed_forward_gradients, (tokens, tokens.clone(), *network, torch.float32, False)),
         (slot_attention_kernels.slot_attention_forward, (*slots, initial, *weights, 2, 1e-8)),
         (slot_attention_kernels.slot_attention_backward, (*slots, *weights, *rows, initial, 1e-8)),
         (class_variance_kernels.class_variance_forward, forward),
