@@ -62,6 +62,12 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity (checked because debug mode is on)")
 
 
+def check_product_dtype(dtype: torch.dtype | None) -> None:
+    """``dtype`` is one that matrices are multiplied in, or None."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"product_dtype must be fp32, bf16 or fp16, got {dtype}")
+
+
 def check_shape(name: str, tensor: Tensor, expected: dict[str, int | None]) -> None:
     """``tensor`` has one axis per entry of ``expected``: letter to size, None where any size from 1 will do."""
     sizes = tuple(tensor.shape)

@@ -118,13 +118,20 @@ class SlotAttention(nn.Module):
             raise ValueError(f"slot_noise must have shape [K, S, D] = {list(shape)}, got {list(slot_noise.shape)}")
         return self.slot_mu + self.slot_log_sigma.exp() * slot_noise
 
-    def forward(self, tokens: Tensor, groups: ClassGroups | None = None, slot_noise: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        groups: ClassGroups | None = None,
+        slot_noise: Tensor | None = None,
+        product_dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Slots ``[K, S, D]`` of the tokens ``[B, T, D]``.
 
         Args:
             tokens: ``[B, T, D]``.
             groups: the classes of the ``B`` samples; by default every sample is a class of its own.
             slot_noise: see :meth:`initial_slots`.
+            product_dtype: see :func:`cem_kernels.slot_attention`.
         """
         groups = _groups_of_rows(tokens) if groups is None else groups
         return cem_kernels.slot_attention(
@@ -134,6 +141,7 @@ class SlotAttention(nn.Module):
             self.weights(),
             num_iterations=self.num_iterations,
             eps=self.eps,
+            product_dtype=product_dtype,
             backend=self.backend,
         )
 
@@ -199,7 +207,13 @@ class CrossAttention(nn.Module):
             self.ln_ff.weight, self.ln_ff.bias,
         )  # fmt: skip
 
-    def forward(self, tokens: Tensor, slots: Tensor, groups: ClassGroups | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        groups: ClassGroups | None = None,
+        product_dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Tokens ``[B, T, D]`` after reading the slots ``[K, S, D]`` of their classes.
 
         Args:
@@ -207,6 +221,7 @@ class CrossAttention(nn.Module):
             slots: ``[K, S, D]``.
             groups: the classes of the ``B`` samples; by default sample ``i`` reads ``slots[i]``, and then tokens
                 ``[M, D]`` of a single class with slots ``[1, S, D]`` are accepted too.
+            product_dtype: see :func:`cem_kernels.cross_attention`.
         """
         single = groups is None and tokens.dim() == 2
         tokens = tokens[None] if single else tokens
@@ -218,6 +233,7 @@ class CrossAttention(nn.Module):
             self.weights(),
             num_heads=self.num_heads,
             dropout=self.dropout if self.training else 0.0,
+            product_dtype=product_dtype,
             backend=self.backend,
         )
         return out[0] if single else out
@@ -345,7 +361,7 @@ class SlotCrossAttentionCEM(Surrogate):
         """``[B, D]`` or ``[B, C, H, W]`` to ``[B, width]`` in fp32 or wider, reduced where that was asked for.
 
         Neither under autocast nor in half precision: the spread inside a class that is left when training succeeds is
-        lost in half precision's rounding.
+        lost in half precision's rounding. (Products may be in half precision: they add to the tokens through gates.)
         """
         validation.check_float("features", features)
         shape = self.feature_shape
@@ -385,7 +401,8 @@ class SlotCrossAttentionCEM(Surrogate):
         """The penalty and its monitor.
 
         Args:
-            features: ``[B, D]`` or ``[B, C, H, W]``, clean, on the encoder's graph.
+            features: ``[B, D]`` or ``[B, C, H, W]``, clean, on the encoder's graph. Of half-precision features the
+                kernels multiply matrices in that dtype; all else is in fp32, and so are the losses.
             labels: ``[B]`` integer classes.
             unique_labels: classes to restrict to (one host synchronisation). The original passes
                 ``torch.unique(labels)``, which is every class, and is the same as passing nothing.
@@ -409,8 +426,9 @@ class SlotCrossAttentionCEM(Surrogate):
         # A map's positions are its fastest index; a token is what the channels say at one of them.
         tokens = flat.unflatten(1, (-1, self.num_tokens)).mT.contiguous()  # [B, T, D]
         tokens = F.layer_norm(tokens, tokens.shape[2:])
-        slots = self.slot_attention(tokens, groups, slot_noise)
-        enhanced = self.cross_attention(tokens, slots, groups)
+        product_dtype = features.dtype if features.dtype in (torch.bfloat16, torch.float16) else None
+        slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
+        enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
         result = cem_kernels.class_variance(
             enhanced,
             groups,

@@ -16,10 +16,10 @@ from cem_kernels.groups import ClassGroups
 __all__ = ["CrossAttentionWeights", "cross_attention"]
 
 
-def _triton(*args: Any) -> Tensor:
+def _triton(*args: Any, **options: Any) -> Tensor:
     from cem_kernels.cross_attention import triton  # only here, because importing needs Triton
 
-    return triton.cross_attention(*args)
+    return triton.cross_attention(*args, **options)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -37,6 +37,7 @@ def cross_attention(
     *,
     num_heads: int = 4,
     dropout: float = 0.0,
+    product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Let every token read its class's slots, through two gates that start almost shut.
@@ -54,16 +55,17 @@ def cross_attention(
         num_heads: ``H``; ``D`` must be a multiple of it.
         dropout: probability in ``[0, 1)`` that an element of ``W_p o + b_p`` is dropped (and the rest scaled up). Pass
             0 when evaluating. Drawn from PyTorch's global generator, in batch order.
+        product_dtype: fp32, bf16 or fp16, in which ``triton`` multiplies matrices; by default the dtype of the tokens.
+            It sums in fp32, and fp32 follows :func:`torch.set_float32_matmul_precision`. The other backends compute in
+            fp32 or wider, whatever the tokens are.
         backend: see :mod:`cem_kernels.backends`. ``triton`` takes ``D`` from 16 to 512, ``S`` to 32, ``H`` to 16, fp32,
-            bf16 and fp16; it is differentiable once, the others twice. It multiplies matrices in the dtype of the
-            tokens and sums in fp32; fp32 follows :func:`torch.set_float32_matmul_precision`. Eager computes in fp32
-            whatever the tokens are.
+            bf16 and fp16; it is differentiable once, the others twice.
 
     Returns:
         ``[B, T, D]`` in fp32 (fp64 for fp64 tokens), in batch order. Differentiable in tokens, slots and weights.
 
     Raises:
-        TypeError: a dtype is not floating-point, or fp64 is mixed with narrower ones.
+        TypeError: a dtype is not floating-point, fp64 is mixed with narrower ones, or ``product_dtype`` is another.
         ValueError: shapes or devices do not fit, ``D`` is no multiple of ``num_heads``, ``dropout`` out of range.
         BackendUnavailableError: the backend asked for by name cannot run this call.
 
@@ -71,6 +73,7 @@ def cross_attention(
     """
     backends.check_backend(backend)
     validation.check_float("tokens", tokens)
+    validation.check_product_dtype(product_dtype)
     validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
     width = tokens.shape[2]
     validation.check_shape("slots", slots, {"K": groups.num_classes, "S": None, "D": width})
@@ -86,4 +89,6 @@ def cross_attention(
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         wide = CrossAttentionWeights(*(weight.to(dtype) for weight in weights))
-        return implementation(tokens, slots.to(dtype), groups, wide, num_heads, dropout)
+        # The others have one dtype for everything.
+        options = {"product_dtype": product_dtype} if implementation is _triton else {}
+        return implementation(tokens, slots.to(dtype), groups, wide, num_heads, dropout, **options)

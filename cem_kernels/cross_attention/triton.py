@@ -100,7 +100,7 @@ def gated_read_forward_kernel(
     outputs += c.to(tl.int64) * (ROWS * D)
     shifts += c.to(tl.int64) * ROWS
     gate = tanh(tl.load(alpha))
-    kind = x.dtype.element_ty
+    kind = queries.dtype.element_ty  # of products
     for start in range(part * BLOCK_N, num_live, num_parts * BLOCK_N):
         live, sample, token = _tile(order, first_row, start + tl.arange(0, BLOCK_N), num_live, T)
         row = sample * T + token
@@ -163,8 +163,8 @@ def _backward_columns(
     e = upper
     if DROPOUT:
         e *= _keep(seed, row, d, D, dropout)
-    d_query = dot(low_t, normal.to(chunk.dtype), d_query, PRECISION)
-    d_output = dot(attention_t, e.to(chunk.dtype), d_output, PRECISION)
+    d_query = dot(low_t, normal.to(low.dtype), d_query, PRECISION)
+    d_output = dot(attention_t, e.to(low.dtype), d_output, PRECISION)
 
     query = _load_rows(query_row, d, D, BLOCK_D)
     d_normal = dot(low, query, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PRECISION)
@@ -201,7 +201,7 @@ def gated_read_backward_kernel(
     shifts += c.to(tl.int64) * ROWS
     query_sums += c.to(tl.int64) * ROWS
     gate = tanh(tl.load(alpha))
-    kind = x.dtype.element_ty
+    kind = queries.dtype.element_ty  # of products
 
     mine = partials + (c.to(tl.int64) * num_parts + part) * (2 * ROWS * D + ROWS + 1)
     to_outputs = mine + ROWS * D
@@ -342,8 +342,8 @@ def gated_read_forward(
     x = _with_rows(x)
     y, statistics = _forward_shapes(x)
     num_classes, rows, width = queries.shape
-    precision = input_precision(x.dtype)
-    t = tuned("gated_read_forward", tiles(width, rows, num_slots, precision, x.dtype, backward=False))
+    precision = input_precision(queries.dtype)
+    t = tuned("gated_read_forward", tiles(width, rows, num_slots, precision, queries.dtype, backward=False))
     parts = _parts(x, num_classes, t.BLOCK_N, FORWARD_PROGRAMS)
     launch(
         gated_read_forward_kernel, (parts, num_classes), x.device,
@@ -377,8 +377,8 @@ def gated_read_backward(
     """The gradient of ``x``, and for every class the sums of :func:`_partial_sizes` side by side, in fp32."""
     x, dy = _with_rows(x), _with_rows(dy)
     num_classes, rows, width = queries.shape
-    precision = input_precision(x.dtype)
-    t = tuned("gated_read_backward", tiles(width, rows, num_slots, precision, x.dtype, backward=True))
+    precision = input_precision(queries.dtype)
+    t = tuned("gated_read_backward", tiles(width, rows, num_slots, precision, queries.dtype, backward=True))
     parts = _parts(x, num_classes, t.BLOCK_N, BACKWARD_PROGRAMS)
     partials = x.new_empty((num_classes, parts, sum(_partial_sizes(queries))), dtype=torch.float32)
     # Several groups of heads add to dx, which should not be rounded in between.
@@ -460,7 +460,7 @@ class _CrossAttention(torch.autograd.Function):
         y, _ = gated_read_forward(*read)
         ctx.save_for_backward(*read[:-2], *net)
         ctx.options = read[-2:]
-        return feed_forward_forward(y, *net, read[0].dtype)
+        return feed_forward_forward(y, *net, read[3].dtype)
 
     @staticmethod
     @custom_bwd(device_type="cuda")
@@ -470,7 +470,7 @@ class _CrossAttention(torch.autograd.Function):
         read = (*tensors, *ctx.options)
         y, statistics = gated_read_forward(*read)
         frozen = not any(ctx.needs_input_grad[READ_INPUTS:])
-        dy, *d_net = feed_forward_gradients(y, upstream, *net, read[0].dtype, frozen)
+        dy, *d_net = feed_forward_gradients(y, upstream, *net, read[3].dtype, frozen)
         return (*_read_gradients(read, statistics, dy), *(d_net or [None] * len(net)))
 
 
@@ -481,8 +481,9 @@ def _padded(rows: Tensor, num_heads: int, heads: int, slots: int, value: float) 
 
 
 def _read_inputs(
-    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
-) -> tuple[Any, ...]:
+    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float,
+    product_dtype: torch.dtype | None,
+) -> tuple[Any, ...]:  # fmt: skip
     """What the kernels take: the foldings in front of them, the padding of heads and slots, dropout's seed."""
     w = weights
     width = tokens.shape[-1]
@@ -499,23 +500,25 @@ def _read_inputs(
         # A slot that only pads is never attended to; a head that only pads reads zeros.
         queries, outputs = (_padded(t, num_heads, heads, num_slots, 0.0) for t in (queries, outputs))
         shifts = _padded(shifts[:, :, None], num_heads, heads, num_slots, PADDING_LOGIT)[:, :, 0]
-    queries, outputs = queries.to(tokens.dtype), outputs.to(tokens.dtype)
+    queries, outputs = (t.to(product_dtype or tokens.dtype) for t in (queries, outputs))
     return tokens, groups.order, groups.offsets, queries, shifts, outputs, w.alpha_xattn, seed, num_slots, dropout
 
 
 def gated_read(
-    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
-) -> Tensor:
+    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """``y [B, T, D]`` in fp32: ``tokens [B, T, D]`` after ``slots [K, S, D]``, without the feed-forward."""
-    y: Tensor = _GatedRead.apply(*_read_inputs(tokens, slots, groups, weights, num_heads, dropout))
+    y: Tensor = _GatedRead.apply(*_read_inputs(tokens, slots, groups, weights, num_heads, dropout, product_dtype))
     return y
 
 
 def cross_attention(
-    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
-) -> Tensor:
+    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """``tokens [B, T, D]`` read ``slots [K, S, D]`` of their own class; returns ``[B, T, D]`` in fp32."""
     result: Tensor = _CrossAttention.apply(
-        *_read_inputs(tokens, slots, groups, weights, num_heads, dropout), *network(weights)
+        *_read_inputs(tokens, slots, groups, weights, num_heads, dropout, product_dtype), *network(weights)
     )
     return result

@@ -16,10 +16,10 @@ from cem_kernels.slot_attention.weights import SlotAttentionWeights
 __all__ = ["SlotAttentionWeights", "slot_attention"]
 
 
-def _triton(*args: Any) -> Tensor:
+def _triton(*args: Any, **options: Any) -> Tensor:
     from cem_kernels.slot_attention import triton  # only here, because importing needs Triton
 
-    return triton.slot_attention(*args)
+    return triton.slot_attention(*args, **options)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
@@ -37,6 +37,7 @@ def slot_attention(
     *,
     num_iterations: int = 3,
     eps: float = 1e-8,
+    product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Summarise the tokens of every class into that class's slots.
@@ -54,17 +55,18 @@ def slot_attention(
         weights: see :class:`SlotAttentionWeights`.
         num_iterations: ``J ≥ 1``.
         eps: added to every attention weight before it is normalised over tokens.
+        product_dtype: fp32, bf16 or fp16, in which ``triton`` multiplies matrices; by default the dtype of the tokens.
+            It sums in fp32, and fp32 follows :func:`torch.set_float32_matmul_precision`. The other backends compute in
+            fp32 or wider, whatever the tokens are.
         backend: see :mod:`cem_kernels.backends`. ``triton`` takes ``D`` from 16 to 512, ``S`` to 32, fp32, bf16 and
-            fp16; it is differentiable once, the others twice. It multiplies matrices in the dtype of the tokens and
-            sums in fp32; fp32 follows :func:`torch.set_float32_matmul_precision`. Eager computes in fp32 whatever the
-            tokens are.
+            fp16; it is differentiable once, the others twice.
 
     Returns:
         ``[K, S, D]`` in fp32 (fp64 for fp64 tokens). A class without samples keeps the slots it started with. Same
         bits for the same call; differentiable in tokens, slots and weights.
 
     Raises:
-        TypeError: a dtype is not floating-point, or fp64 is mixed with narrower ones.
+        TypeError: a dtype is not floating-point, fp64 is mixed with narrower ones, or ``product_dtype`` is another.
         ValueError: shapes or devices do not fit, ``num_iterations`` or ``eps`` is not positive, unknown backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
 
@@ -72,6 +74,7 @@ def slot_attention(
     """
     backends.check_backend(backend)
     validation.check_float("tokens", tokens)
+    validation.check_product_dtype(product_dtype)
     validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
     width = tokens.shape[2]
     validation.check_shape("slots", slots, {"K": groups.num_classes, "S": None, "D": width})
@@ -84,4 +87,6 @@ def slot_attention(
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         wide = SlotAttentionWeights(*(weight.to(dtype) for weight in weights))
-        return implementation(tokens, slots.to(dtype), groups, wide, num_iterations, eps)
+        # The others have one dtype for everything.
+        options = {"product_dtype": product_dtype} if implementation is _triton else {}
+        return implementation(tokens, slots.to(dtype), groups, wide, num_iterations, eps, **options)

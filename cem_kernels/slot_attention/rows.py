@@ -6,9 +6,9 @@ is also what the backward needs. Per iteration, each a contiguous row of a slot:
 
 =========  ========  ================================================================================================
 floats     fp32      queries ``q`` (before the inputs' affine), ``Û``, and the GRU's ``r, z, n, W_hn s + b_hn``
-operands   tokens'   left operands of products: ``LN_s(s)``, ``g ∘ Û + b``, ``LN_m(s')``, the MLP's hidden layer
+operands   products' left operands of products: ``LN_s(s)``, ``g ∘ Û + b``, ``LN_m(s')``, the MLP's hidden layer
 stats      fp32      mean and 1/deviation of ``s`` and of ``s'``; ``q·b``; ``Σ_n (p + eps)``
-records    tokens'   gradients of the products' results: queries, GRU (``n, r, z, hn``), MLP's output, hidden layer
+records    products' gradients of the products' results: queries, GRU (``n, r, z, hn``), MLP's output, hidden layer
 work       fp32      gradients of a norm's result, of ``Û`` and of the queries; ``∂Û·Û``, ``Σ_d ∂Û``, ``∂(q·b)``
 =========  ========  ================================================================================================
 

@@ -62,11 +62,11 @@ def _softmax(logits, mine):
 
 
 @triton.jit
-def _normal(x_rows, d, live, mean, rstd, D: tl.constexpr):
-    """Normalised tokens ``[BLOCK_N, BLOCK]`` in the tokens' dtype, zero where there is none."""
+def _normal(x_rows, d, live, mean, rstd, D: tl.constexpr, kind: tl.constexpr):
+    """Normalised tokens ``[BLOCK_N, BLOCK]``, zero where there is none."""
     x = load_rows(x_rows, d, live, D).to(tl.float32)
     normal = (x - mean[:, None]) * rstd[:, None]
-    return tl.where(live[:, None] & (d < D)[None, :], normal, 0.0).to(x_rows.dtype.element_ty)
+    return tl.where(live[:, None] & (d < D)[None, :], normal, 0.0).to(kind)
 
 
 @triton.jit
@@ -105,13 +105,13 @@ def token_statistics(
 
 @triton.jit
 def attend(
-    x, order, offsets, statistics, floats, stats, live_rows, input_norm, sums, totals,
+    x, order, offsets, statistics, floats, operands, stats, live_rows, input_norm, sums, totals,
     stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
     D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``Σ_n (p + eps) x̂`` and ``Σ_n (p + eps)`` of this part's tokens, for every row, into ``sums`` and ``totals``."""
-    kind = x.dtype.element_ty
+    kind = operands.dtype.element_ty  # of products
     first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
     shift = tl.load(stats + 4, mask=live_rows, other=0.0)
     total = tl.zeros([ROWS], tl.float32)
@@ -132,7 +132,7 @@ def attend(
         for first in range(0, width, BLOCK_K):
             d = first + tl.arange(0, BLOCK_K)
             query = _queries(floats, d, live_rows, input_norm, D, kind)
-            logits = dot(_normal(x_rows, d, live, mean, rstd, D), tl.trans(query), logits, PRECISION)
+            logits = dot(_normal(x_rows, d, live, mean, rstd, D, kind), tl.trans(query), logits, PRECISION)
         attention = _softmax(logits + shift[None, :], mine)
         attention = tl.where(mine, attention + eps, 0.0)
         total += tl.sum(attention, axis=0)
@@ -144,7 +144,7 @@ def attend(
                 sums[:, None] + d[None, :], mask=live_rows[:, None] & (d < tl.where(start > begin, D, 0))[None, :],
                 other=0.0,
             )  # fmt: skip
-            added = dot(attention_t, _normal(x_rows, d, live, mean, rstd, D), before, PRECISION)
+            added = dot(attention_t, _normal(x_rows, d, live, mean, rstd, D, kind), before, PRECISION)
             store_rows(sums, d, live_rows, added, D)
         tl.debug_barrier()
     tl.store(totals, total, mask=live_rows)
@@ -153,7 +153,7 @@ def attend(
 
 @triton.jit
 def attend_backward(
-    x, order, offsets, statistics, floats, stats, work, live_rows, input_norm, d_queries, d_shifts, dx,
+    x, order, offsets, statistics, floats, operands, stats, work, live_rows, input_norm, d_queries, d_shifts, dx,
     stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps, first_time,
     D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,7 +163,7 @@ def attend_backward(
     Means over columns of the gradient of a normalised token are sums over slots: ``mean(G) · w + mean(q) · ∂l`` and
     ``w · (x̂ G) + ∂l · (x̂ q)``, so that no pass is needed before the one that writes.
     """
-    kind = x.dtype.element_ty
+    kind = operands.dtype.element_ty  # of products
     first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
     shift = tl.load(stats + 4, mask=live_rows, other=0.0)
     total = tl.load(stats + 5, mask=live_rows, other=1.0)
@@ -192,7 +192,7 @@ def attend_backward(
         upstream = tl.zeros([BLOCK_N, ROWS], tl.float32)
         for first in range(0, width, BLOCK_K):
             d = first + tl.arange(0, BLOCK_K)
-            normal = _normal(x_rows, d, live, mean, rstd, D)
+            normal = _normal(x_rows, d, live, mean, rstd, D, kind)
             logits = dot(normal, tl.trans(_queries(floats, d, live_rows, input_norm, D, kind)), logits, PRECISION)
             update = load_rows(work + D, d, live_rows, D).to(kind)
             upstream = dot(normal, tl.trans(update), upstream, PRECISION)
@@ -207,7 +207,7 @@ def attend_backward(
         low_t = tl.trans(low)
         for first in range(0, width, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
-            normal = _normal(x_rows, d, live, mean, rstd, D)
+            normal = _normal(x_rows, d, live, mean, rstd, D, kind)
             before = tl.load(
                 d_queries[:, None] + d[None, :],
                 mask=live_rows[:, None] & (d < tl.where(start > begin, D, 0))[None, :], other=0.0,

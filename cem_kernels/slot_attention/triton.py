@@ -96,7 +96,7 @@ def slot_attention_forward_kernel(
         s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
         make_queries(s, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D)
         attend(
-            x, order, offsets, statistics, f, t, live, input_norm, f + D, t + 5,
+            x, order, offsets, statistics, f, o, t, live, input_norm, f + D, t + 5,
             stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps,
             D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def slot_attention_backward_kernel(
             width, hidden_width, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         attend_backward(
-            x, order, offsets, statistics, f, t, w, live, vectors + 7 * D + HIDDEN, w + 2 * D, w + 3 * D + 2, dx,
+            x, order, offsets, statistics, f, o, t, w, live, vectors + 7 * D + HIDDEN, w + 2 * D, w + 3 * D + 2, dx,
             stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps, step == 0,
             D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
@@ -146,7 +146,7 @@ def slot_attention_backward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attend_kernel(
-    x, order, offsets, vectors, floats, stats, statistics, partials,
+    x, order, offsets, vectors, floats, operands, stats, statistics, partials,
     stride_b, stride_t, T, width, num_classes, num_slots, iteration, num_parts, eps, ln_eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -164,8 +164,9 @@ def attend_kernel(
     mine = partials + (part.to(tl.int64) * num_classes * num_slots + row) * (D + 4)
     row += iteration.to(tl.int64) * num_classes * num_slots
     attend(
-        x, order, offsets, statistics, floats + row * (6 * D), stats + row * 6, live, vectors + 7 * D + HIDDEN,
-        mine, mine + D, stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
+        x, order, offsets, statistics, floats + row * (6 * D), operands, stats + row * 6, live,
+        vectors + 7 * D + HIDDEN, mine, mine + D,
+        stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
         D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
@@ -208,7 +209,7 @@ def step_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attend_backward_kernel(
-    x, order, offsets, vectors, floats, stats, statistics, work, partials, dx,
+    x, order, offsets, vectors, floats, operands, stats, statistics, work, partials, dx,
     stride_b, stride_t, T, width, num_classes, num_slots, num_iterations, iteration, num_parts, eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -222,8 +223,9 @@ def attend_backward_kernel(
     w = work + row * (3 * D + 4)
     row += iteration.to(tl.int64) * num_classes * num_slots
     attend_backward(
-        x, order, offsets, statistics, floats + row * (6 * D), stats + row * 6, w, live, vectors + 7 * D + HIDDEN,
-        mine, mine + D, dx, stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
+        x, order, offsets, statistics, floats + row * (6 * D), operands, stats + row * 6, w, live,
+        vectors + 7 * D + HIDDEN, mine, mine + D, dx,
+        stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
         iteration == num_iterations - 1,
         D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
@@ -338,16 +340,17 @@ class Plan(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor, num_classes: int, num_slots: int, hidden_width: int) -> Plan:
-        precision = input_precision(x.dtype)
-        slots, classes = padded_slots(num_slots, precision, x.dtype)
+    def of(cls, x: Tensor, num_classes: int, num_slots: int, mlp_in: Tensor) -> Plan:
+        dtype, hidden_width = mlp_in.dtype, mlp_in.shape[0]
+        precision = input_precision(dtype)
+        slots, classes = padded_slots(num_slots, precision, dtype)
         rows, groups, parts = slots * classes, triton.cdiv(num_classes, classes), 0
         if tokens_are_split(x, groups):
             units = triton.cdiv(x.shape[0] * x.shape[1], TOKENS_OF_A_PART)
             parts = splits_per_class(units, groups, PROGRAMS_PER_PROCESSOR * processors(x.device))
         tiles_of_slots = triton.cdiv(num_classes * num_slots, rows) if parts else groups
         sizes = {"D": x.shape[2], "HIDDEN": hidden_width, "PRECISION": precision}
-        return cls(groups, parts, tiles_of_slots, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, x.dtype)
+        return cls(groups, parts, tiles_of_slots, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, dtype)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """What ``kernel`` is compiled for."""
@@ -369,7 +372,7 @@ def _kept_shapes(x, initial, mlp_in, num_iterations):
     return (
         x.new_empty((num_iterations + 1, num_classes, num_slots, width), **wide),
         x.new_empty((num_iterations, num_classes * num_slots, 6 * width), **wide),
-        x.new_empty((num_iterations, num_classes * num_slots, 3 * width + hidden)),
+        mlp_in.new_empty((num_iterations, num_classes * num_slots, 3 * width + hidden)),
         x.new_empty((num_iterations, num_classes * num_slots, 6), **wide),
         x.new_empty((*x.shape[:2], 2), **wide),
     )
@@ -391,15 +394,15 @@ def slot_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``x [B, T, D]`` and ``initial [K, S, D]`` to all slots ``[J + 1, K, S, D]``, and what the backward needs.
 
-    Matrices are in the dtype of ``x``; ``vectors [13D + hidden]`` are the others of :class:`SlotAttentionWeights`, in
-    their order, in fp32, as ``initial`` is.
+    Matrices are in the dtype of products; ``vectors [13D + hidden]`` are the others of :class:`SlotAttentionWeights`,
+    in their order, in fp32, as ``initial`` is.
     """
     x, initial = _with_rows(x), initial.contiguous()
     num_classes, num_slots, width = initial.shape
     hidden_width = mlp_in.shape[0]
     slots, floats, operands, stats, statistics = kept = _kept_shapes(x, initial, mlp_in, num_iterations)
     weights = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors)
-    plan = Plan.of(x, num_classes, num_slots, hidden_width)
+    plan = Plan.of(x, num_classes, num_slots, mlp_in)
     if plan.parts == 0:
         launch(
             slot_attention_forward_kernel, (plan.groups,), x.device,
@@ -419,7 +422,7 @@ def slot_attention_forward(
         if iteration < num_iterations:
             launch(
                 attend_kernel, (plan.parts, plan.groups), x.device,
-                x, order, offsets, vectors, floats, stats, statistics, partials,
+                x, order, offsets, vectors, floats, operands, stats, statistics, partials,
                 *x.stride()[:2], x.shape[1], width, num_classes, num_slots, iteration, plan.parts, eps, LN_EPS,
                 **plan.options("attend"),
             )  # fmt: skip
@@ -431,7 +434,7 @@ def _backward_shapes(x, order, offsets, query_map, input_map, hidden_map, mlp_in
     return (
         x.new_empty(x.shape),
         slots.new_empty(slots.shape[1:]),
-        x.new_empty((num_iterations, num_classes * num_slots, 6 * width + mlp_in.shape[0])),
+        mlp_in.new_empty((num_iterations, num_classes * num_slots, 6 * width + mlp_in.shape[0])),
         vectors.new_empty(vectors.shape),
     )
 
@@ -454,7 +457,7 @@ def slot_attention_backward(
     _, d_slots, records, _ = _backward_shapes(
         x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, slots
     )
-    plan = Plan.of(x, num_classes, num_slots, hidden_width)
+    plan = Plan.of(x, num_classes, num_slots, mlp_in)
     # Iterations add to dx, which should not be rounded in between.
     dx = x.new_empty(x.shape, dtype=torch.float32)
     work = slots.new_empty((num_classes * num_slots, 3 * width + 4))
@@ -480,7 +483,7 @@ def slot_attention_backward(
         if iteration > 0:
             launch(
                 attend_backward_kernel, (plan.parts, plan.groups), x.device,
-                x, order, offsets, vectors, floats, stats, statistics, work, partials, dx,
+                x, order, offsets, vectors, floats, operands, stats, statistics, work, partials, dx,
                 *x.stride()[:2], x.shape[1], width, num_classes, num_slots, num_iterations, iteration - 1, plan.parts,
                 eps,                 **plan.options("attend_backward"),
             )  # fmt: skip
@@ -524,15 +527,16 @@ class _SlotAttention(torch.autograd.Function):
 
 
 def slot_attention(
-    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: SlotAttentionWeights, num_iterations: int, eps: float
-) -> Tensor:
+    tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: SlotAttentionWeights, num_iterations: int, eps: float,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """``tokens [B, T, D]``, ``slots [K, S, D]`` to the final slots ``[K, S, D]``, in fp32."""
     w = weights
     query_map, input_map = absorb(w)
     vectors = torch.cat([weight for weight in w if weight.dim() == 1])
     matrices = (query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight)
+    matrices = tuple(m.to(product_dtype or tokens.dtype).contiguous() for m in matrices)
     result: Tensor = _SlotAttention.apply(
-        tokens, groups.order, groups.offsets, slots, *(m.to(tokens.dtype).contiguous() for m in matrices), vectors,
-        num_iterations, eps,
-    )  # fmt: skip
+        tokens, groups.order, groups.offsets, slots, *matrices, vectors, num_iterations, eps
+    )
     return result

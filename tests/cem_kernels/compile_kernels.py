@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
@@ -105,7 +105,7 @@ def variance_case(
 
 def read_case(
     width: int, heads: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, dropout: float = 0.0,
-    strided: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4,
+    strided: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """``matmul``: PyTorch's fp32 precision; ``strided``: samples side by side and an expanded upstream gradient."""
 
@@ -116,7 +116,7 @@ def read_case(
         order, offsets = torch.arange(samples), torch.arange(classes + 1)
         padded_heads, padded_slots = cross_attention.padded_sizes(heads, slots)
         shifts = torch.empty(classes, padded_heads * padded_slots)
-        queries = torch.empty(*shifts.shape, width, dtype=dtype)
+        queries = torch.empty(*shifts.shape, width, dtype=products or dtype)
         alpha, seed = torch.empty(()), torch.zeros(1, dtype=torch.int64) if dropout else None
         common = (x, order, offsets, queries, shifts, queries, alpha, seed)
         y, statistics = cross_attention.gated_read_forward(*common, padded_slots, dropout)
@@ -129,6 +129,7 @@ def read_case(
 def slot_case(
     width: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, hidden: int | None = None,
     strided: bool = False, split: bool | None = None, samples: int = 64, classes: int = 4, tokens: int = 4,
+    products: torch.dtype | None = None,
 ) -> Callable[[], None]:  # fmt: skip
     """``split``: whether tokens are split over programs, where the launcher's own choice is not wanted."""
 
@@ -138,7 +139,7 @@ def slot_case(
         x = x if strided else x.contiguous()
         initial, vectors = torch.empty(classes, slots, width), torch.empty(13 * width + (hidden or 2 * width))
         sizes = (width, width), (3 * width, width), (3 * width, width), (hidden or 2 * width, width)
-        matrices = [torch.empty(size, dtype=dtype) for size in (*sizes, sizes[-1][::-1])]
+        matrices = [torch.empty(size, dtype=products or dtype) for size in (*sizes, sizes[-1][::-1])]
         common = (x, torch.arange(samples), torch.arange(classes + 1))
         choose = slot_attention.tokens_are_split
         slot_attention.tokens_are_split = choose if split is None else lambda x, groups: split
@@ -173,6 +174,8 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name} D128 H4 S8 dropout", read_case(128, 4, 8, *products[name], dropout=0.1)
         yield f"{name} D128 H4 S8 strided", read_case(128, 4, 8, *products[name], strided=True)
 
+    mixed = {"products": torch.bfloat16}  # of fp32 tokens: a surrogate of half-precision features
+    yield "bf16 of fp32 D128 H4 S8", read_case(128, 4, 8, torch.float32, **mixed)
     if TARGETS[target].backend == "hip":
         return  # nobody has cut the kernels of slot attention for it, and they spill
     # Large kernels, half of what there is to compile: no more cases than differ.
@@ -180,6 +183,8 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name} D128 S8", slot_case(128, 8, *products[name])
         yield f"{name} D512 S32", slot_case(512, 32, *products[name])
         yield f"{name} split D128 S8", slot_case(128, 8, *products[name], split=True)
+    yield "bf16 of fp32 D128 S8", slot_case(128, 8, torch.float32, **mixed)
+    yield "bf16 of fp32 split D128 S8", slot_case(128, 8, torch.float32, split=True, **mixed)
     yield "tf32 D128 S8", slot_case(128, 8, *products["tf32"])
     yield "fp32 D200 S7", slot_case(200, 7, *products["fp32"], hidden=100)
     yield "bf16 D16 S1", slot_case(16, 1, *products["bf16"], strided=True)
@@ -247,22 +252,25 @@ def main() -> None:
                 print(target, kernel, count, sep=",")
         return
     if len(targets) > 1 or options.write:
-        write_tables(targets, sys.stdout if not options.write else TABLE.open("w", newline=""))
+        table = tables_of(targets)
+        if options.write:
+            TABLE.write_text(table)
+        else:
+            print(table, end="")
         return
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows_of(targets[0]))
 
 
-def write_tables(targets: list[str], file: TextIO) -> None:
+def tables_of(targets: list[str]) -> str:
     """The tables of several targets, each from a process of its own: a kernel remembers what it was compiled for."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         command = [sys.executable, __file__]
         runs = [pool.submit(subprocess.check_output, [*command, target], text=True) for target in targets]
         tables = [run.result().splitlines() for run in runs]
     lines = tables[0][:1] + [line for table in tables for line in table[1:]]
-    file.write("\n".join(lines) + "\n")
-    file.flush()
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

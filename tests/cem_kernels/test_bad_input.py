@@ -99,6 +99,12 @@ def test_tensors_on_two_devices_are_refused(call):
         call(slots=SLOTS.to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_products_in_another_dtype_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"product_dtype must be fp32, bf16 or fp16, got {dtype}"):
+        slots(product_dtype=dtype)
+
+
 @pytest.mark.parametrize("make", [slot_problem, cross_problem])
 def test_auto_is_eager_on_the_cpu(make):
     problem = make(LABELS, 3)

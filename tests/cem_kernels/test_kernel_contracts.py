@@ -1,5 +1,7 @@
 """What kernels promise beyond their numbers: strides, autocast, compilation, refusals, repeatable bits."""
 
+from functools import partial
+
 import pytest
 import torch
 from exactness import DEVICE, assert_as_exact
@@ -7,7 +9,17 @@ from problems import OPERATORS, Problem, assert_same, cross_problem, labels_with
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cem_kernels import BackendUnavailableError, ClassGroups, backends, class_variance, cross_attention, launching
+from cem_kernels import (
+    BackendUnavailableError,
+    ClassGroups,
+    CrossAttentionWeights,
+    SlotAttentionWeights,
+    backends,
+    class_variance,
+    cross_attention,
+    launching,
+    slot_attention,
+)
 from cem_kernels.class_variance import triton as class_variance_kernels
 from cem_kernels.cross_attention import IMPLEMENTATIONS
 from cem_kernels.cross_attention import triton as cross_attention_kernels
@@ -108,6 +120,29 @@ def test_results_are_fp32_and_gradients_in_the_dtype_of_their_leaf(make):
     problem = make(LABELS, 7, T=3, D=32)
     for name, result in problem.results("triton", **{n: t.bfloat16() for n, t in problem.leaves.items()}).items():
         assert result.dtype == (torch.float32 if name.startswith("output") else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(
+    ("make", "operator", "weights_of"),
+    [
+        (slot_problem, slot_attention, SlotAttentionWeights),
+        (cross_problem, partial(cross_attention, num_heads=2), CrossAttentionWeights),
+    ],
+    ids=["slot_attention", "cross_attention"],
+)
+@pytest.mark.parametrize("product_dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_leave_all_else_in_fp32(make, operator, weights_of, product_dtype):
+    problem = problem_of(make)
+
+    def run(backend, tokens, slots, **weights):
+        return (operator(tokens, slots, GROUPS, weights_of(**weights), product_dtype=product_dtype, backend=backend),)
+
+    exact = problem.results("reference")
+    rounded = problem.results("triton", **{name: leaf.to(product_dtype) for name, leaf in problem.leaves.items()})
+    for name, found in Problem(problem.leaves, run).results("triton").items():
+        assert found.dtype == torch.float32
+        error, of_all_rounded = (found - exact[name]).norm(), (rounded[name] - exact[name]).norm()
+        assert 0 < error <= 2 * of_all_rounded + 1e-6 * exact[name].norm(), name
 
 
 @every_kernel

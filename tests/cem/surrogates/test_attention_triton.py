@@ -85,6 +85,24 @@ def test_split_tokens_are_two_launches_an_iteration_more(monkeypatch):
     assert len(names) == 8 - 2 + 2 * (2 * 3 + 1)
 
 
+def test_frozen_parameters_change_nothing_for_the_features():
+    module = surrogate("triton").eval()
+    trained = results(module, *batch())["gradient of features"]
+    frozen = results(module.requires_grad_(False), *batch())["gradient of features"]
+    assert torch.equal(frozen, trained)
+
+
+def test_half_precision_features_keep_the_spread_inside_their_class():
+    _, labels = batch(60)
+    generator = torch.Generator().manual_seed(1)
+    centre = torch.randn(6, 32, generator=generator).to(DEVICE)
+    spread = 0.05 * torch.randn(60, 32, generator=generator).to(DEVICE)
+    narrow = (centre[labels] + spread).bfloat16()  # what is left inside a class when training succeeds
+    module = surrogate("triton", hinge="identity").eval()
+    found, want = (results(module, x, labels)["gradient of features"].float() for x in (narrow, narrow.float()))
+    assert float((found - want).norm() / want.norm()) < 0.02  # products round by 0.4 %
+
+
 def test_training_draws_slots_anew_and_repeats_under_the_same_seed():
     module = surrogate("triton").train()
     drawn = []
