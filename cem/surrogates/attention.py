@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,29 @@ def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
     return first.weight, first.bias, last.weight, last.bias
+
+
+class Normalised(torch.autograd.Function):
+    """LayerNorm without an affine, which keeps its result and not its input: the result is kept by others anyway.
+
+    ``x [..., D]`` to ``x̂ [..., D]`` and 1/deviation ``[..., 1]``, a result so that this is differentiable twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        normal, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+        ctx.save_for_backward(normal, rstd)
+        ctx.set_materialize_grads(False)
+        return normal, rstd
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, d_rstd: Tensor | None) -> Tensor:
+        normal, rstd = ctx.saved_tensors
+        upstream = torch.zeros_like(normal) if upstream is None else upstream
+        along = (upstream * normal).mean(dim=-1, keepdim=True)
+        if d_rstd is not None:  # of a second derivative alone
+            along = along + d_rstd * rstd / normal.shape[-1]
+        return rstd * (upstream - upstream.mean(dim=-1, keepdim=True) - normal * along)
 
 
 class SlotAttention(nn.Module):
@@ -424,8 +447,7 @@ class SlotCrossAttentionCEM(Surrogate):
             flat, labels = flat[chosen], labels[chosen]
         groups = self._groups(labels)
         # A map's positions are its fastest index; a token is what the channels say at one of them.
-        tokens = flat.unflatten(1, (-1, self.num_tokens)).mT.contiguous()  # [B, T, D]
-        tokens = F.layer_norm(tokens, tokens.shape[2:])
+        tokens, _ = Normalised.apply(flat.unflatten(1, (-1, self.num_tokens)).mT)  # [B, T, D]
         product_dtype = features.dtype if features.dtype in (torch.bfloat16, torch.float16) else None
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)

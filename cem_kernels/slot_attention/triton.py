@@ -534,9 +534,10 @@ def slot_attention(
     w = weights
     query_map, input_map = absorb(w)
     vectors = torch.cat([weight for weight in w if weight.dim() == 1])
-    matrices = (query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight)
-    matrices = tuple(m.to(product_dtype or tokens.dtype).contiguous() for m in matrices)
+    dtype = product_dtype or tokens.dtype
+    matrices = [query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight]
     result: Tensor = _SlotAttention.apply(
-        tokens, groups.order, groups.offsets, slots, *matrices, vectors, num_iterations, eps
-    )
+        tokens, groups.order, groups.offsets, slots, *(m.to(dtype).contiguous() for m in matrices), vectors,
+        num_iterations, eps,
+    )  # fmt: skip
     return result

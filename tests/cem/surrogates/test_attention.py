@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cem
+from cem.surrogates.attention import Normalised
 from cem.surrogates.build import build_surrogate
 from cem_kernels import BackendUnavailableError
 
@@ -459,3 +460,10 @@ def test_spatial_tokens_after_conv1x1_are_as_wide_as_its_channels():
     module = surrogate(32, tokens="spatial", reduce_dim=6, **sizes)
     assert module.slot_attention.slot_dim == 6
     assert all(loss.isfinite() for loss in module(features, labels))
+
+
+def test_normalisation_is_layer_norm_and_its_derivatives():
+    x = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mT.requires_grad_()
+    torch.testing.assert_close(Normalised.apply(x)[0], torch.nn.functional.layer_norm(x, (7,)))
+    assert torch.autograd.gradcheck(lambda x: Normalised.apply(x)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: Normalised.apply(x)[0], x)

@@ -108,7 +108,7 @@ def test_training_draws_slots_anew_and_repeats_under_the_same_seed():
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(float(module(*batch())[1]))
+        drawn.append(float(module(*batch())[1].detach()))
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -138,5 +138,4 @@ def test_only_tokens_and_the_result_are_saved_of_what_is_as_large_as_the_tokens(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(features, batch()[1])
-    # Features by position, as the normalisation of the samples needs them; normalised; after cross attention.
-    assert len(saved) == 3
+    assert len(saved) == 2  # normalised features, and these after cross attention
