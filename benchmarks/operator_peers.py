@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels import CrossAttentionWeights
+from cem_kernels import CrossAttentionWeights, SlotAttentionWeights
 
 
 @dataclass(eq=False)
 class Classes:
-    """Everything about the labels that a peer may know beforehand."""
+    """Everything about the labels that an operator's peer may know beforehand."""
 
     labels: Tensor  # [B]
     counts: Tensor  # [K]
@@ -34,15 +34,16 @@ class Classes:
     mask: Tensor  # [K, L] which rows hold a sample
 
     @classmethod
-    def of(cls, labels: Tensor, num_classes: int) -> Classes:
-        counts = torch.bincount(labels, minlength=num_classes)
-        size = max(int(counts.max()), 1)
+    def of(cls, labels: Tensor, num_classes: int, size: int | None = None) -> Classes:
+        """Without a bound ``size`` on the classes the largest one is read, which waits for the device."""
+        counts = (labels[:, None] == torch.arange(num_classes, device=labels.device)).sum(dim=0)
+        size = max(int(counts.max()), 1) if size is None else size
+        samples = torch.arange(len(labels), device=labels.device)
         order = torch.argsort(labels, stable=True)
-        rank = torch.argsort(order)
+        rank = torch.zeros_like(order).index_copy(0, order, samples)
         offsets = F.pad(counts.cumsum(0), (1, 0))
         row = labels * size + rank - offsets[labels]
-        fill = labels.new_zeros(num_classes * size)
-        fill[row] = torch.arange(len(labels), device=labels.device)
+        fill = labels.new_zeros(num_classes * size).index_copy(0, row, samples)
         mask = torch.arange(size, device=labels.device) < counts[:, None]
         return cls(labels, counts, offsets, order, rank, size, row, fill, mask)
 
@@ -125,16 +126,47 @@ def variance_losses(
     return (weight * penalty).sum(), (weight * (squares / counts.clamp(min=1)).mean(dim=1)).sum()
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+# Slot attention: tokens [B, T, D] and slots [K, S, D] to slots [K, S, D].
+
+
+def padded_slots(
+    tokens: Tensor, slots: Tensor, w: SlotAttentionWeights, num_iterations: int, eps: float, classes: Classes
+) -> Tensor:
+    """A class-padded batch, masked; its keys and values ``[K, L·T, D]`` are made once, before the iterations.
+
+    The softmax runs over slots, so fused attention does not apply; logits are ``[K, S, L·T]``, so that it runs along
+    contiguous tokens.
+    """
+    num_classes, _, width = slots.shape
+    inputs = layer_norm(tokens, w.norm_inputs_weight, w.norm_inputs_bias)
+    padded = Gather.apply(inputs, classes.fill, classes.row).unflatten(0, classes.mask.shape).flatten(1, 2)
+    k, v = F.linear(padded, w.to_k), F.linear(padded, w.to_v)
+    mask = classes.mask.to(k.dtype).repeat_interleave(tokens.shape[1], dim=1)[:, None]  # [K, 1, L·T]
+    present = (classes.counts > 0)[:, None, None]
+    absent = (~present).to(k.dtype)  # keeps the sum over an empty class off zero
+    rows = slots.flatten(0, 1)
+    for _ in range(num_iterations):
+        q = F.linear(layer_norm(rows, w.norm_slots_weight, w.norm_slots_bias), w.to_q) * width**-0.75
+        attention = (torch.softmax(q.unflatten(0, (num_classes, -1)) @ k.mT, dim=1) + eps) * mask
+        attention = attention / (attention.sum(dim=2, keepdim=True) + absent)
+        updates = (attention @ v).flatten(0, 1)
+        rows = torch.gru_cell(updates, rows, w.gru_weight_ih, w.gru_weight_hh, w.gru_bias_ih, w.gru_bias_hh)
+        hidden = layer_norm(rows, w.norm_mlp_weight, w.norm_mlp_bias)
+        hidden = F.relu(F.linear(hidden, w.mlp_in_weight, w.mlp_in_bias))
+        rows = rows + F.linear(hidden, w.mlp_out_weight, w.mlp_out_bias)
+    return torch.where(present, rows.view_as(slots), slots)
+
+
 # Gated cross attention: tokens [B, T, D] and slots [K, S, D] to y [B, T, D].
 
 
 def heads_of(x: Tensor, num_heads: int) -> Tensor:
     """``[..., N, D]`` to ``[..., H, N, d]``."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def queries_of(tokens: Tensor, w: CrossAttentionWeights) -> Tensor:
@@ -158,16 +190,20 @@ def feed_forward(y: Tensor, w: CrossAttentionWeights) -> Tensor:
     return y + torch.tanh(w.alpha_ffn) * F.linear(hidden, w.ffn_out_weight, w.ffn_out_bias)
 
 
+def read_of_class(x: Tensor, slots: Tensor, w: CrossAttentionWeights, num_heads: int) -> Tensor:
+    """The tokens ``[M, T, D]`` of one class after its ``slots [S, D]``."""
+    k, v = keys_and_values(slots, w, num_heads)
+    q = heads_of(queries_of(x, w).flatten(0, 1), num_heads)
+    attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+    return gated(x, (attention @ v).transpose(0, 1).reshape(x.shape), w)
+
+
 def looped_read(tokens: Tensor, slots: Tensor, w: CrossAttentionWeights, num_heads: int, classes: Classes) -> Tensor:
     """One class at a time with boolean masks, as first published."""
     y = torch.zeros_like(tokens)
     for label in torch.unique(classes.labels):
         mask = classes.labels == label
-        x = tokens[mask]
-        k, v = keys_and_values(slots[label], w, num_heads)
-        q = heads_of(queries_of(x, w).flatten(0, 1), num_heads)
-        attention = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
-        y[mask] = gated(x, (attention @ v).transpose(0, 1).reshape(x.shape), w)
+        y[mask] = read_of_class(tokens[mask], slots[label], w, num_heads)
     return y
 
 

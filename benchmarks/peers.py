@@ -1,7 +1,8 @@
-"""The strongest ways to do the surrogate's work without this library, for comparison in the same run.
+"""The strongest ways to do the whole surrogate's work without this library, for comparison in the same run.
 
-Both take the parameters of a :class:`cem.SlotCrossAttentionCEM` (``features [B, D]``, no reduction, no dropout) and
-compute the same losses, so that each is checked against it before it is timed.
+Both take the parameters of a :class:`cem.SlotCrossAttentionCEM` (no reduction, no dropout, ReLU hinge, classes of two
+samples or more) and its call, and compute the same losses, so that each is checked against it before it is timed. All
+but the statistics of classes, which are fp32, is computed in the features' dtype, to which parameters are cast.
 """
 
 from __future__ import annotations
@@ -12,62 +13,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import operator_peers as peers
 from cem import SlotCrossAttentionCEM
+from cem_kernels import CrossAttentionWeights, SlotAttentionWeights
+from cem_kernels.slot_attention.reference import one_class as slots_of_class
 
 
-class PerClassLoop(nn.Module):
-    """One Python loop over classes with boolean masks and keys and values materialised, as first published."""
+class Peer(nn.Module):
+    """What both peers share: tokens, first slots and weights, in the features' dtype."""
 
     def __init__(self, surrogate: SlotCrossAttentionCEM) -> None:
         super().__init__()
         self.surrogate = surrogate
 
-    def slots_of(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """``tokens [1, M, D]`` of one class and its draw ``[1, S, D]`` to slots ``[1, S, D]``."""
-        m = self.surrogate.slot_attention
-        width = tokens.shape[-1]
-        inputs = m.norm_inputs(tokens)
-        k, v = m.to_k(inputs), m.to_v(inputs)
-        slots = m.slot_mu + m.slot_log_sigma.exp() * noise
-        for _ in range(m.num_iterations):
-            previous = slots
-            q = m.to_q(m.norm_slots(slots)) * width**-0.5
-            logits = torch.einsum("bnd,bsd->bns", k, q) / width**0.25
-            attention = torch.softmax(logits, dim=-1) + m.eps
-            attention = attention / attention.sum(dim=1, keepdim=True)
-            updates = torch.einsum("bns,bnd->bsd", attention, v)
-            slots = m.gru(updates.reshape(-1, width), previous.reshape(-1, width)).reshape(previous.shape)
-            slots = slots + m.mlp(m.norm_mlp(slots))
-        return slots
+    def tokens(self, features: Tensor) -> Tensor:
+        """``[B, D]`` or ``[B, D, H, W]`` to ``[B, T, D]``, normalised."""
+        tokens = features[:, None] if features.dim() == 2 else features.flatten(2).mT.contiguous()
+        return F.layer_norm(tokens, tokens.shape[2:])
 
-    def enhance(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """``tokens [M, D]`` of one class after reading its slots ``[1, S, D]``."""
-        m = self.surrogate.cross_attention
-        head_width = m.feature_dim // m.num_heads
-        context = m.ln_kv(slots[0])
+    def slots(self, slot_noise: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.surrogate.slot_attention.initial_slots(len(slot_noise), slot_noise).to(dtype)
 
-        def heads(x: Tensor) -> Tensor:
-            return x.view(-1, m.num_heads, head_width).transpose(0, 1)
+    def weights(self, dtype: torch.dtype) -> tuple[SlotAttentionWeights, CrossAttentionWeights]:
+        slot, cross = self.surrogate.slot_attention.weights(), self.surrogate.cross_attention.weights()
+        return SlotAttentionWeights(*(w.to(dtype) for w in slot)), CrossAttentionWeights(*(w.to(dtype) for w in cross))
 
-        q, k, v = heads(m.to_q(m.ln_q(tokens))), heads(m.to_k(context)), heads(m.to_v(context))
-        attention = torch.softmax(q @ k.mT * head_width**-0.5, dim=-1)
-        out = m.proj((attention @ v).transpose(0, 1).reshape(tokens.shape))
-        y = tokens + torch.tanh(m.alpha_xattn) * out
-        return y + torch.tanh(m.alpha_ffn) * m.ffn(m.ln_ff(y))
 
-    def forward(self, features: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``features [B, D]``, ``labels [B]``, ``noise [K, S, D]`` to the two losses."""
+class PerClassLoop(Peer):
+    """One Python loop over classes with boolean masks and keys and values materialised, as first published."""
+
+    def forward(self, features: Tensor, labels: Tensor, slot_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``features [B, D]`` or ``[B, D, H, W]``, ``labels [B]``, ``slot_noise [K, S, D]`` to the two losses."""
         m = self.surrogate
+        initial = self.slots(slot_noise, features.dtype)
+        slot_weights, cross_weights = self.weights(features.dtype)
         total_penalty = total_mse = total_weight = torch.zeros((), device=features.device)
-        log_threshold = torch.log(torch.tensor(m.threshold + m.gamma, device=features.device))
+        log_threshold = math.log(m.threshold + m.gamma)
         for label in torch.unique(labels):
             mask = labels == label
             x = features[mask]
             if x.shape[0] < m.min_samples:
                 continue
-            x = F.layer_norm(x, x.shape[1:])
-            slots = self.slots_of(x[None], noise[label][None])
-            enhanced = self.enhance(x, slots)
+            x = self.tokens(x)
+            a = m.slot_attention
+            slots = slots_of_class(x.flatten(0, 1), initial[label], slot_weights, a.num_iterations, a.eps)
+            y = peers.read_of_class(x, slots, cross_weights, m.cross_attention.num_heads)
+            enhanced = peers.feed_forward(y, cross_weights).flatten(1).float()
             mean = enhanced.mean(dim=0)
             variance = torch.clamp(enhanced.var(dim=0, unbiased=True), min=m.eps_var)
             penalty = F.relu(torch.log(variance + m.gamma) - log_threshold).mean()
@@ -78,61 +69,25 @@ class PerClassLoop(nn.Module):
         return total_penalty / total_weight, total_mse / total_weight
 
 
-class PaddedBatch(nn.Module):
-    """All classes at once the usual way: padded to ``max_class_size``, masked, keys and values materialised."""
+class PaddedBatch(Peer):
+    """All classes at once the usual way: padded to ``max_class_size`` and masked, keys and values materialised.
+
+    Only what needs classes side by side is padded, three times for that reason: keys and values, queries, and what
+    variances are taken of. The feed-forward network and every normalisation see no padding.
+    """
 
     def __init__(self, surrogate: SlotCrossAttentionCEM, max_class_size: int) -> None:
-        super().__init__()
-        self.surrogate = surrogate
+        super().__init__(surrogate)
         self.max_class_size = max_class_size
 
-    def slots_of(self, tokens: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """``tokens [K, L, D]``, ``mask [K, L, 1]``, ``noise [K, S, D]`` to slots ``[K, S, D]``."""
-        m = self.surrogate.slot_attention
-        width = tokens.shape[-1]
-        inputs = m.norm_inputs(tokens)
-        k, v = m.to_k(inputs), m.to_v(inputs)
-        slots = m.slot_mu + m.slot_log_sigma.exp() * noise
-        for _ in range(m.num_iterations):
-            q = m.to_q(m.norm_slots(slots)) * width**-0.75
-            attention = (torch.softmax(k @ q.mT, dim=-1) + m.eps) * mask
-            attention = attention / attention.sum(dim=1, keepdim=True).clamp(min=m.eps)
-            updates = attention.mT @ v
-            slots = m.gru(updates.reshape(-1, width), slots.reshape(-1, width)).reshape(slots.shape)
-            slots = slots + m.mlp(m.norm_mlp(slots))
-        return slots
-
-    def enhance(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """``tokens [K, L, D]`` after reading ``slots [K, S, D]``."""
-        m = self.surrogate.cross_attention
-        context = m.ln_kv(slots)
-
-        def heads(x: Tensor) -> Tensor:  # [K, L, D] to [K, H, L, d]
-            return x.unflatten(-1, (m.num_heads, -1)).transpose(1, 2)
-
-        q, k, v = heads(m.to_q(m.ln_q(tokens))), heads(m.to_k(context)), heads(m.to_v(context))
-        out = m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-        y = tokens + torch.tanh(m.alpha_xattn) * out
-        return y + torch.tanh(m.alpha_ffn) * m.ffn(m.ln_ff(y))
-
-    def forward(self, features: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``features [B, D]``, ``labels [B]``, ``noise [K, S, D]`` to the two losses."""
+    def forward(self, features: Tensor, labels: Tensor, slot_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``features [B, D]`` or ``[B, D, H, W]``, ``labels [B]``, ``slot_noise [K, S, D]`` to the two losses."""
         m = self.surrogate
-        num_classes, size = noise.shape[0], self.max_class_size
-        member = F.one_hot(labels, num_classes)
-        counts = member.sum(dim=0)
-        row = labels * size + (member.cumsum(dim=0) * member).sum(dim=1) - 1
-        tokens = features.new_zeros(num_classes * size, features.shape[1]).index_copy(
-            0, row, F.layer_norm(features, features.shape[1:])
-        )
-        tokens = tokens.unflatten(0, (num_classes, size))
-        mask = (torch.arange(size, device=labels.device) < counts[:, None])[:, :, None].to(features.dtype)
-        enhanced = self.enhance(tokens, self.slots_of(tokens, mask, noise))
-        count = counts.to(features.dtype)[:, None]
-        mean = (enhanced * mask).sum(dim=1) / count.clamp(min=1)
-        squares = ((enhanced - mean[:, None]).square() * mask).sum(dim=1)
-        variance = (squares / (count - 1).clamp(min=1)).clamp(min=m.eps_var)
-        penalty = F.relu(torch.log(variance + m.gamma) - math.log(m.threshold + m.gamma)).mean(dim=1)
-        weight = torch.where(counts >= m.min_samples, counts, 0).to(features.dtype)
-        weight = weight / weight.sum().clamp(min=1)
-        return (weight * penalty).sum(), (weight * (squares / count.clamp(min=1)).mean(dim=1)).sum()
+        a, num_heads = m.slot_attention, m.cross_attention.num_heads
+        classes = peers.Classes.of(labels, len(slot_noise), self.max_class_size)
+        slot_weights, cross_weights = self.weights(features.dtype)
+        tokens, initial = self.tokens(features), self.slots(slot_noise, features.dtype)
+        slots = peers.padded_slots(tokens, initial, slot_weights, a.num_iterations, a.eps, classes)
+        y = peers.padded_read(tokens, slots, cross_weights, num_heads, classes)
+        squares = peers.padded_squares(peers.feed_forward(y, cross_weights).flatten(1), classes)
+        return peers.variance_losses(squares, classes, m.threshold, m.eps_var, m.gamma)

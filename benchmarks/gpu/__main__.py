@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, correctness, environment, measure, sanitize, table
-from benchmarks.gpu.cases import PLANS, Plan, judge
+from benchmarks.gpu import ceilings, correctness, environment, measure, sanitize, sweep, table, training
+from benchmarks.gpu.cases import PLANS, Plan, judge, judge_training
+from benchmarks.gpu.errors import describe
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import DeviceTimer, Timer, cache_bytes
 from benchmarks.steps import keep_buffers
@@ -24,7 +25,9 @@ Measures this device, checks every kernel on it, and times every operator agains
   3. correctness   kernels against fp64, the same call twice to the bit, compute-sanitizer where it is installed
   4. speed         device time by CUDA-graph replay with inputs past the L2 cache, host time per call, peak memory;
                    a variant whose results are wrong for that very case gets no time
-  5. targets       reached or missed, from what was measured in this run
+  5. sweep         the surrogate's time over tokens and over classes; picture.py draws it
+  6. training      what the surrogate adds to a training step of VGG-11
+  7. targets       reached or missed, from what was measured in this run
 
 Raw figures go to a JSON file after every step, the table comes last. Exit status: 0 when all is well, 1 when anything
 was wrong or broke (the rest is measured all the same), 2 without a CUDA device. A missed target is a result, not an
@@ -41,7 +44,8 @@ examples:
 
 SecondsLeft = Callable[..., float]  # of the budget, or of the given share of it
 
-CORRECTNESS_SHARE = 0.3  # of the budget at most; every case that is timed is checked again
+# Of the budget, at most: every case that is timed is checked again; after the cases come sweep and training.
+CORRECTNESS_SHARE, CASES_SHARE = 0.3, 0.8
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,13 +94,44 @@ def check_kernels(report: Report, pattern: str, device: str, seconds_left: Secon
 def measure_plans(
     report: Report, plans: list[Plan], quick: bool, device: str, timer: Timer, cache: int, seconds_left: SecondsLeft
 ) -> None:
+    def time_for_cases() -> float:
+        return seconds_left(CASES_SHARE)
+
     for plan in plans:
-        if seconds_left() > 0:
-            record = measure.measure_case(plan, plan.names(quick), device, timer, rates_of(report), cache, seconds_left)
-            report.add("cases", record)
+        if time_for_cases() > 0:
+            names, rates = plan.names(quick), rates_of(report)
+            report.add("cases", measure.measure_case(plan, names, device, timer, rates, cache, time_for_cases))
             progress(f"{seconds_left():4.0f} s left after {plan.spec.name}")
         else:
             report.add("left_out", plan.spec.name)
+
+
+def measure_sweep(
+    report: Report, pattern: str, device: str, timer: Timer, cache: int, seconds_left: SecondsLeft
+) -> None:
+    for axis, specs in sweep.SWEEP.items():
+        for spec in specs:
+            name = sweep.name_of(axis, spec)
+            if pattern not in name:
+                continue
+            if seconds_left() <= 0:
+                report.add("left_out", name)
+                continue
+            point, failures = sweep.measure_point(axis, spec, device, timer, rates_of(report), cache)
+            if point is not None:
+                report.add("sweep", point)
+            for failure in failures:
+                report.add("broken", f"{name}: {failure}")
+
+
+def measure_training(report: Report, quick: bool, device: str, seconds_left: SecondsLeft) -> None:
+    if seconds_left() <= 0:
+        report.add("left_out", training.NAME)
+        return
+    try:
+        report.set(training=training.measure_training(device, rounds=5 if quick else 15))
+    except Exception as error:
+        report.add("broken", f"{training.NAME}: {describe(error)}")
 
 
 def run(
@@ -108,7 +143,7 @@ def run(
     cache: int,
     seconds_left: SecondsLeft,
 ) -> list[str]:
-    """Correctness, sanitizer, speed and targets, all into a report that has its ceilings; returns what failed."""
+    """Everything behind the ceilings, which the report has; returns what failed."""
     check_kernels(report, options.only, device, seconds_left)
     progress(f"{seconds_left():4.0f} s left after {len(report.data['correctness'])} checks")
     ran = any(check["status"] != "absent" for check in report.data["correctness"])
@@ -117,7 +152,12 @@ def run(
             report.add("sanitizer", sanitize.sanitize(tool, timeout=60))
         progress(f"{seconds_left():4.0f} s left after compute-sanitizer")
     measure_plans(report, plans, options.quick, device, timer, cache, seconds_left)
-    report.set(targets=judge(report.data["cases"], rates_of(report)))
+    measure_sweep(report, options.only, device, timer, cache, seconds_left)
+    progress(f"{seconds_left():4.0f} s left after the sweep")
+    if options.only in training.NAME:
+        measure_training(report, options.quick, device, seconds_left)
+    judged = judge(report.data["cases"], rates_of(report))
+    report.set(targets=judged + judge_training(report.data.get("training", {"name": training.NAME})))
     failures = report.failures()
     report.set(failures=failures)
     return failures
@@ -130,7 +170,8 @@ def progress(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     plans = [plan for plan in PLANS if options.only in plan.spec.name]
-    if not plans and not any(options.only in spec.name for spec in correctness.SPECS):
+    names = [*(spec.name for spec in correctness.SPECS), *sweep.names(), training.NAME]
+    if not plans and not any(options.only in name for name in names):
         progress(f"--only {options.only!r} is in no name; the cases are:\n" + "\n".join(p.spec.name for p in PLANS))
         return 2
     if options.predict:

@@ -20,27 +20,48 @@ def variance(**sizes: Any) -> Spec:
     return Spec("class_variance", **sizes)
 
 
+def slot(**sizes: Any) -> Spec:
+    return Spec("slot_attention", **sizes)
+
+
 def read(**sizes: Any) -> Spec:
     return Spec("gated_read", **sizes)
 
 
-# First what every dtype must get right, then what one of them shows for all.
+def whole(**sizes: Any) -> Spec:
+    return Spec("surrogate", **sizes)
+
+
+# First what every dtype must get right, then what one of them shows for all. Slot attention has few tokens a class, and
+# then so many that programs share them.
 SPECS = [
     *spread([variance(B=300, K=10, T=5, D=72, labels="holes")]),
+    *spread([slot(B=96, K=7, T=3, D=128, labels="holes")]),
+    *spread([slot(B=64, K=3, T=48, D=128, labels="holes")]),
     *spread([read(B=96, K=7, T=16, D=128, labels="holes")]),
+    *spread([whole(B=96, K=7, T=1, D=128, labels="holes"), whole(B=64, K=3, T=48, D=64)], ("fp32", "bf16")),
     *(variance(B=120, K=6, T=3, D=40, hinge=hinge) for hinge in ("softplus", "identity")),
-    *spread([read(B=64, K=5, T=3, D=64, H=2, S=5)], ("fp32", "bf16")),
+    *spread([slot(B=31, K=4, T=7, D=40, S=5), read(B=64, K=5, T=3, D=64, H=2, S=5)], ("fp32", "bf16")),
     *(variance(B=64, K=5, T=6, D=24, layout=layout) for layout in ("strided", "expanded")),
+    *(slot(B=40, K=5, T=6, D=32, layout=layout) for layout in ("strided", "expanded")),
     *(read(B=40, K=5, T=6, D=32, H=2, layout=layout) for layout in ("strided", "expanded")),
     *spread([Spec("cross_attention", B=48, K=6, T=4, D=64, labels="holes")], ("fp32", "bf16")),
     variance(B=3000, K=4, T=1, D=96, labels="one"),
     variance(B=512, K=100, T=1, D=128),
     variance(B=37, K=40, T=1, D=1),
     variance(B=24, K=3, T=1, D=25088),
+    slot(B=512, K=100, T=1, D=128),
+    slot(B=37, K=40, T=1, D=128),
+    slot(B=2000, K=2, T=1, D=48, S=1, labels="one"),
+    slot(B=8, K=2, T=80, D=512),
+    slot(B=50, K=2, T=33, D=104, S=20),
     read(B=37, K=40, T=1, D=128),
     read(B=500, K=3, T=1, D=48, H=3, S=1, labels="one"),
     read(B=8, K=2, T=50, D=512, H=8),
     read(B=31, K=4, T=7, D=40, H=5, S=3),
+    whole(B=512, K=100, T=1, D=128),
+    whole(B=37, K=20, T=4, D=40, H=5, S=5),
+    whole(B=80, K=2, T=30, D=64, labels="one"),
 ]
 
 

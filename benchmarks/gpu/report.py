@@ -10,8 +10,16 @@ from typing import Any
 from benchmarks.gpu.measure import failures_of
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all, through a neighbouring file; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
 class Report:
-    """A dictionary that is written whole, through a neighbouring file, whenever something is added.
+    """A dictionary that is written whole whenever something is added.
 
     Args:
         path: of the JSON file; its folder is made.
@@ -19,8 +27,8 @@ class Report:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"correctness": [], "sanitizer": [], "cases": [], "left_out": [], "targets": []}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        lists = ("correctness", "sanitizer", "cases", "sweep", "broken", "left_out", "targets")
+        self.data: dict[str, Any] = {name: [] for name in lists}
 
     def set(self, **values: Any) -> None:
         self.data |= values
@@ -31,12 +39,10 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_json(self.path, self.data)
 
     def failures(self) -> list[str]:
-        """Everything that makes the run fail: wrong results, errors, and what a sanitizer found."""
+        """Everything that makes the run fail: wrong results, errors, what a sanitizer found, and steps that broke."""
         lines = [
             f"{check['name']}, {check['variant']}: {check['status']}: {check['why']}"
             for check in self.data["correctness"]
@@ -47,4 +53,5 @@ class Report:
             for run in self.data["sanitizer"]
             if run["status"] in ("found", "error")
         ]
-        return lines + [line for case in self.data["cases"] for line in failures_of(case)]
+        lines += [line for case in self.data["cases"] for line in failures_of(case)]
+        return lines + self.data["broken"]

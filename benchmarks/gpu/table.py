@@ -74,12 +74,30 @@ def correctness_lines(checks: Iterable[Mapping[str, Any]], sanitizer: Iterable[M
     return lines
 
 
+def sweep_lines(points: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"sweep over {point['axis']:8} {point['spec']:46}{number(point['seconds'] * 1e6):>9} µs  {point['variant']}"
+        for point in points
+    ]
+
+
+def training_lines(training: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of a step, and what is added to the one without a surrogate."""
+    lines = [f"{training['name']}, surrogate {training['backend']}:"] if training else []
+    for name, seconds in training.get("step_seconds", {}).items():
+        added = training["added"].get(name)
+        share = f"  +{added['median']:.1%} ({added['q1']:.1%} to {added['q3']:.1%})" if added else ""
+        lines.append(f"  {name:20}{number(seconds['median'] * 1e3):>9} ms{share}")
+    return lines + [f"  {name}: {why}" for name, why in training.get("absent", {}).items()]
+
+
 def target_lines(targets: Iterable[Mapping[str, Any]]) -> list[str]:
     verdicts = {True: "reached", False: "MISSED", None: "not measured"}
     lines = []
     for target in targets:
         details = [] if target["measured"] is None else [f"{target['measured']:.2f}"]
         details += [f"against {target['fastest']}"] if "fastest" in target else []
+        details += [f"{target['launched']:.2f} without graphs"] if "launched" in target else []
         details += [f"{target['least']:.2f} by its operations alone"] if target.get("least", 1) > 1 else []
         shown = f" ({', '.join(details)})" if details else ""
         lines.append(f"{verdicts[target['reached']]:13}{target['case']}: {target['target']}{shown}")
@@ -95,6 +113,7 @@ def text(data: Mapping[str, Any], failures: list[str]) -> str:
         "measured ceilings: " + ", ".join(f"{n} {rate(c['rate'])}{c['unit']}" for n, c in ceilings.items()),
         *correctness_lines(data["correctness"], data["sanitizer"]),
         "", COLUMNS, *(line for case in data["cases"] for line in case_lines(case)), "", LEGEND, "",
+        *sweep_lines(data["sweep"]), *training_lines(data.get("training", {})), "",
         *target_lines(data["targets"]),
     ]  # fmt: skip
     if data["left_out"]:

@@ -1,13 +1,17 @@
-"""The operators that are benchmarked: one case class each."""
+"""The operators that are benchmarked, and the surrogate that they make: one case class each."""
 
 from benchmarks.operators.base import DIRECTIONS, OWN, Call, Case, Cost, Spec, Verdict
 from benchmarks.operators.class_variance import ClassVarianceCase
 from benchmarks.operators.cross_attention import CrossAttentionCase, GatedReadCase
+from benchmarks.operators.slot_attention import SlotAttentionCase
+from benchmarks.operators.surrogate import SurrogateCase
 
 CASES: dict[str, type[Case]] = {
     "class_variance": ClassVarianceCase,
+    "slot_attention": SlotAttentionCase,
     "gated_read": GatedReadCase,
     "cross_attention": CrossAttentionCase,
+    "surrogate": SurrogateCase,
 }
 
 __all__ = ["CASES", "DIRECTIONS", "OWN", "Call", "Case", "Cost", "Spec", "Verdict"]

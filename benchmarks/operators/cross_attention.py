@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import operator_peers as peers
-from benchmarks.operators.base import Call, Case, Cost, Spec, own_module
+from benchmarks.operators.base import Call, Case, Cost, Spec, moved, own_module
 from cem_kernels import BackendUnavailableError, CrossAttentionWeights, cross_attention
 
 OF_THE_FFN = tuple(name for name in CrossAttentionWeights._fields if "ff" in name)
@@ -63,7 +63,6 @@ class CrossAttentionCase(Case):
         return self.public("reference")(*leaves)
 
     def native(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        """The definition with every operation in the dtype of the inputs."""
         module: Any = own_module("cross_attention", "reference")
         tokens, slots, *rest = leaves
         weights = self.weights(tuple(rest))
@@ -121,7 +120,7 @@ class CrossAttentionCase(Case):
     def cost(spec: Spec, direction: str) -> Cost:
         weights, operations = CrossAttentionCase.of_read(spec)
         d = spec.D
-        return moved(spec, direction, weights + 8 * d * d + 7 * d + 1, operations + 16 * spec.B * spec.T * d * d)
+        return cost_of(spec, direction, weights + 8 * d * d + 7 * d + 1, operations + 16 * spec.B * spec.T * d * d)
 
 
 class GatedReadCase(CrossAttentionCase):
@@ -146,23 +145,14 @@ class GatedReadCase(CrossAttentionCase):
 
     @staticmethod
     def cost(spec: Spec, direction: str) -> Cost:
-        return moved(spec, direction, *CrossAttentionCase.of_read(spec))
+        return cost_of(spec, direction, *CrossAttentionCase.of_read(spec))
 
 
 READS = {"padded": peers.padded_read, "gathered": peers.gathered_read, "loop": peers.looped_read}
 
 
-def moved(spec: Spec, direction: str, weights: float, operations: float) -> Cost:
-    """Bytes of a call whose inputs have the tokens' dtype and whose output is fp32; two products back for each one.
-
-    Forward reads tokens, slots and weights and writes the output. Backward reads all of them and the output's gradient,
-    and writes a gradient for each input.
-    """
-    if direction == "both":
-        return moved(spec, "forward", weights, operations) + moved(spec, "backward", weights, operations)
+def cost_of(spec: Spec, direction: str, weights: float, operations: float) -> Cost:
+    """Inputs in the tokens' dtype, an output in fp32; two products back for each one."""
     tokens = spec.B * spec.T * spec.D
     inputs = (tokens + spec.K * spec.S * spec.D + weights) * spec.item
-    output, index = 4 * tokens, 8 * spec.B
-    if direction == "forward":
-        return Cost(inputs + output + index, operations)
-    return Cost(2 * inputs + output + index, 2 * operations)
+    return moved(direction, inputs, 4 * tokens, 8 * spec.B, operations, 2 * operations)

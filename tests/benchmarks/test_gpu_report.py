@@ -1,62 +1,36 @@
 """The report of ``python -m benchmarks.gpu``, everything but the clock: a device is needed only to time."""
 
 import json
-import sys
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is no installed package
 
 import pytest
 import torch
+from fake_clock import CEILINGS, SMALL, HostTimer, record_of, report_with
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import cases, correctness, measure, sanitize, table
+from benchmarks.gpu import cases, correctness, measure, sanitize, sweep, table, training
 from benchmarks.gpu.cases import PLANS, Plan
 from benchmarks.gpu.errors import describe
-from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import copies_for, quantiles
 from benchmarks.operators import CASES, DIRECTIONS, Spec
+from benchmarks.operators.base import errors_of
 
-CEILINGS = {"copy": 4e12, "bf16": 8e14, "fp32": 5e13}
-ENVIRONMENT = {"device": "Some GPU", "torch": torch.__version__}
-
-SMALL = {
-    "class_variance": Spec("class_variance", B=24, K=4, T=2, D=16, labels="holes"),
-    "gated_read": Spec("gated_read", B=24, K=4, T=3, D=32, S=3, H=2, labels="holes"),
-    "cross_attention": Spec("cross_attention", B=24, K=4, T=3, D=32, S=3, H=2),
+INTERPRETED_SLOWLY = ("slot_attention", "surrogate")
+POINT = {"axis": "classes", "spec": SMALL["surrogate"].name, "K": 4, "variant": "triton", "seconds": 1e-4}
+TRAINING = {
+    "name": "training step",
+    "backend": "triton",
+    "step_seconds": {"none": {"median": 5e-3}, "attention": {"median": 5.2e-3}},
+    "added": {"attention": {"q1": 0.03, "median": 0.04, "q3": 0.05}},
+    "absent": {"attention captured": "no graph here"},
 }
+
 every_operator = pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL.keys())
-
-
-class HostTimer:
-    """A clock for CPU tensors that only proves that every step runs."""
-
-    def device_time(self, steps, uncapturable):
-        for step in steps:
-            assert all(isinstance(tensor, torch.Tensor) for tensor in step())
-        start = time.perf_counter()
-        steps[0]()
-        return {"how": "events", "calls_per_sample": 1, **quantiles([time.perf_counter() - start + 1e-9] * 3)}
-
-    def wall_time(self, steps):
-        return quantiles([1e-3, 2e-3])
-
-    def peak_bytes(self, step):
-        return 1 << 20
 
 
 def measured(spec, names, **more):
     return measure.measure_case(
         Plan(spec), names, "cpu", HostTimer(), CEILINGS, 1000, more.get("seconds_left", lambda: 1.0)
     )
-
-
-def report_with(tmp_path, **data):
-    report = Report(tmp_path / "new" / "gpu.json")
-    ceilings = {name: {"rate": rate, "unit": "x/s"} for name, rate in CEILINGS.items()}
-    report.set(environment=ENVIRONMENT, ceilings=ceilings, **data)
-    return report
 
 
 def test_class_variance_reads_once_and_then_reads_and_writes_once():
@@ -69,7 +43,7 @@ def test_class_variance_reads_once_and_then_reads_and_writes_once():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("operator", ["gated_read", "cross_attention"])
+@pytest.mark.parametrize("operator", ["slot_attention", "gated_read", "cross_attention"])
 def test_attention_bytes_are_those_of_its_tensors(operator, dtype):
     spec = Spec(operator, B=12, K=3, T=2, D=32, S=3, H=2, dtype=dtype)
     case = CASES[operator](spec, "cpu")
@@ -78,6 +52,47 @@ def test_attention_bytes_are_those_of_its_tensors(operator, dtype):
     moved = inputs + output.nbytes + case.groups.order.nbytes
     assert case.cost(spec, "forward").bytes == moved
     assert case.cost(spec, "backward").bytes == moved + inputs
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_surrogate_bytes_are_those_of_features_parameters_and_draw(dtype):
+    spec = Spec("surrogate", B=12, K=3, T=2, D=32, S=3, H=2, dtype=dtype)
+    case = CASES["surrogate"](spec, "cpu")
+    inputs = sum(leaf.nbytes for leaf in case.leaves.values())
+    read = inputs + case.noise.nbytes + case.labels.nbytes
+    assert case.cost(spec, "forward").bytes == read
+    assert case.cost(spec, "backward").bytes == read + inputs
+
+
+def test_slot_attention_counts_products_of_tokens_and_of_slot_rows():
+    spec = Spec("slot_attention", B=100, K=5, T=2, D=64, S=4)
+    logits, rows = 2 * 200 * 4 * 64, 2 * 11 * 20 * 64**2
+    assert CASES["slot_attention"].cost(spec, "forward").operations == 3 * (2 * logits + rows)
+    assert CASES["slot_attention"].cost(spec, "backward").operations == 3 * (2 * (2 * logits + rows) + logits)
+
+
+def test_the_surrogate_has_the_operations_of_its_operators():
+    def operations(operator):
+        return CASES[operator].cost(Spec(operator, B=64, K=3, T=4, D=32), "both").operations
+
+    parts = ("slot_attention", "cross_attention", "class_variance")
+    assert operations("surrogate") == sum(map(operations, parts))
+
+
+def test_the_dtype_of_a_surrogate_is_that_of_its_features_alone():
+    case = CASES["surrogate"](Spec("surrogate", B=12, K=3, T=4, D=32, dtype="bf16"), "cpu")
+    features, *parameters = case.leaves.values()
+    assert (features.dtype, features.shape) == (torch.bfloat16, (12, 32, 1, 4))
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    assert set(case.leaves) == {"features", *dict(case.surrogate("eager").named_parameters())}
+
+
+def test_a_gradient_that_cancels_is_measured_against_the_largest():
+    exact = {"output 0": torch.ones(2), "gradient of a": torch.full((4,), 3.0), "gradient of b": torch.tensor([1e-16])}
+    found = exact | {"gradient of b": torch.tensor([6e-6])}
+    assert errors_of(found, exact)["gradient of b"] == pytest.approx(1e-6)
+    found, exact = exact | {"gradient of b": torch.tensor([9e-6])}, exact | {"gradient of b": torch.tensor([6e-6])}
+    assert errors_of(found, exact)["gradient of b"] == pytest.approx(3e-6 / 6e-4)
 
 
 def test_absorbing_counts_only_where_it_is_cheaper():
@@ -98,6 +113,8 @@ def test_plans_have_names_of_their_own_and_known_variants():
 @every_operator
 def test_every_variant_that_needs_no_device_is_checked_and_timed(spec):
     names = [n for n in CASES[spec.operator].variants if not n.endswith("-compiled")]
+    if spec.operator in INTERPRETED_SLOWLY:
+        names.remove("triton")
     record = measured(spec, names)
     statuses = {name: found["status"] for name, found in record["variants"].items()}
     assert statuses == dict.fromkeys(names, "ok")
@@ -105,6 +122,13 @@ def test_every_variant_that_needs_no_device_is_checked_and_timed(spec):
         for direction in DIRECTIONS:
             assert record["variants"][name][direction]["device"]["median"] > 0
     assert measure.failures_of(record) == []
+
+
+@pytest.mark.parametrize("operator", INTERPRETED_SLOWLY)
+def test_kernels_pass_their_check(operator):
+    case = CASES[operator](SMALL[operator], "cpu")
+    verdict = case.check("triton", case.build("triton"))
+    assert verdict.passed, verdict
 
 
 def test_a_wrong_variant_gets_no_time_and_a_broken_one_stops_nobody(monkeypatch):
@@ -173,15 +197,6 @@ def test_layouts_are_what_they_are_called():
     assert expanded.leaves["features"].is_leaf
 
 
-def record_of(spec, **seconds):
-    """A case's record with these seconds for every direction of each variant."""
-    figures = {
-        variant.replace("_", "-"): {"status": "ok"} | {d: {"device": {"median": s}} for d in DIRECTIONS}
-        for variant, s in seconds.items()
-    }
-    return {"name": spec.name, "variants": figures, "left_out": []}
-
-
 def test_targets_are_judged_from_what_was_measured():
     variance = next(p.spec for p in PLANS if p.judged and p.spec.operator == "class_variance")
     read = next(p.spec for p in PLANS if p.judged and p.spec.operator == "gated_read")
@@ -203,6 +218,41 @@ def test_targets_are_judged_from_what_was_measured():
     unmeasured = [t for t in judged.values() if t["case"] not in (variance.name, read.name)]
     assert unmeasured
     assert all(t["reached"] is None and t["measured"] is None for t in unmeasured)
+
+
+def surrogate_record(**more):
+    """Seconds of the surrogate at B 128, K 10, T 1, where 10 times the loop and 2 times padded-compiled are wanted."""
+    spec = next(p.spec for p in PLANS if p.spec.operator == "surrogate" and p.spec.B == 128)
+    record = record_of(spec, triton=1e-4, loop=2e-3, padded_compiled=5e-4, padded=9e-4)
+    for variant, figures in more.items():
+        record["variants"][variant.replace("_", "-")]["both"] |= figures
+    judged = {t["target"]: t for t in cases.judge([record], CEILINGS) if t["case"] == spec.name}
+    return list(judged.values())
+
+
+def test_the_surrogate_is_held_against_loop_padded_batch_and_its_memory():
+    peaks = {name: {"peak_bytes": size} for name, size in (("triton", 30), ("padded", 100), ("padded_compiled", 80))}
+    loop, padded, memory = surrogate_record(**peaks)
+    assert (loop["measured"], loop["reached"]) == (pytest.approx(20), True)
+    assert (padded["measured"], padded["reached"]) == (pytest.approx(5), True)
+    assert (memory["measured"], memory["reached"]) == (pytest.approx(30 / 80), False)
+
+
+def test_a_peer_may_be_quicker_without_a_graph_than_with_one():
+    wall = {"triton": {"wall": {"median": 3e-4}}, "padded_compiled": {"wall": {"median": 1.5e-4}}}
+    _, padded, memory = surrogate_record(**wall)
+    assert (padded["measured"], padded["reached"]) == (pytest.approx(1.5), False)
+    assert padded["launched"] == pytest.approx(0.5)
+    assert memory["reached"] is None
+
+
+def test_a_training_step_may_grow_by_a_twentieth():
+    added = {"attention": {"median": 0.08}, "attention captured": {"median": 0.03}}
+    verdicts = [t["reached"] for t in cases.judge_training({"name": "step", "backend": "triton", "added": added})]
+    assert verdicts == [False, True]
+    of_eager = cases.judge_training({"name": "step", "backend": "eager", "added": added})
+    assert [t["reached"] for t in of_eager] == [None, None]
+    assert [t["measured"] for t in cases.judge_training({"name": "step"})] == [None, None]
 
 
 def test_a_missing_peer_is_not_beaten():
@@ -235,7 +285,11 @@ def test_the_file_is_whole_after_every_addition(tmp_path):
 
 def test_a_whole_run_writes_the_file_and_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(correctness, "SPECS", [SMALL["gated_read"]])
-    plans = [Plan(spec, ("triton", "eager", "loop")) for spec in SMALL.values()]
+    monkeypatch.setattr(sweep, "SWEEP", {"classes": [SMALL["surrogate"]]})
+    monkeypatch.setattr(sweep, "measure_point", lambda *_: (dict(POINT), []))
+    monkeypatch.setattr(training, "measure_training", lambda device, rounds: dict(TRAINING))
+    plans = [Plan(spec, ("eager", "loop") if name in INTERPRETED_SLOWLY else ("triton", "eager", "loop"))
+             for name, spec in SMALL.items()]  # fmt: skip
     report = report_with(tmp_path, predictions=measure.predictions(plans, CEILINGS))
     options = command.parse(["--no-sanitizer"])
     failures = command.run(report, options, plans, "cpu", HostTimer(), 1000, lambda share=1.0: 1.0)
@@ -243,11 +297,23 @@ def test_a_whole_run_writes_the_file_and_the_table(tmp_path, monkeypatch):
     data = json.loads(report.path.read_text())
     assert [case["name"] for case in data["cases"]] == [spec.name for spec in SMALL.values()]
     assert data["correctness"][0]["status"] == "ok"
-    assert all(target["reached"] is None for target in data["targets"])
+    assert data["sweep"] == [POINT]
+    assert data["training"] == TRAINING
+    assert {target["reached"] for target in data["targets"] if target["case"] != TRAINING["name"]} == {None}
     text = table.text(report.data, ["something broke"])
-    for expected in (*(spec.name for spec in SMALL.values()), "not measured", "1 failed:", "something broke"):
+    for expected in (*(spec.name for spec in SMALL.values()), "not measured", "1 failed:", "something broke", "+4.0%"):
         assert expected in text
     assert max(len(line) for line in text.splitlines()) <= 160
+
+
+def test_a_broken_training_step_is_a_failure_and_stops_nothing(tmp_path, monkeypatch):
+    def broken(device, rounds):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training, "measure_training", broken)
+    report = report_with(tmp_path)
+    command.measure_training(report, False, "cpu", lambda share=1.0: 1.0)
+    assert report.failures() == [f"{training.NAME}: RuntimeError: out of memory"]
 
 
 def test_predictions_need_no_device_and_say_what_they_are(tmp_path, capsys):

@@ -1,0 +1,53 @@
+"""``python -m benchmarks.gpu.picture JSON PNG``: how time grows, from what ``python -m benchmarks.gpu`` has left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cem.report.figure import COLOURS, new_figure, plain, save_figure
+
+
+def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw time over tokens and over classes, each beside the line on which twice the size takes twice the time.
+
+    Args:
+        points: entries of the report's ``sweep``.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not points:
+        raise ValueError("there is no sweep to draw")
+    axes_names = list(dict.fromkeys(point["axis"] for point in points))
+    figure = new_figure(4.5 * len(axes_names), 3.6)
+    for panel, axis in zip(figure.subplots(1, len(axes_names), squeeze=False).flat, axes_names, strict=True):
+        chosen = [point for point in points if point["axis"] == axis]
+        for colour, variant in zip(COLOURS, dict.fromkeys(point["variant"] for point in chosen), strict=False):
+            line = sorted((size_of(point), 1e6 * point["seconds"]) for point in chosen if point["variant"] == variant)
+            panel.plot(*zip(*line, strict=True), color=colour, marker="o", ms=5, label=variant)
+        ends = sorted((size_of(point), 1e6 * point["seconds"]) for point in chosen)
+        (first, _), (last, longest) = ends[0], ends[-1]
+        panel.plot([first, last], [longest * first / last, longest], color="0.5", ls="--", lw=1, label="slope 1")
+        fixed = f"K = {chosen[0]['K']}" if axis == "tokens" else f"B·T = {chosen[0]['B'] * chosen[0]['T']}"
+        panel.set(xscale="log", yscale="log", xlabel="tokens, B·T" if axis == "tokens" else "classes, K")
+        panel.set_ylabel("forward and backward, µs")
+        panel.set_title(f"{fixed}, D = {chosen[0]['D']}", fontsize=10, loc="left")
+        panel.legend(frameon=False)
+        plain(panel)
+    save_figure(figure, path)
+
+
+def size_of(point: Mapping[str, Any]) -> int:
+    """What the point's axis counts."""
+    size: int = point["B"] * point["T"] if point["axis"] == "tokens" else point["K"]
+    return size
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    draw_sweep(json.loads(source.read_text(encoding="utf-8"))["sweep"], target)
