@@ -466,4 +466,5 @@ def test_normalisation_is_layer_norm_and_its_derivatives():
     x = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mT.requires_grad_()
     torch.testing.assert_close(Normalised.apply(x)[0], torch.nn.functional.layer_norm(x, (7,)))
     assert torch.autograd.gradcheck(lambda x: Normalised.apply(x)[0], x)
+    assert torch.autograd.gradcheck(Normalised.apply, x)
     assert torch.autograd.gradgradcheck(lambda x: Normalised.apply(x)[0], x)
