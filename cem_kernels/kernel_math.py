@@ -20,6 +20,16 @@ def dot(a, b, sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_over_rows(a, b, sum, PRECISION: tl.constexpr, ROWS: tl.constexpr):
+    """:func:`dot` over ``ROWS``, which may be fewer than the 16 that Triton's product wants."""
+    if ROWS < 16:
+        sum += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
+    else:  # nothing after a return in the other branch: Triton would compile it all the same
+        sum = dot(a, b, sum, PRECISION)
+    return sum
+
+
+@triton.jit
 def tanh(x):
     """``tanh``, to the last bits near zero too, and without overflow."""
     z = x * x

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cem_kernels.kernel_math import dot
+from cem_kernels.kernel_math import dot, dot_over_rows
 from cem_kernels.slot_attention.rows import load_rows, load_vector, store_rows
 
 
@@ -214,8 +214,10 @@ def attend_backward(
             )  # fmt: skip
             store_rows(d_queries, d, live_rows, dot(low_t, normal, before, PRECISION), D)
             gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            gradient = dot(weight, load_rows(work + D, d, live_rows, D).to(kind), gradient, PRECISION)
-            gradient = dot(low, _queries(floats, d, live_rows, input_norm, D, kind), gradient, PRECISION)
+            update = load_rows(work + D, d, live_rows, D).to(kind)
+            gradient = dot_over_rows(weight, update, gradient, PRECISION, ROWS)
+            query = _queries(floats, d, live_rows, input_norm, D, kind)
+            gradient = dot_over_rows(low, query, gradient, PRECISION, ROWS)
             step = rstd[:, None] * (gradient - mean_1[:, None] - normal.to(tl.float32) * mean_x[:, None])
             place = dx + row[:, None] * D + d[None, :]
             inside = live[:, None] & (d < D)[None, :]

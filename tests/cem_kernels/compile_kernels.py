@@ -186,8 +186,6 @@ def cases(target: str, everything: bool = False) -> Iterator[tuple[str, Callable
     yield "bf16 D512 S32", slot_case(512, 32, *products["bf16"])
     if target != "sm90" and not everything:
         return
-    yield "bf16 of fp32 D128 S8", slot_case(128, 8, torch.float32, **mixed)
-    yield "bf16 split D128 S8", slot_case(128, 8, *products["bf16"], split=True)
     yield "tf32 D128 S8", slot_case(128, 8, *products["tf32"])
     yield "fp32 D512 S32", slot_case(512, 32, *products["fp32"])
     yield "fp32 D200 S7", slot_case(200, 7, *products["fp32"], hidden=100)

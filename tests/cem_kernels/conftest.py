@@ -1,9 +1,19 @@
 """What the tests of kernels share."""
 
-from collections.abc import Iterator
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
+from compile_kernels import TABLE, TARGETS
+
+Rows = list[dict[str, str]]
+RUNS = [*((target,) for target in TARGETS), ("--vary-sizes", "sm90")]
+COMPILING = pytest.StashKey[dict[tuple[str, ...], "Future[Rows]"]]()
 
 
 @pytest.fixture
@@ -14,3 +24,26 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     assert torch.zeros(1).new_empty(64).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def rows_for(*arguments: str) -> Rows:
+    """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
+    script = str(TABLE.with_name("compile_kernels.py"))
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The compiler takes minutes: it starts with the session, beside the other tests, on all cores but one."""
+    wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        pool = ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1))
+        session.config.stash[COMPILING] = {run: pool.submit(rows_for, *run) for run in RUNS}
+        session.config.add_cleanup(lambda: pool.shutdown(cancel_futures=True))
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Callable[..., Rows]:
+    """The rows that ``compile_kernels.py`` prints for its arguments, of which there is one list for every run."""
+    return lambda *arguments: request.config.stash[COMPILING][arguments].result()

@@ -1,35 +1,12 @@
 """Every kernel compiles for GPUs that are not there, fits, spills nothing, and does not change its needs unnoticed."""
 
 import csv
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from compile_kernels import COLUMNS, TABLE, TARGETS
 
 MOST_SHARED = 99 * 1024  # what a block can have on the smallest of the devices, sm_86
 KEY = ("kernel", "case")
-
-Rows = list[dict[str, str]]
-
-
-def rows_for(*arguments: str) -> Rows:
-    """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
-    script = str(TABLE.with_name("compile_kernels.py"))
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(csv.DictReader(done.stdout.splitlines()))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Callable[[str], Rows]]:
-    """The rows of a target. All targets start with the first question, one for every core at a time."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tables = {target: pool.submit(rows_for, target) for target in TARGETS}
-        yield lambda target: tables[target].result()
 
 
 @pytest.mark.slow
@@ -47,8 +24,8 @@ def test_kernels_compile_and_need_what_the_table_says(compiled, target):
 
 
 @pytest.mark.slow
-def test_batch_classes_and_tokens_vary_without_recompiling():
-    versions = {row["kernel"]: int(row["versions"]) for row in rows_for("--vary-sizes", "sm90")}
+def test_batch_classes_and_tokens_vary_without_recompiling(compiled):
+    versions = {row["kernel"]: int(row["versions"]) for row in compiled("--vary-sizes", "sm90")}
     assert len(versions) == 12
     assert set(versions.values()) == {1}, versions
 

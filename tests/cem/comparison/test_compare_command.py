@@ -41,14 +41,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--help"])
     text = capsys.readouterr().out
     assert done.value.code == 0
-    replaced = {"surrogate", "lambd", "noise_std", "seed"}
+    replaced = {"surrogate", "lambd", "noise_std", "seed", "capture"}
     names = {field.name for of in (GridOptions, TrainConfig) for field in fields(of)} - replaced
     names |= {f"attack.{field.name}" for field in fields(AttackConfig)} - {"attack.control"}
     for name in names | {"config", "quick", "report-only"}:
         assert f"--{name.replace('_', '-')} " in text.replace(",", " "), name
 
 
-@pytest.mark.parametrize("option", ["--surrogate", "--lambd", "--noise-std", "--seed", "--attack.control"])
+@pytest.mark.parametrize("option", ["--surrogate", "--lambd", "--noise-std", "--seed", "--capture", "--attack.control"])
 def test_options_that_the_grid_sets_are_none(option: str) -> None:
     with pytest.raises(SystemExit) as done:
         command.main([option, "1"])
