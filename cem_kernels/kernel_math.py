@@ -57,3 +57,14 @@ def log1p(u):
     """``log(1 + u)`` of ``u`` in [0, 1], to the last bits for small ``u`` too (Kahan)."""
     w = 1.0 + u
     return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+
+@triton.jit
+def last_to_arrive(counter, programs):
+    """Whether this program is the last of ``programs`` to come to ``counter``, which begins at zero.
+
+    What the others wrote before they came is then visible to it: partial results are added up by whoever is last, in
+    an order that does not depend on who that is, and a launch is saved.
+    """
+    tl.debug_barrier()  # one thread counts, after all of the program's threads have written
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1

@@ -2,8 +2,8 @@
 
 Forward, a program takes one class (or a part of its rows) and a block of columns, walks the rows through ``order`` and
 merges chunk after chunk into a running mean and sum of squared deviations (Chan, Golub and LeVeque 1979, which never
-subtracts two large sums). Where classes are split, a second kernel merges the parts in a fixed order. The last kernel,
-one program, adds column blocks to classes and classes to losses. For the backward a class's ``mean`` and the hinge's
+subtracts two large sums). The last program of a block merges its parts, the last of a class adds up its blocks, and the
+last of all adds up the classes, each in a fixed order: one launch. For the backward a class's ``mean`` and the hinge's
 ``slope`` with respect to the variance are kept, ``[K, C]`` each; it is one multiplication an element then.
 
 Where classes are far tighter than their means are large, ``x − mean`` is no better than the last bit of the mean. So
@@ -22,8 +22,8 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from cem_kernels.groups import ClassGroups
-from cem_kernels.kernel_math import log1p
-from cem_kernels.launching import launch, operator, processors, splits_per_class, tuned
+from cem_kernels.kernel_math import last_to_arrive, log1p
+from cem_kernels.launching import ALL_REGISTERS, launch, operator, processors, splits_per_class, tuned
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -73,73 +73,15 @@ def _finish_columns(
     tl.store(mse_out + share, tl.sum(tl.where(counts, squares / tl.maximum(n, 1.0), 0.0), axis=0) / C)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def moments_kernel(
-    x, order, offsets, threshold_at,
-    mean_out, low_out, squares_or_slope_out, penalty_out, mse_out,
-    stride_row, stride_col, C, num_parts, eps_var, gamma, threshold, min_samples,
-    HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def _merge_parts(
+    part_mean, part_low, part_squares, count, rows, cols, c, num_parts, C, min_samples,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of a part of a class, ``[K, parts, C]``; finished at once if it is all of the class.
-
-    Grid: blocks of columns × parts × classes.
-    """
-    block = tl.program_id(0)
-    part = tl.program_id(1)
-    c = tl.program_id(2)
-    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
-    end = tl.where(count >= min_samples, end, begin)  # nothing is read of a class that does not count
-    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    columns = x + cols[None, :].to(tl.int64) * stride_col
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    low = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        rows = first + tl.arange(0, BLOCK_R)
-        sample = tl.load(order + start + rows, mask=rows < end, other=0)
-        inside = (rows < end)[:, None] & (cols < C)[None, :]
-        chunk = tl.load(columns + sample[:, None].to(tl.int64) * stride_row, mask=inside, other=0.0).to(tl.float32)
-        before = (first - begin).to(tl.float32)
-        new = tl.minimum(end - first, BLOCK_R).to(tl.float32)
-        chunk_mean = tl.sum(chunk, axis=0) / new
-        deviation = tl.where(inside, chunk - chunk_mean[None, :], 0.0)
-        chunk_low = tl.sum(deviation, axis=0) / new  # what rounding took from the chunk's mean
-        # The first chunk's mean is no step away from a mean of nothing.
-        step = tl.where(before > 0.0, (chunk_mean - mean) + (chunk_low - low), 0.0)
-        share = new / (before + new)
-        squares += tl.sum(deviation * deviation, axis=0) - new * chunk_low * chunk_low + step * step * (before * share)
-        old = tl.where(before > 0.0, mean, chunk_mean)
-        mean = old + step * share
-        low = tl.where(before > 0.0, low, chunk_low) + (step * share - (mean - old))
-    if num_parts > 1:
-        out = (c.to(tl.int64) * num_parts + part) * C + cols
-        tl.store(mean_out + out, mean, mask=cols < C)
-        tl.store(low_out + out, low.to(low_out.dtype.element_ty), mask=cols < C)
-        tl.store(squares_or_slope_out + out, squares, mask=cols < C)
-    else:
-        _finish_columns(
-            mean, low, squares, count, cols, c, block, tl.num_programs(0), C, eps_var, gamma, threshold, threshold_at,
-            min_samples,
-            mean_out, low_out, squares_or_slope_out, penalty_out, mse_out, HINGE,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_parts"])
-def merge_kernel(
-    offsets, threshold_at, part_mean, part_low, part_squares,
-    mean_out, low_out, slope_out, penalty_out, mse_out,
-    C, num_parts, eps_var, gamma, threshold, min_samples,
-    HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """The parts of a class, in their order, to the class. Grid: blocks of columns × classes.
+    """The parts of a class, of ``rows`` each but the last ones, in their order, to its mean, its low and its squares.
 
     ``mean = mean_0 + Σ n_i (mean_i − mean_0) / n`` and ``squares = Σ squares_i + n_i (mean_i − mean)²``.
     """
-    block = tl.program_id(0)
-    c = tl.program_id(1)
-    _, begin, end, count = _rows_of_part(offsets, c, 0, num_parts, BLOCK_R)
-    rows = end - begin  # of every part but the last ones
-    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
     filled = tl.where(count >= min_samples, tl.cdiv(count, tl.maximum(rows, 1)), 0)
     base = c.to(tl.int64) * num_parts * C + cols
     n = tl.maximum(count, 1).to(tl.float32)
@@ -165,44 +107,108 @@ def merge_kernel(
         difference += tl.load(part_low + at, mask=inside, other=0.0) - low[None, :]
         within = tl.load(part_squares + at, mask=inside, other=0.0)
         squares += tl.sum(within + tl.where(inside, difference * difference * size[:, None], 0.0), axis=0)
-    _finish_columns(
-        mean, low, squares, count, cols, c, block, tl.num_programs(0), C, eps_var, gamma, threshold, threshold_at,
-            min_samples,
-        mean_out, low_out, slope_out, penalty_out, mse_out, HINGE,
-    )  # fmt: skip
+    return mean, low, squares
 
 
-@triton.jit(do_not_specialize=["K", "num_blocks"])
-def losses_kernel(
-    offsets, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out, K, num_blocks, min_samples,
-    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+@triton.jit
+def _sum_of_blocks(shares, num_blocks, BLOCK: tl.constexpr):
+    """The sum of ``num_blocks`` numbers, in their order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        total += tl.load(shares + block, mask=block < num_blocks, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _losses(
+    offsets, penalty, mse, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of columns ``[K, blocks]`` to classes ``[K]``, and classes to both losses and ``Σ M_c``. One program."""
-    rob = tl.zeros([BLOCK_K], tl.float32)
-    intra = tl.zeros([BLOCK_K], tl.float32)
-    total = tl.zeros([BLOCK_K], tl.float32)
-    for first_class in range(0, K, BLOCK_K):
-        c = first_class + tl.arange(0, BLOCK_K)
-        penalty = tl.zeros([BLOCK_K], tl.float32)
-        mse = tl.zeros([BLOCK_K], tl.float32)
-        for first in range(0, num_blocks, BLOCK_B):
-            block = first + tl.arange(0, BLOCK_B)
-            inside = (c < K)[:, None] & (block < num_blocks)[None, :]
-            at = c[:, None].to(tl.int64) * num_blocks + block[None, :]
-            penalty += tl.sum(tl.load(block_penalty + at, mask=inside, other=0.0), axis=1)
-            mse += tl.sum(tl.load(block_mse + at, mask=inside, other=0.0), axis=1)
-        tl.store(penalty_out + c, penalty, mask=c < K)
-        tl.store(mse_out + c, mse, mask=c < K)
-        begin = tl.load(offsets + c, mask=c < K, other=0)
-        count = tl.load(offsets + c + 1, mask=c < K, other=0) - begin
+    """Classes ``[K]`` to both losses and ``Σ M_c``."""
+    rob = tl.zeros([BLOCK], tl.float32)
+    intra = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, num_classes, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        live = c < num_classes
+        count = tl.load(offsets + c + 1, mask=live, other=0) - tl.load(offsets + c, mask=live, other=0)
         weight = tl.where(count >= min_samples, count, 0).to(tl.float32)
-        rob += weight * penalty
-        intra += weight * mse
+        rob += weight * tl.load(penalty + c, mask=live, other=0.0)
+        intra += weight * tl.load(mse + c, mask=live, other=0.0)
         total += weight
     weights = tl.sum(total, axis=0)
     tl.store(rob_out, tl.sum(rob, axis=0) / tl.maximum(weights, 1.0))
     tl.store(intra_out, tl.sum(intra, axis=0) / tl.maximum(weights, 1.0))
     tl.store(weight_out, weights)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def variance_forward_kernel(
+    x, order, offsets, threshold_at, arrived, part_mean, part_low, part_squares, block_penalty, block_mse,
+    mean_out, low_out, slope_out, penalty_out, mse_out, rob_out, intra_out, weight_out,
+    stride_row, stride_col, C, num_parts, eps_var, gamma, threshold, min_samples,
+    HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """From features to losses; ``arrived [K·blocks + K + 1]``, zeros, counts who has come to a block, a class, the end.
+
+    Grid: blocks of columns × parts × classes.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    c = tl.program_id(2)
+    num_blocks = tl.num_programs(0)
+    num_classes = tl.num_programs(2)
+    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
+    end = tl.where(count >= min_samples, end, begin)  # nothing is read of a class that does not count
+    cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = x + cols[None, :].to(tl.int64) * stride_col
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    low = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(begin, end, BLOCK_R):
+        rows = first + tl.arange(0, BLOCK_R)
+        sample = tl.load(order + start + rows, mask=rows < end, other=0)
+        inside = (rows < end)[:, None] & (cols < C)[None, :]
+        chunk = tl.load(columns + sample[:, None].to(tl.int64) * stride_row, mask=inside, other=0.0).to(tl.float32)
+        before = (first - begin).to(tl.float32)
+        new = tl.minimum(end - first, BLOCK_R).to(tl.float32)
+        chunk_mean = tl.sum(chunk, axis=0) / new
+        deviation = tl.where(inside, chunk - chunk_mean[None, :], 0.0)
+        chunk_low = tl.sum(deviation, axis=0) / new  # what rounding took from the chunk's mean
+        # The first chunk's mean is no step away from a mean of nothing.
+        step = tl.where(before > 0.0, (chunk_mean - mean) + (chunk_low - low), 0.0)
+        share = new / (before + new)
+        squares += tl.sum(deviation * deviation, axis=0) - new * chunk_low * chunk_low + step * step * (before * share)
+        old = tl.where(before > 0.0, mean, chunk_mean)
+        mean = old + step * share
+        low = tl.where(before > 0.0, low, chunk_low) + (step * share - (mean - old))
+    of_class = c.to(tl.int64) * num_blocks
+    last = True
+    if num_parts > 1:
+        out = (c.to(tl.int64) * num_parts + part) * C + cols
+        tl.store(part_mean + out, mean, mask=cols < C)
+        tl.store(part_low + out, low.to(part_low.dtype.element_ty), mask=cols < C)
+        tl.store(part_squares + out, squares, mask=cols < C)
+        last = last_to_arrive(arrived + of_class + block, num_parts)
+        if last:
+            _, first_row, end_of_first, _ = _rows_of_part(offsets, c, 0, num_parts, BLOCK_R)
+            mean, low, squares = _merge_parts(
+                part_mean, part_low, part_squares, count, end_of_first - first_row, cols, c, num_parts, C, min_samples,
+                BLOCK_C, BLOCK_P,
+            )  # fmt: skip
+    if last:
+        _finish_columns(
+            mean, low, squares, count, cols, c, block, num_blocks, C, eps_var, gamma, threshold, threshold_at,
+            min_samples, mean_out, low_out, slope_out, block_penalty, block_mse, HINGE,
+        )  # fmt: skip
+        arrived += num_classes.to(tl.int64) * num_blocks
+        if last_to_arrive(arrived + c, num_blocks):
+            tl.store(penalty_out + c, _sum_of_blocks(block_penalty + of_class, num_blocks, BLOCK_K))
+            tl.store(mse_out + c, _sum_of_blocks(block_mse + of_class, num_blocks, BLOCK_K))
+            if last_to_arrive(arrived + num_classes, num_classes):
+                _losses(
+                    offsets, penalty_out, mse_out, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK_K
+                )
 
 
 @triton.jit(do_not_specialize=["num_parts", "stride_penalty", "stride_mse"])
@@ -255,7 +261,7 @@ def variance_backward_kernel(
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
-WARP_BYTES, BLOCK_P = 512, 16
+WARP_BYTES = 512
 # Programs of one warp that fill a multiprocessor; fewer rows than this are not worth splitting.
 PROGRAMS_PER_PROCESSOR, ROWS_PER_PART = 16, 64
 
@@ -308,25 +314,15 @@ def class_variance_forward(
     parts = _parts(x, num_classes, column_blocks)
     # Each in memory of its own: Triton compiles another version for a pointer that is not aligned to 16 bytes.
     block_penalty, block_mse = (x.new_empty((num_classes, column_blocks), dtype=torch.float32) for _ in range(2))
-    moments: tuple[Tensor, ...] = (mean, low, slope)
-    if parts > 1:
-        moments = tuple(x.new_empty((num_classes, parts, columns), dtype=t.dtype) for t in moments)
-    numbers = (columns, parts, eps_var, gamma, threshold, min_samples)
+    part_shape = (num_classes, parts, columns) if parts > 1 else (0,)
+    part_moments = (x.new_empty(part_shape, dtype=of.dtype) for of in (mean, low, slope))
+    arrived = x.new_zeros(num_classes * (column_blocks + 1) + 1, dtype=torch.int32)
     launch(
-        moments_kernel, (column_blocks, parts, num_classes), x.device,
-        x, order, offsets, threshold_at, *moments, block_penalty, block_mse, *x.stride(), *numbers,
-        HINGE=hinge, **sizes._asdict(),
-    )  # fmt: skip
-    if parts > 1:
-        launch(
-            merge_kernel, (column_blocks, num_classes), x.device,
-            offsets, threshold_at, *moments, mean, low, slope, block_penalty, block_mse, *numbers,
-            HINGE=hinge, BLOCK_P=BLOCK_P, **sizes._asdict(),
-        )  # fmt: skip
-    launch(
-        losses_kernel, (1,), x.device,
-        offsets, block_penalty, block_mse, penalty, mse, rob, intra, weight, num_classes, column_blocks, min_samples,
-        BLOCK_K=128, BLOCK_B=16, num_warps=4,
+        variance_forward_kernel, (column_blocks, parts, num_classes), x.device,
+        x, order, offsets, threshold_at, arrived, *part_moments, block_penalty, block_mse,
+        mean, low, slope, penalty, mse, rob, intra, weight,
+        *x.stride(), columns, parts, eps_var, gamma, threshold, min_samples,
+        HINGE=hinge, BLOCK_P=4, BLOCK_K=64, **sizes._asdict(), **ALL_REGISTERS,
     )  # fmt: skip
     return result
 

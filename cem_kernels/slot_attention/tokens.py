@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from cem_kernels.kernel_math import dot, dot_over_rows
-from cem_kernels.slot_attention.rows import load_rows, load_vector, store_rows
+from cem_kernels.slot_attention.rows import load_rows, load_vector, moments, store_rows
 
 
 @triton.jit
@@ -87,19 +87,10 @@ def token_statistics(
         live = n < num_live
         sample = tl.load(order + first_sample + n // T, mask=live, other=0).to(tl.int64)
         token = (n % T).to(tl.int64)
-        x_rows = x + sample * stride_b + token * stride_t
-        mean = tl.zeros([BLOCK_N], tl.float32)
-        for first in range(0, width, BLOCK_D):
-            mean += tl.sum(load_rows(x_rows, first + tl.arange(0, BLOCK_D), live, D).to(tl.float32), axis=1)
-        mean /= D
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for first in range(0, width, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            away = load_rows(x_rows, d, live, D).to(tl.float32) - mean[:, None]
-            squares += tl.sum(tl.where((d < D)[None, :], away * away, 0.0), axis=1)
+        mean, rstd = moments(x + sample * stride_b + token * stride_t, live, width, ln_eps, BLOCK_N, D, BLOCK_D)
         place = statistics + (sample * T + token) * 2
         tl.store(place, mean, mask=live)
-        tl.store(place + 1, 1.0 / tl.sqrt(squares / D + ln_eps), mask=live)
+        tl.store(place + 1, rstd, mask=live)
     tl.debug_barrier()
 
 

@@ -16,8 +16,9 @@ Attention is computed again; rows of slots are kept (``rows.py`` says which). Th
 products' results, ``J·K·S`` rows, and one matrix product each makes the weights' gradients of them, outside.
 
 **Two regimes.** With few tokens a class one program does all of it for its classes. With many, that would leave most of
-the device idle: then tokens are split over programs, which add to sums of their own, and a second kernel adds these up
-in their order and steps the slots. :func:`tokens_are_split` chooses, from sizes that the host knows.
+the device idle: then every iteration is a launch, tokens are split over programs, which add to sums of their own, and
+the last program to arrive adds these up in their order and steps the slots. :func:`tokens_are_split` chooses, from
+sizes that the host knows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
@@ -41,232 +41,20 @@ from cem_kernels.launching import (
     splits_per_class,
     tuned,
 )
-from cem_kernels.slot_attention.rows import (
-    collect_updates,
-    copy_rows,
-    make_queries,
-    make_queries_backward,
-    step_slots,
-    step_slots_backward,
+from cem_kernels.slot_attention.kernels import (
+    attend_backward_kernel,
+    attend_kernel,
+    slot_attention_backward_kernel,
+    slot_attention_forward_kernel,
+    start_backward_kernel,
 )
-from cem_kernels.slot_attention.tokens import attend, attend_backward, rows_of_classes, token_statistics
 from cem_kernels.slot_attention.weights import SlotAttentionWeights, absorb
 
 LN_EPS = 1e-5  # F.layer_norm's
 
-# ---------------------------------------------------------------------------------------------------------- kernels
-
-VARYING = ["T", "num_classes", "num_slots", "num_iterations", "iteration", "num_parts"]
-
-
-@triton.jit
-def _filled(offsets, c, live):
-    """Which rows' classes have tokens."""
-    return tl.load(offsets + c + 1, mask=live, other=0) > tl.load(offsets + c, mask=live, other=0)
-
-
-@triton.jit
-def _tile_of_rows(offsets, num_classes, num_slots, ROWS: tl.constexpr):
-    """This program's rows, whether they exist, and whether their classes have tokens."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < num_classes * num_slots
-    return row.to(tl.int64), live, _filled(offsets, row // num_slots, live)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def slot_attention_forward_kernel(
-    x, order, offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
-    slots, floats, operands, stats, statistics,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, eps, ln_eps,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """All iterations. Grid: groups of ``CLASSES`` classes."""
-    ROWS: tl.constexpr = CLASSES * SLOTS
-    first_class = tl.program_id(0) * CLASSES
-    row, c, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
-    filled = _filled(offsets, c, live)
-    input_norm = vectors + 7 * D + HIDDEN
-    copy_rows(initial + row * D, slots + row * D, live, width, D, BLOCK_D)
-    token_statistics(
-        x, order, offsets, statistics, stride_b, stride_t, first_class, num_classes, 0, 1, T, width, ln_eps,
-        D, CLASSES, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    for _ in range(num_iterations):
-        s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
-        make_queries(s, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D)
-        attend(
-            x, order, offsets, statistics, f, o, t, live, input_norm, f + D, t + 5,
-            stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps,
-            D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        collect_updates(f + D, t + 5, f, o, t, live, vectors, width, 1, 0, ROWS, D, HIDDEN, BLOCK_D)
-        row += num_classes * num_slots
-        step_slots(
-            s, slots + row * D, f, o, t, live, filled, input_map, hidden_map, mlp_in, mlp_out, vectors,
-            width, hidden_width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def slot_attention_backward_kernel(
-    x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
-    slots, floats, operands, stats, statistics, upstream, d_slots, records, work, sums, dx,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, eps,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """All iterations, the last one first; ``dx [B, T, D]`` is contiguous fp32. Grid: as forward."""
-    ROWS: tl.constexpr = CLASSES * SLOTS
-    first_class = tl.program_id(0) * CLASSES
-    row, c, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
-    filled = _filled(offsets, c, live)
-    ds, w = d_slots + row * D, work + row * (3 * D + 4)
-    sums += tl.program_id(0).to(tl.int64) * (13 * D + HIDDEN)
-    copy_rows(upstream + row * D, ds, live, width, D, BLOCK_D)
-    row += (num_iterations - 1).to(tl.int64) * num_classes * num_slots
-    for step in range(num_iterations):
-        s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
-        r = records + row * (6 * D + HIDDEN)
-        step_slots_backward(
-            s, f, o, t, ds, r, w, live, filled, step == 0, input_map, hidden_map, mlp_in, mlp_out, vectors, sums,
-            width, hidden_width, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        attend_backward(
-            x, order, offsets, statistics, f, o, t, w, live, vectors + 7 * D + HIDDEN, w + 2 * D, w + 3 * D + 2, dx,
-            stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps, step == 0,
-            D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        make_queries_backward(
-            w + 2 * D, w + 3 * D + 2, s, f, t, ds, r, w, live, step == 0, query_map, vectors, sums,
-            width, 1, 0, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        row -= num_classes * num_slots
-
-
-@triton.jit(do_not_specialize=VARYING)
-def attend_kernel(
-    x, order, offsets, vectors, floats, operands, stats, statistics, partials,
-    stride_b, stride_t, T, width, num_classes, num_slots, iteration, num_parts, eps, ln_eps,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A part of the tokens into ``partials [parts, K·S, D + 4]``, an iteration. Grid: parts × groups of classes."""
-    ROWS: tl.constexpr = CLASSES * SLOTS
-    part = tl.program_id(0)
-    first_class = tl.program_id(1) * CLASSES
-    row, _, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
-    if iteration == 0:
-        token_statistics(
-            x, order, offsets, statistics, stride_b, stride_t, first_class, num_classes, part, num_parts, T, width,
-            ln_eps, D, CLASSES, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    mine = partials + (part.to(tl.int64) * num_classes * num_slots + row) * (D + 4)
-    row += iteration.to(tl.int64) * num_classes * num_slots
-    attend(
-        x, order, offsets, statistics, floats + row * (6 * D), operands, stats + row * 6, live,
-        vectors + 7 * D + HIDDEN, mine, mine + D,
-        stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
-        D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def step_kernel(
-    offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
-    slots, floats, operands, stats, partials,
-    width, hidden_width, num_classes, num_slots, num_iterations, iteration, num_parts, ln_eps,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The end of the iteration before, if there was one, and the queries of ``iteration``, if there is one to come.
-
-    Grid: tiles of ``ROWS`` of all ``K·S`` slots.
-    """
-    row, live, filled = _tile_of_rows(offsets, num_classes, num_slots, ROWS)
-    rows = num_classes.to(tl.int64) * num_slots
-    here = row + iteration * rows
-    if iteration == 0:
-        copy_rows(initial + row * D, slots + row * D, live, width, D, BLOCK_D)
-    else:
-        before = here - rows
-        f, o, t = floats + before * (6 * D), operands + before * (3 * D + HIDDEN), stats + before * 6
-        collect_updates(
-            partials + row * (D + 4), partials + row * (D + 4) + D, f, o, t, live, vectors, width,
-            num_parts, rows * (D + 4), ROWS, D, HIDDEN, BLOCK_D,
-        )  # fmt: skip
-        step_slots(
-            slots + before * D, slots + here * D, f, o, t, live, filled,
-            input_map, hidden_map, mlp_in, mlp_out, vectors, width, hidden_width, ln_eps,
-            ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-    if iteration < num_iterations:
-        make_queries(
-            slots + here * D, floats + here * (6 * D), operands + here * (3 * D + HIDDEN), stats + here * 6, live,
-            query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def attend_backward_kernel(
-    x, order, offsets, vectors, floats, operands, stats, statistics, work, partials, dx,
-    stride_b, stride_t, T, width, num_classes, num_slots, num_iterations, iteration, num_parts, eps,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Backward of :func:`attend_kernel`, with sums of its own for the queries' gradients. Grid: as forward."""
-    ROWS: tl.constexpr = CLASSES * SLOTS
-    part = tl.program_id(0)
-    first_class = tl.program_id(1) * CLASSES
-    row, _, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
-    mine = partials + (part.to(tl.int64) * num_classes * num_slots + row) * (D + 4)
-    w = work + row * (3 * D + 4)
-    row += iteration.to(tl.int64) * num_classes * num_slots
-    attend_backward(
-        x, order, offsets, statistics, floats + row * (6 * D), operands, stats + row * 6, w, live,
-        vectors + 7 * D + HIDDEN, mine, mine + D, dx,
-        stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
-        iteration == num_iterations - 1,
-        D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def step_backward_kernel(
-    offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
-    slots, floats, operands, stats, partials, upstream, d_slots, records, work, sums,
-    width, hidden_width, num_classes, num_slots, num_iterations, iteration, num_parts,
-    D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Backward of :func:`step_kernel`: the queries of ``iteration``, then the end of the iteration before."""
-    row, live, filled = _tile_of_rows(offsets, num_classes, num_slots, ROWS)
-    rows = num_classes.to(tl.int64) * num_slots
-    here = row + iteration * rows
-    ds, w = d_slots + row * D, work + row * (3 * D + 4)
-    sums += tl.program_id(0).to(tl.int64) * (13 * D + HIDDEN)
-    if iteration == num_iterations:
-        copy_rows(upstream + row * D, ds, live, width, D, BLOCK_D)
-    else:
-        make_queries_backward(
-            partials + row * (D + 4), partials + row * (D + 4) + D,
-            slots + here * D, floats + here * (6 * D), stats + here * 6, ds, records + here * (6 * D + HIDDEN), w, live,
-            iteration == num_iterations - 1, query_map, vectors, sums, width, num_parts, rows * (D + 4),
-            ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-    if iteration > 0:
-        before = here - rows
-        step_slots_backward(
-            slots + before * D, floats + before * (6 * D), operands + before * (3 * D + HIDDEN), stats + before * 6, ds,
-            records + before * (6 * D + HIDDEN), w, live, filled, iteration == num_iterations,
-            input_map, hidden_map, mlp_in, mlp_out, vectors, sums, width, hidden_width,
-            ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-
-
 # --------------------------------------------------------------------------------------------------------- launchers
 
-BYTES_OF_A_PROGRAM = 2**18  # of tokens, that one program reads in about the time that two more launches take
+BYTES_OF_A_PROGRAM = 2**18  # of tokens, that one program reads in about the time that another launch takes
 # Rows of a product without matrix units; older versions of Triton ask for 16 all the same.
 FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 16
 PROGRAMS_PER_PROCESSOR, TOKENS_OF_A_PART = 2, 64
@@ -329,11 +117,10 @@ def tokens_are_split(x: Tensor, groups: int) -> bool:
 
 
 class Plan(NamedTuple):
-    """How a call is cut: groups of classes, parts of a group's tokens (0: one program does it all), tiles of slots."""
+    """How a call is cut: groups of classes, and parts of a group's tokens (0: one program does it all)."""
 
     groups: int
     parts: int
-    tiles: int
     rows: int
     by_class: dict[str, int]
     sizes: dict[str, Any]
@@ -348,16 +135,14 @@ class Plan(NamedTuple):
         if tokens_are_split(x, groups):
             units = triton.cdiv(x.shape[0] * x.shape[1], TOKENS_OF_A_PART)
             parts = splits_per_class(units, groups, PROGRAMS_PER_PROCESSOR * processors(x.device))
-        tiles_of_slots = triton.cdiv(num_classes * num_slots, rows) if parts else groups
         sizes = {"D": x.shape[2], "HIDDEN": hidden_width, "PRECISION": precision}
-        return cls(groups, parts, tiles_of_slots, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, dtype)
+        return cls(groups, parts, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, dtype)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """What ``kernel`` is compiled for."""
         t = tuned(kernel, tiles(kernel, self.sizes["D"], self.rows, self.sizes["PRECISION"], self.dtype))._asdict()
-        if kernel.startswith("step"):
+        if kernel == "start_backward":  # which sees no token
             del t["BLOCK_N"]
-            return {**self.sizes, "ROWS": self.rows, **t, **ALL_REGISTERS}
         return {**self.sizes, **self.by_class, **t, **ALL_REGISTERS}
 
 
@@ -400,7 +185,7 @@ def slot_attention_forward(
     x, initial = _with_rows(x), initial.contiguous()
     num_classes, num_slots, width = initial.shape
     hidden_width = mlp_in.shape[0]
-    slots, floats, operands, stats, statistics = kept = _kept_shapes(x, initial, mlp_in, num_iterations)
+    kept = _kept_shapes(x, initial, mlp_in, num_iterations)
     weights = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors)
     plan = Plan.of(x, num_classes, num_slots, mlp_in)
     if plan.parts == 0:
@@ -412,20 +197,15 @@ def slot_attention_forward(
         )  # fmt: skip
         return kept
     partials = x.new_empty((plan.parts, num_classes * num_slots, width + 4), dtype=torch.float32)
-    for iteration in range(num_iterations + 1):
+    arrived = x.new_zeros((num_iterations, plan.groups), dtype=torch.int32)
+    for iteration in range(num_iterations):
         launch(
-            step_kernel, (plan.tiles,), x.device,
-            offsets, initial, *weights, slots, floats, operands, stats, partials,
-            width, hidden_width, num_classes, num_slots, num_iterations, iteration, plan.parts, LN_EPS,
-            **plan.options("step"),
+            attend_kernel, (plan.parts, plan.groups), x.device,
+            x, order, offsets, initial, *weights, *kept, partials, arrived,
+            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, iteration,
+            plan.parts, eps, LN_EPS,
+            **plan.options("attend"),
         )  # fmt: skip
-        if iteration < num_iterations:
-            launch(
-                attend_kernel, (plan.parts, plan.groups), x.device,
-                x, order, offsets, vectors, floats, operands, stats, statistics, partials,
-                *x.stride()[:2], x.shape[1], width, num_classes, num_slots, iteration, plan.parts, eps, LN_EPS,
-                **plan.options("attend"),
-            )  # fmt: skip
     return kept
 
 
@@ -461,7 +241,7 @@ def slot_attention_backward(
     # Iterations add to dx, which should not be rounded in between.
     dx = x.new_empty(x.shape, dtype=torch.float32)
     work = slots.new_empty((num_classes * num_slots, 3 * width + 4))
-    sums = slots.new_empty((plan.tiles, vectors.shape[0]))
+    sums = slots.new_empty((plan.groups, vectors.shape[0]))
     weights = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors)
     if plan.parts == 0:
         launch(
@@ -473,20 +253,22 @@ def slot_attention_backward(
         )  # fmt: skip
         return dx.to(x.dtype), d_slots, records, sums.sum(dim=0)
     partials = x.new_empty((plan.parts, num_classes * num_slots, width + 4), dtype=torch.float32)
-    for iteration in range(num_iterations, -1, -1):
+    arrived = x.new_empty((num_iterations, plan.groups), dtype=torch.int32)
+    launch(
+        start_backward_kernel, (plan.groups,), x.device,
+        offsets, *weights[1:], slots, floats, operands, stats, upstream, d_slots, records, work, sums, arrived,
+        width, hidden_width, num_classes, num_slots, num_iterations,
+        **plan.options("start_backward"),
+    )  # fmt: skip
+    for iteration in range(num_iterations - 1, -1, -1):
         launch(
-            step_backward_kernel, (plan.tiles,), x.device,
-            offsets, *weights, slots, floats, operands, stats, partials, upstream, d_slots, records, work, sums,
-            width, hidden_width, num_classes, num_slots, num_iterations, iteration, plan.parts,
-            **plan.options("step_backward"),
+            attend_backward_kernel, (plan.parts, plan.groups), x.device,
+            x, order, offsets, *weights, slots, floats, operands, stats, statistics,
+            d_slots, records, work, sums, partials, arrived, dx,
+            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, iteration,
+            plan.parts, eps,
+            **plan.options("attend_backward"),
         )  # fmt: skip
-        if iteration > 0:
-            launch(
-                attend_backward_kernel, (plan.parts, plan.groups), x.device,
-                x, order, offsets, vectors, floats, operands, stats, statistics, work, partials, dx,
-                *x.stride()[:2], x.shape[1], width, num_classes, num_slots, num_iterations, iteration - 1, plan.parts,
-                eps,                 **plan.options("attend_backward"),
-            )  # fmt: skip
     return dx.to(x.dtype), d_slots, records, sums.sum(dim=0)
 
 

@@ -5,6 +5,7 @@ Errors are Euclidean norms against the reference in fp64, tensor by tensor, outp
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 
 import pytest
@@ -24,6 +25,7 @@ LABEL_CASES = {
     "one sample each": (torch.arange(5, device=DEVICE), 5),
     "no sample": (torch.zeros(0, dtype=torch.long, device=DEVICE), 3),
 }
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="a device chooses the order of programs itself")
 every_labelling = pytest.mark.parametrize(("labels", "num_classes"), LABEL_CASES.values(), ids=LABEL_CASES.keys())
 
 
@@ -67,3 +69,14 @@ def assert_close_to_exact(problem: Problem) -> None:
     rounded = {name: leaf.float() for name, leaf in problem.leaves.items()}
     exact = problem.results("reference", **{name: leaf.double() for name, leaf in rounded.items()})
     assert_same({n: t.double() for n, t in problem.results("triton", **rounded).items()}, exact, tolerance=3e-5)
+
+
+def last_program_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run the programs of every launch in the opposite order."""
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    choose = builder.set_grid_idx
+
+    def from_the_end(*place: int) -> None:
+        choose(*(size - 1 - at for size, at in zip(builder.grid_dim, place, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", from_the_end)

@@ -3,7 +3,15 @@ with tokens split over programs."""
 
 import pytest
 import torch
-from exactness import DEVICE, HOLES, assert_as_exact, assert_close_to_exact, every_labelling
+from exactness import (
+    DEVICE,
+    HOLES,
+    assert_as_exact,
+    assert_close_to_exact,
+    every_labelling,
+    interpreted,
+    last_program_first,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem, assert_same, labels_with_holes, slot_problem
@@ -100,6 +108,18 @@ def test_tokens_split_give_the_same_bits_twice(monkeypatch):
     leaves = {name: leaf.float() for name, leaf in problem.leaves.items()}
     first, second = problem.results("triton", **leaves), problem.results("triton", **leaves)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@interpreted
+def test_the_order_in_which_programs_arrive_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(kernels, "tokens_are_split", lambda x, groups: True)
+    monkeypatch.setattr(kernels, "TOKENS_OF_A_PART", 16)
+    problem = slot_problem(HOLES % 2, 2, T=8, D=16, S=4, J=2)
+    leaves = {name: leaf.float() for name, leaf in problem.leaves.items()}
+    forwards = problem.results("triton", **leaves)
+    last_program_first(monkeypatch)
+    backwards = problem.results("triton", **leaves)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,15 @@ Triton's interpreter."""
 
 import pytest
 import torch
-from exactness import DEVICE, HOLES, assert_as_exact, assert_close_to_exact, every_labelling
+from exactness import (
+    DEVICE,
+    HOLES,
+    assert_as_exact,
+    assert_close_to_exact,
+    every_labelling,
+    interpreted,
+    last_program_first,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem, cross_problem, labels_with_holes, variance_problem
@@ -45,6 +53,17 @@ def test_class_variance_is_as_exact_for_every_hinge_and_dtype(hinge, dtype):
 def test_class_variance_is_exact_where_a_class_is_split_over_programs():
     labels = torch.cat([torch.zeros(700, dtype=torch.long), torch.ones(90, dtype=torch.long)]).to(DEVICE)
     assert_as_exact(variance_problem(labels, 3, D=24))
+
+
+@interpreted
+def test_the_order_in_which_programs_arrive_changes_no_bit_of_a_variance(monkeypatch):
+    labels = torch.arange(700, device=DEVICE) % 3
+    problem = variance_problem(labels, 4, D=200)
+    leaves = {name: leaf.float() for name, leaf in problem.leaves.items()}
+    forwards = problem.results("triton", **leaves)
+    last_program_first(monkeypatch)
+    backwards = problem.results("triton", **leaves)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 def test_class_variance_is_exact_over_several_blocks_of_columns():
