@@ -147,6 +147,15 @@ def test_a_sweep_is_drawn(results):
     assert imread(results.parent / "sweep.png").std() > 0.01
 
 
+def test_growth_on_the_cpu_is_against_the_next_smaller_size(results):
+    point = {"axis": "classes", "B": 64, "T": 1, "D": 16, "variant": "eager"}
+    small, large = ({**point, "spec": f"K{K}", "K": K, "seconds": 1e-3 * (K - 2)} for K in (4, 12))
+    sweep = {"environment": {"device": "CPU"}, "sweep": [small, large]}
+    section = part(page_of(results, **{"cpu-sweep": sweep}), "As sizes grow: CPU")
+    assert rows_of(section) == [["K4", "eager", "2 ms", "–", "–"], ["K12", "eager", "10 ms", "3", "5.00"]]
+    assert imread(results.parent / "sweep-cpu.png").std() > 0.01
+
+
 def test_peak_memory_has_a_row_a_variant(results):
     variants = {"triton": {"peak_bytes": 2.5e6, "saved_bytes": 1e3}, "eager": {"peak_bytes": 5e6, "saved_bytes": 4e6}}
     memory = {"environment": {"device": "cpu"}, "cases": [{"name": "a case", "variants": variants}]}
