@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import tyro
 
 from cem.training import CheckpointError, ConfigError, TrainConfig, Trainer, TrainingDiverged
+from cem.training.presets import PRESETS
 from cem.training.runs import check_same
 from cem_kernels import BackendUnavailableError
 
@@ -32,6 +34,10 @@ train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a run that --r
 class CommandLine(TrainConfig):
     """The options of a run, and where to take them from."""
 
+    preset: Literal["seed", "gmm"] | None = None
+    """Set the options of a defence at once; other options override it, and it overrides CONFIG.
+    seed: the original attention surrogate, of flat features, frozen, at full weight.
+    gmm: the mixture of the CEM paper."""
     config: Path | None = None
     """Take options from this YAML file, such as the config.yaml of another run; other options override it."""
     resume: Path | None = None
@@ -53,12 +59,17 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--preset")
     sources, _ = first.parse_known_args(list(argv))
     if sources.config is not None and sources.resume is not None:
         raise ConfigError("--resume takes its options from the run; leave out --config")
+    if sources.preset is not None and sources.resume is not None:
+        raise ConfigError("--resume takes its options from the run; leave out --preset")
     defaults = TrainConfig()
     if sources.config is not None:
         defaults = TrainConfig.from_yaml(sources.config)
+    if sources.preset in PRESETS:  # if not, the command line is refused below, with what there is
+        defaults = replace(defaults, **PRESETS[sources.preset])
     if sources.resume is not None:
         defaults = replace(TrainConfig.from_yaml(sources.resume / "config.yaml"), out=sources.resume)
     options = tyro.cli(

@@ -1,10 +1,11 @@
 """Attention operators on class groups: every class of a batch at once, from labels to statistics.
 
-Three operators, each a documented function that validates its input and dispatches to a backend:
+Operators, each a documented function that validates its input and dispatches to a backend:
 
 * :func:`slot_attention`: the tokens of a class to its slots;
 * :func:`cross_attention`: every token reads its class's slots;
-* :func:`class_variance`: variance inside each class over a log threshold.
+* :func:`class_variance`: variance inside each class over a log threshold;
+* :func:`slot_variance`: variance inside each slot of each class, over the same, with :func:`slot_assignments`.
 
 Importing this package needs neither a GPU nor Triton.
 """
@@ -13,7 +14,8 @@ from cem_kernels.backends import BACKENDS, BackendUnavailableError
 from cem_kernels.class_variance import ClassVariance, class_variance
 from cem_kernels.cross_attention import CrossAttentionWeights, cross_attention
 from cem_kernels.groups import ClassGroups
-from cem_kernels.slot_attention import SlotAttentionWeights, slot_attention
+from cem_kernels.slot_attention import SlotAttentionWeights, slot_assignments, slot_attention
+from cem_kernels.slot_variance import slot_variance
 from cem_kernels.validation import set_debug
 
 __all__ = [
@@ -26,5 +28,7 @@ __all__ = [
     "class_variance",
     "cross_attention",
     "set_debug",
+    "slot_assignments",
     "slot_attention",
+    "slot_variance",
 ]

@@ -85,6 +85,11 @@ class ClassGroups:
         return self.counts.shape[0]
 
     @property
+    def labels(self) -> Tensor:
+        """``[B]``, the class of each sample, in batch order."""
+        return torch.empty_like(self.sorted_labels).scatter_(0, self.order, self.sorted_labels)
+
+    @property
     def padding(self) -> Padding:
         """Where :meth:`pad` puts the samples; made on first use. Without a bound it costs one host sync."""
         if self._padding is None:

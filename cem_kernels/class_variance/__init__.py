@@ -13,7 +13,7 @@ from cem_kernels import backends, validation
 from cem_kernels.class_variance import eager, reference
 from cem_kernels.groups import ClassGroups
 
-__all__ = ["ClassVariance", "Hinge", "class_variance"]
+__all__ = ["HINGES", "ClassVariance", "Hinge", "class_variance"]
 
 
 def _triton(*args: Any) -> tuple[Tensor, ...]:

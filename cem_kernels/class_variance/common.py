@@ -1,10 +1,11 @@
-"""What the PyTorch backends of class variance share."""
+"""What the PyTorch backends of class and slot variance share."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
@@ -13,6 +14,13 @@ from cem_kernels.groups import ClassGroups
 def log_threshold(threshold: float | Tensor, gamma: float) -> float | Tensor:
     """``log(threshold + γ)``; of a number without a tensor, which would cost a copy to the device."""
     return torch.log(threshold + gamma) if isinstance(threshold, Tensor) else math.log(threshold + gamma)
+
+
+def hinged(height: Tensor, hinge: str) -> Tensor:
+    """``height``, the part of it above zero, or a smooth form of that."""
+    if hinge == "relu":
+        return F.relu(height)
+    return F.softplus(height) if hinge == "softplus" else height
 
 
 def over_classes(penalty: Tensor, mse: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, ...]:

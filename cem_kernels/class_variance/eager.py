@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels.class_variance.common import log_threshold, over_classes
+from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
 from cem_kernels.groups import ClassGroups
 
 
@@ -34,11 +33,7 @@ def class_variance(
     deviation = torch.where(counted, padded - mean[:, None], 0)
     squares = deviation.square().sum(dim=1)  # [K, C]
     variance = torch.clamp(squares / (count - 1).clamp(min=1), min=eps_var)
-    height = torch.log(variance + gamma) - log_threshold(threshold, gamma)
-    if hinge == "relu":
-        height = F.relu(height)
-    elif hinge == "softplus":
-        height = F.softplus(height)
+    height = hinged(torch.log(variance + gamma) - log_threshold(threshold, gamma), hinge)
     penalty = torch.where(qualifies, height.mean(dim=1), 0)
     mse = (squares / count.clamp(min=1)).mean(dim=1)
     return over_classes(penalty, mse, groups, min_samples)

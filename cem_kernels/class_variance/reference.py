@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels.class_variance.common import log_threshold, over_classes
+from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
 from cem_kernels.groups import ClassGroups
 
 
@@ -23,11 +21,6 @@ def class_variance(
 ) -> tuple[Tensor, ...]:
     """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    hinges: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu": F.relu,
-        "softplus": F.softplus,
-        "identity": lambda height: height,
-    }
     bounds = groups.offsets.tolist()
     penalties, errors = [], []
     for c in range(groups.num_classes):
@@ -40,6 +33,6 @@ def class_variance(
         mean = x.mean(dim=0)
         variance = torch.clamp(x.var(dim=0, unbiased=True), min=eps_var)
         height = torch.log(variance + gamma) - log_threshold(threshold, gamma)
-        penalties.append(hinges[hinge](height).mean())
+        penalties.append(hinged(height, hinge).mean())
         errors.append(F.mse_loss(x, mean.expand_as(x)))
     return over_classes(torch.stack(penalties), torch.stack(errors), groups, min_samples)

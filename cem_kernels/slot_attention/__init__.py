@@ -11,9 +11,10 @@ from torch import Tensor
 from cem_kernels import backends, validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.slot_attention import eager, reference
+from cem_kernels.slot_attention.assign import slot_assignments
 from cem_kernels.slot_attention.weights import SlotAttentionWeights
 
-__all__ = ["SlotAttentionWeights", "slot_attention"]
+__all__ = ["SlotAttentionWeights", "slot_assignments", "slot_attention"]
 
 
 def _triton(*args: Any, **options: Any) -> Tensor:
@@ -77,6 +78,7 @@ def slot_attention(
     validation.check_product_dtype(product_dtype)
     validation.check_shape("tokens", tokens, {"B": groups.num_samples, "T": None, "D": None})
     width = tokens.shape[2]
+    validation.check_float("slots", slots)
     validation.check_shape("slots", slots, {"K": groups.num_classes, "S": None, "D": width})
     validation.check_weights(tokens, weights, weights.expected_shapes())
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
