@@ -48,7 +48,7 @@ class PerClassLoop(Peer):
         initial = self.slots(slot_noise, features.dtype)
         slot_weights, cross_weights = self.weights(features.dtype)
         total_penalty = total_mse = total_weight = torch.zeros((), device=features.device)
-        log_threshold = math.log(m.threshold + m.gamma)
+        log_threshold = math.log(m.threshold.lowest + m.gamma)
         for label in torch.unique(labels):
             mask = labels == label
             x = features[mask]
@@ -90,4 +90,4 @@ class PaddedBatch(Peer):
         slots = peers.padded_slots(tokens, initial, slot_weights, a.num_iterations, a.eps, classes)
         y = peers.padded_read(tokens, slots, cross_weights, num_heads, classes)
         squares = peers.padded_squares(peers.feed_forward(y, cross_weights).flatten(1), classes)
-        return peers.variance_losses(squares, classes, m.threshold, m.eps_var, m.gamma)
+        return peers.variance_losses(squares, classes, m.threshold.lowest, m.eps_var, m.gamma)

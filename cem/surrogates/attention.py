@@ -3,270 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cem_kernels
+from cem.surrogates.bank import MemoryBank
 from cem.surrogates.base import Surrogate
-from cem.surrogates.threshold import coupled_threshold, warn_if_swamped
-from cem_kernels import ClassGroups, CrossAttentionWeights, SlotAttentionWeights, backends, validation
+from cem.surrogates.modules import CrossAttention, Normalised, SlotAttention
+from cem.surrogates.threshold import (
+    REMEDY,
+    REMEDY_OF_FIXED,
+    Policy,
+    Threshold,
+    coupled_threshold,
+    warn_if_swamped,
+)
+from cem_kernels import ClassGroups, ClassVariance, backends, validation
 from cem_kernels.class_variance import HINGES, Hinge
-from cem_kernels.cross_attention import IMPLEMENTATIONS as CROSS_ATTENTION
-from cem_kernels.slot_attention import IMPLEMENTATIONS as SLOT_ATTENTION
+from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
 
-EVALUATION_SEED = 0
-
-
-def _groups_of_rows(tokens: Tensor) -> ClassGroups:
-    """Every row of the batch is a class of its own."""
-    rows = tokens.shape[0]
-    return ClassGroups.from_labels(torch.arange(rows, device=tokens.device), max(rows, 1), max_class_size=1)
-
-
-def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights and biases of ``Linear, activation, Linear``."""
-    first, _, last = network
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    return first.weight, first.bias, last.weight, last.bias
-
-
-class Normalised(torch.autograd.Function):
-    """LayerNorm without an affine, which keeps its result and not its input: the result is kept by others anyway.
-
-    ``x [..., D]`` to ``x̂ [..., D]`` and 1/deviation ``[..., 1]``, a result so that this is differentiable twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        normal, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-        ctx.save_for_backward(normal, rstd)
-        ctx.set_materialize_grads(False)
-        return normal, rstd
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, d_rstd: Tensor | None) -> Tensor:
-        normal, rstd = ctx.saved_tensors
-        if upstream is not None and d_rstd is None and not torch.is_grad_enabled():
-            # What is normalised already has mean 0 and deviation 1; PyTorch's kernel goes through it once.
-            mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-            step: Tensor = torch.ops.aten.native_layer_norm_backward(
-                upstream, normal, normal.shape[-1:], mean, one, None, None, [True, False, False]
-            )[0]
-            return step.mul_(rstd)
-        upstream = torch.zeros_like(normal) if upstream is None else upstream
-        along = (upstream * normal).mean(dim=-1, keepdim=True)
-        if d_rstd is not None:
-            along = along + d_rstd * rstd / normal.shape[-1]
-        return rstd * (upstream - upstream.mean(dim=-1, keepdim=True) - normal * along)
-
-
-class SlotAttention(nn.Module):
-    """Slot attention over class groups, as a module.
-
-    Args:
-        num_slots: ``S``.
-        slot_dim: ``D``, the width of tokens and slots.
-        num_iterations: ``J``.
-        eps: added to every attention weight.
-        hidden_dim: width of the MLP, ``2D`` by default.
-        backend: see :mod:`cem_kernels.backends`.
-
-    Raises:
-        ValueError: a size is not positive, or the backend is unknown.
-
-    Source: Locatello et al. 2020. Parameter names are those of the original surrogate, so that its state dict loads.
-    """
-
-    eval_noise: Tensor
-
-    def __init__(
-        self,
-        num_slots: int,
-        slot_dim: int,
-        num_iterations: int = 3,
-        eps: float = 1e-8,
-        hidden_dim: int | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        hidden_dim = 2 * slot_dim if hidden_dim is None else hidden_dim
-        validation.check_sizes(
-            num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim
-        )
-        validation.check_positive(eps=eps)
-        backends.check_available(backend, "slot_attention", SLOT_ATTENTION)
-        self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
-        self.eps, self.backend = eps, backend
-        self.slot_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
-        self.slot_log_sigma = nn.Parameter(torch.empty(1, 1, slot_dim))
-        nn.init.xavier_uniform_(self.slot_mu)
-        nn.init.xavier_uniform_(self.slot_log_sigma)
-        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.to_k = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.to_v = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.gru = nn.GRUCell(slot_dim, slot_dim)
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
-        self.norm_inputs = nn.LayerNorm(slot_dim)
-        self.norm_slots = nn.LayerNorm(slot_dim)
-        self.norm_mlp = nn.LayerNorm(slot_dim)
-        # Never zero: all slots share their mean, so without a draw they would stay identical for ever. Not part of
-        # the state dict, because the original's has no such entry.
-        generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        self.register_buffer("eval_noise", torch.randn(num_slots, slot_dim, generator=generator), persistent=False)
-
-    def weights(self) -> SlotAttentionWeights:
-        """The parameters in the order that the operator takes them."""
-        return SlotAttentionWeights(
-            self.to_q.weight, self.to_k.weight, self.to_v.weight,
-            self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh,
-            *_two_layers(self.mlp),
-            self.norm_inputs.weight, self.norm_inputs.bias,
-            self.norm_slots.weight, self.norm_slots.bias,
-            self.norm_mlp.weight, self.norm_mlp.bias,
-        )  # fmt: skip
-
-    def initial_slots(self, num_classes: int, slot_noise: Tensor | None = None) -> Tensor:
-        """``[K, S, D]``: ``μ + exp(log σ)·ε``.
-
-        Args:
-            num_classes: ``K``.
-            slot_noise: the draw ``ε [K, S, D]``. By default a fresh one in training, and in evaluation one fixed
-                draw, the same for every class and call.
-        """
-        shape = (num_classes, self.num_slots, self.slot_dim)
-        if slot_noise is None:
-            if self.training:
-                slot_noise = torch.randn(shape, device=self.slot_mu.device, dtype=self.slot_mu.dtype)
-            else:
-                slot_noise = self.eval_noise.expand(shape)
-        elif slot_noise.shape != shape:
-            raise ValueError(f"slot_noise must have shape [K, S, D] = {list(shape)}, got {list(slot_noise.shape)}")
-        return self.slot_mu + self.slot_log_sigma.exp() * slot_noise
-
-    def forward(
-        self,
-        tokens: Tensor,
-        groups: ClassGroups | None = None,
-        slot_noise: Tensor | None = None,
-        product_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Slots ``[K, S, D]`` of the tokens ``[B, T, D]``.
-
-        Args:
-            tokens: ``[B, T, D]``.
-            groups: the classes of the ``B`` samples; by default every sample is a class of its own.
-            slot_noise: see :meth:`initial_slots`.
-            product_dtype: see :func:`cem_kernels.slot_attention`.
-        """
-        groups = _groups_of_rows(tokens) if groups is None else groups
-        return cem_kernels.slot_attention(
-            tokens,
-            self.initial_slots(groups.num_classes, slot_noise),
-            groups,
-            self.weights(),
-            num_iterations=self.num_iterations,
-            eps=self.eps,
-            product_dtype=product_dtype,
-            backend=self.backend,
-        )
-
-
-class CrossAttention(nn.Module):
-    """Gated cross attention from samples to their class's slots, as a module.
-
-    Args:
-        feature_dim: ``D``, the width of tokens and slots.
-        num_heads: ``H``, a divisor of ``D``.
-        dropout: probability of dropping an element of the attention's output, in training.
-        ffn_mult: hidden width of the feed-forward network over ``D``.
-        backend: see :mod:`cem_kernels.backends`.
-
-    Raises:
-        ValueError: ``feature_dim`` is no multiple of ``num_heads``, or the backend is unknown.
-
-    Source: Alayrac et al. 2022 (Flamingo). Parameter names are those of the original surrogate.
-    """
-
-    def __init__(
-        self,
-        feature_dim: int,
-        num_heads: int = 4,
-        dropout: float = 0.0,
-        ffn_mult: int = 4,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        validation.check_sizes(feature_dim=feature_dim, num_heads=num_heads, ffn_mult=ffn_mult)
-        if feature_dim % num_heads:
-            raise ValueError(f"feature_dim={feature_dim} must be a multiple of num_heads, got num_heads={num_heads}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        backends.check_available(backend, "cross_attention", CROSS_ATTENTION)
-        self.feature_dim, self.num_heads, self.dropout, self.backend = (
-            feature_dim,
-            num_heads,
-            dropout,
-            backend,
-        )
-        self.ln_q = nn.LayerNorm(feature_dim)
-        self.ln_kv = nn.LayerNorm(feature_dim)
-        self.ln_ff = nn.LayerNorm(feature_dim)
-        self.to_q = nn.Linear(feature_dim, feature_dim, bias=False)
-        self.to_k = nn.Linear(feature_dim, feature_dim, bias=False)
-        self.to_v = nn.Linear(feature_dim, feature_dim, bias=False)
-        self.proj = nn.Linear(feature_dim, feature_dim)
-        self.alpha_xattn = nn.Parameter(torch.tensor(0.1))
-        self.alpha_ffn = nn.Parameter(torch.tensor(0.1))
-        hidden = ffn_mult * feature_dim
-        self.ffn = nn.Sequential(nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, feature_dim))
-
-    def weights(self) -> CrossAttentionWeights:
-        """The parameters in the order that the operator takes them."""
-        return CrossAttentionWeights(
-            self.to_q.weight, self.to_k.weight, self.to_v.weight,
-            self.proj.weight, self.proj.bias, self.alpha_xattn, self.alpha_ffn,
-            *_two_layers(self.ffn),
-            self.ln_q.weight, self.ln_q.bias,
-            self.ln_kv.weight, self.ln_kv.bias,
-            self.ln_ff.weight, self.ln_ff.bias,
-        )  # fmt: skip
-
-    def forward(
-        self,
-        tokens: Tensor,
-        slots: Tensor,
-        groups: ClassGroups | None = None,
-        product_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Tokens ``[B, T, D]`` after reading the slots ``[K, S, D]`` of their classes.
-
-        Args:
-            tokens: ``[B, T, D]``.
-            slots: ``[K, S, D]``.
-            groups: the classes of the ``B`` samples; by default sample ``i`` reads ``slots[i]``, and then tokens
-                ``[M, D]`` of a single class with slots ``[1, S, D]`` are accepted too.
-            product_dtype: see :func:`cem_kernels.cross_attention`.
-        """
-        single = groups is None and tokens.dim() == 2
-        tokens = tokens[None] if single else tokens
-        groups = _groups_of_rows(tokens) if groups is None else groups
-        out = cem_kernels.cross_attention(
-            tokens,
-            slots,
-            groups,
-            self.weights(),
-            num_heads=self.num_heads,
-            dropout=self.dropout if self.training else 0.0,
-            product_dtype=product_dtype,
-            backend=self.backend,
-        )
-        return out[0] if single else out
+Measure = Literal["enhanced", "slots"]
+Penalty = Literal["hinge", "entropy"]
+Objective = Literal["penalty", "likelihood", "reconstruction"]
+NAMES: dict[str, tuple[str, ...]] = {
+    "measure": get_args(Measure),
+    "penalty": get_args(Penalty),
+    "objective": get_args(Objective),
+    "hinge": HINGES,
+    "reduce": ("linear", "conv1x1"),
+    "tokens": ("flat", "spatial"),
+}
+NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
 
 
 class SlotCrossAttentionCEM(Surrogate):
@@ -276,6 +46,10 @@ class SlotCrossAttentionCEM(Surrogate):
     attention lets every sample read its class's slots, and the penalty is how far the log-variance of the result
     exceeds the threshold, inside each class. Small class variance against the noise at the cut bounds from below the
     error of every attacker who decodes the features.
+
+    That is ``measure="enhanced"``, the original. It is taken of normalised features, so that it does not know how large
+    they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
+    together, and what is penalised is how far the features as they are sent lie from the centroids of these slots.
 
     Example::
 
@@ -297,6 +71,18 @@ class SlotCrossAttentionCEM(Surrogate):
         min_samples: classes with fewer samples are left out.
         gamma: ``γ``, inside both logarithms.
         hinge: ``relu``, ``softplus`` or ``identity``.
+        measure: of which variance, ``enhanced`` or ``slots``.
+        penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
+            variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
+            terms without a gradient. It has no threshold, and needs ``reg_strength``.
+        threshold: how the threshold moves, see :class:`~cem.surrogates.threshold.Threshold`.
+        threshold_value: where ``fixed`` stands and ``ramp`` begins.
+        threshold_quantile: of ``quantile``.
+        objective: what its own parameters are trained on, by whoever trains them (:meth:`own_loss`). ``penalty``:
+            ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centres
+            of a mixture. ``reconstruction``: samples from the slots that they belong to.
+        memory_bank: remember so many recent features of every class, in training, and measure the variance of a batch
+            together with them, for many classes and small batches; 0 for none. Needs ``num_classes``.
         dropout: on the attention's output, in training.
         reduce_dim: work on a projection of the features, because flat features of width ``D`` need ``D × D``
             matrices. With ``reduce="linear"`` the width it projects to; with ``reduce="conv1x1"`` the channels.
@@ -330,6 +116,13 @@ class SlotCrossAttentionCEM(Surrogate):
         min_samples: int = 2,
         gamma: float = 1e-6,
         hinge: Hinge = "relu",
+        measure: Measure = "enhanced",
+        penalty: Penalty = "hinge",
+        threshold: Policy = "coupled",
+        threshold_value: float = 0.05,
+        threshold_quantile: float = 0.5,
+        objective: Objective = "penalty",
+        memory_bank: int = 0,
         dropout: float = 0.0,
         reduce_dim: int | None = None,
         reduce: Literal["linear", "conv1x1"] = "linear",
@@ -345,15 +138,15 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 f"feature_shape must be (C, H, W) with C*H*W = feature_dim = {feature_dim}, got {tuple(feature_shape)}"
             )
-        if reduce not in ("linear", "conv1x1"):
-            raise ValueError(f"reduce must be 'linear' or 'conv1x1', got {reduce!r}")
+        chosen = {"measure": measure, "penalty": penalty, "objective": objective, "hinge": hinge}
+        for name, value in {**chosen, "reduce": reduce, "tokens": tokens}.items():
+            if value not in NAMES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(NAMES[name])}, got {value!r}")
         if reduce == "conv1x1" and (reduce_dim is None or feature_shape is None):
             raise ValueError(
                 "reduce='conv1x1' needs reduce_dim and feature_shape=(C, H, W), "
                 f"got reduce_dim={reduce_dim} and feature_shape={feature_shape}"
             )
-        if tokens not in ("flat", "spatial"):
-            raise ValueError(f"tokens must be 'flat' or 'spatial', got {tokens!r}")
         if tokens == "spatial" and (feature_shape is None or (reduce_dim is not None and reduce == "linear")):
             raise ValueError(
                 "tokens='spatial' needs feature_shape=(C, H, W), and reduces with reduce='conv1x1' if at all, "
@@ -362,21 +155,35 @@ class SlotCrossAttentionCEM(Surrogate):
         validation.check_positive(eps_var=eps_var, gamma=gamma)
         if min_samples < 2:
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
-        if hinge not in HINGES:
-            raise ValueError(f"hinge must be one of {', '.join(HINGES)}, got {hinge!r}")
+        if penalty == "entropy" and (reg_strength <= 0 or threshold != "coupled" or hinge != "relu"):
+            raise ValueError(
+                "penalty='entropy' needs reg_strength above 0, and has neither a threshold nor a hinge, "
+                f"got reg_strength={reg_strength}, threshold={threshold!r} and hinge={hinge!r}"
+            )
+        if memory_bank < 0 or (memory_bank and num_classes is None):
+            raise ValueError(
+                f"memory_bank must be at least 0, and needs num_classes, got {memory_bank} and {num_classes}"
+            )
+        if measure == "slots":
+            backends.check_available(backend, "slot_variance", SLOT_VARIANCE)
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
         self.num_classes, self.max_class_size = num_classes, max_class_size
         self.eps_var, self.gamma, self.min_samples = eps_var, gamma, min_samples
         self.hinge: Hinge = hinge
-        self.backend = backend
-        self.threshold = coupled_threshold(var_threshold, reg_strength)
-        warn_if_swamped(self.threshold, eps_var, gamma)
+        self.measure, self.penalty, self.objective, self.backend = measure, penalty, objective, backend
+        self.reg_strength = reg_strength
+        self.threshold = Threshold(
+            threshold, coupled_threshold(var_threshold, reg_strength), threshold_value, threshold_quantile
+        )
+        if penalty == "hinge":
+            warn_if_swamped(self.threshold.lowest, eps_var, gamma, REMEDY_OF_FIXED if threshold == "fixed" else REMEDY)
 
         self.num_tokens = 1  # T
         width = feature_dim
+        self.reduction: nn.Conv2d | nn.Linear | None = None
         if reduce_dim is not None and feature_shape is not None and reduce == "conv1x1":
             channels, height, breadth = feature_shape
-            self.reduction: nn.Conv2d | nn.Linear = nn.Conv2d(channels, reduce_dim, kernel_size=1, bias=False)
+            self.reduction = nn.Conv2d(channels, reduce_dim, kernel_size=1, bias=False)
             width = reduce_dim * height * breadth
         elif reduce_dim is not None:
             self.reduction = nn.Linear(feature_dim, reduce_dim, bias=False)
@@ -385,13 +192,15 @@ class SlotCrossAttentionCEM(Surrogate):
             self.num_tokens = feature_shape[1] * feature_shape[2]
             width //= self.num_tokens
         self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend)
-        self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
+        if measure == "enhanced":
+            self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
+        self.bank = MemoryBank(num_classes, memory_bank, feature_dim) if memory_bank and num_classes else None
 
-    def _flat(self, features: Tensor) -> Tensor:
-        """``[B, D]`` or ``[B, C, H, W]`` to ``[B, width]`` in fp32 or wider, reduced where that was asked for.
+    def _rows(self, features: Tensor) -> Tensor:
+        """``[B, D]`` or ``[B, C, H, W]`` to ``[B, D]`` in fp32 or wider.
 
-        Neither under autocast nor in half precision: the spread inside a class that is left when training succeeds is
-        lost in half precision's rounding. (Products may be in half precision: they add to the tokens through gates.)
+        Not in half precision: the spread inside a class that is left when training succeeds is lost in its rounding.
+        (Products may be in half precision: they add to the tokens through gates.)
         """
         validation.check_float("features", features)
         shape = self.feature_shape
@@ -401,24 +210,35 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 f"features must have shape [B, D={self.feature_dim}] or {maps}, got {list(features.shape)}"
             )
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        reduction: nn.Conv2d | nn.Linear | None = getattr(self, "reduction", None)
-        if reduction is None:
-            return features.flatten(1)
-        validation.check_together(features, [("reduction.weight", reduction.weight)])
-        weight = reduction.weight.to(features.dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            if shape is not None and isinstance(reduction, nn.Conv2d):
-                return F.conv2d(features.reshape(-1, *shape), weight).flatten(1)
-            return F.linear(features.flatten(1), weight)
+        if self.reduction is not None:
+            validation.check_together(features, [("reduction.weight", self.reduction.weight)])
+        return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(1)
 
-    def _groups(self, labels: Tensor) -> ClassGroups:
-        """The batch's classes; those of the labels themselves where ``num_classes`` is None."""
-        num_classes = self.num_classes
-        if num_classes is None:
-            classes, labels = torch.unique(labels, return_inverse=True)
-            num_classes = max(len(classes), 1)
-        return ClassGroups.from_labels(labels, num_classes, max_class_size=self.max_class_size)
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """``[B, D]`` to ``[B, T, width]``: reduced where that was asked for; and cut into tokens."""
+        if self.reduction is not None:
+            weight = self.reduction.weight.to(rows.dtype)
+            with torch.autocast(rows.device.type, enabled=False):
+                if self.feature_shape is not None and isinstance(self.reduction, nn.Conv2d):
+                    rows = F.conv2d(rows.reshape(-1, *self.feature_shape), weight).flatten(1)
+                else:
+                    rows = F.linear(rows, weight)
+        return self._tokens(rows)
+
+    def _classes(self, labels: Tensor) -> tuple[Tensor, int]:
+        """Labels and the number of classes; those of the labels themselves where ``num_classes`` is None."""
+        if self.num_classes is not None:
+            return labels, self.num_classes
+        classes, labels = torch.unique(labels, return_inverse=True)
+        return labels, max(len(classes), 1)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        """``[B, width]`` to ``[B, T, D]``. A map's positions are its fastest index; a token is its channels at one."""
+        return rows.unflatten(1, (-1, self.num_tokens)).mT
+
+    def begin_epoch(self, progress: float) -> None:
+        """See :class:`Surrogate`."""
+        self.threshold.begin_epoch(progress)
 
     def forward(
         self,
@@ -444,28 +264,112 @@ class SlotCrossAttentionCEM(Surrogate):
         Raises:
             TypeError, ValueError: see :meth:`cem_kernels.ClassGroups.from_labels` and the operators.
         """
-        flat = self._flat(features)
+        brought = self._rows(features)
         validation.check_labels(labels, self.num_classes)
-        if labels.shape != flat.shape[:1]:
-            raise ValueError(f"labels must have shape [B={len(flat)}], got {list(labels.shape)}")
+        if labels.shape != brought.shape[:1]:
+            raise ValueError(f"labels must have shape [B={len(brought)}], got {list(labels.shape)}")
         if unique_labels is not None:
             validation.check_labels(unique_labels, self.num_classes, "unique_labels")
             chosen = torch.isin(labels, unique_labels)
-            flat, labels = flat[chosen], labels[chosen]
-        groups = self._groups(labels)
-        # A map's positions are its fastest index; a token is what the channels say at one of them.
-        tokens, _ = Normalised.apply(flat.unflatten(1, (-1, self.num_tokens)).mT)  # [B, T, D]
+            brought, labels = brought[chosen], labels[chosen]
+        rows, (classes, num_classes), bound = brought, self._classes(labels), self.max_class_size
+        remembering = self.bank if self.training else None
+        if remembering is not None:
+            rows, classes = remembering.extend(self._for_all(brought, labels), labels)
+            num_classes *= 2  # behind the classes, what is not remembered yet
+            bound = None if bound is None else bound + remembering.size
+            if slot_noise is not None:
+                self.slot_attention.check_noise(slot_noise, num_classes // 2)
+                slot_noise = slot_noise.repeat(2, 1, 1)
+        groups = ClassGroups.from_labels(classes, num_classes, max_class_size=bound)
         product_dtype = features.dtype if features.dtype in (torch.bfloat16, torch.float16) else None
+        measured = self._enhanced if self.measure == "enhanced" else self._around_slots
+        result = measured(rows, groups, slot_noise, product_dtype)
+        rob_loss, intra_mse = result.rob_loss, result.intra_mse
+        if remembering is not None:
+            rob_loss, intra_mse = self._of_batch(result, labels, groups)
+            remembering.remember(brought, labels)
+        # Half a logarithm of a ratio of variances is one of deviations: nats.
+        return rob_loss / 2 if self.penalty == "entropy" else rob_loss, intra_mse
+
+    def _enhanced(
+        self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
+    ) -> ClassVariance:
+        """Of what samples are, normalised, after reading the slots of their class."""
+        tokens, _ = Normalised.apply(self._reduced(rows))
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
-        result = cem_kernels.class_variance(
-            enhanced,
-            groups,
-            threshold=self.threshold,
-            eps_var=self.eps_var,
-            gamma=self.gamma,
-            min_samples=self.min_samples,
-            hinge=self.hinge,
-            backend=self.backend,
-        )
-        return result.rob_loss, result.intra_mse
+        return cem_kernels.class_variance(enhanced, groups, **self._penalised(enhanced, groups), backend=self.backend)
+
+    def _around_slots(
+        self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
+    ) -> ClassVariance:
+        """Of features as they are, around the centroids of the slots that they belong to.
+
+        Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
+        """
+        with torch.no_grad():
+            normal, _ = Normalised.apply(self._reduced(rows))
+            slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
+            attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
+        tokens = self._tokens(rows)
+        options = self._penalised(tokens, groups)
+        return cem_kernels.slot_variance(tokens, attention, groups, **options, backend=self.backend)
+
+    def _penalised(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
+        """How variances become a penalty: options of the operators."""
+        if self.penalty == "entropy":
+            nothing = {"threshold": NEXT_TO_NOTHING, "eps_var": NEXT_TO_NOTHING}
+            return {**nothing, "gamma": self.reg_strength**2, "min_samples": self.min_samples, "hinge": "identity"}
+        if self.training:
+            # A memory's places that are not filled yet are classes behind these.
+            self.threshold.observe(features, groups, self.min_samples, self.num_classes or groups.num_classes)
+        numbers = {"eps_var": self.eps_var, "gamma": self.gamma, "min_samples": self.min_samples}
+        return {"threshold": self.threshold(), **numbers, "hinge": self.hinge}
+
+    def _for_all(self, brought: Tensor, labels: Tensor) -> Tensor:
+        """``brought`` with gradients as large as if those of what is remembered were the batch's too.
+
+        A class of 3 samples and 60 remembered ones passes on 3/63 of its gradient otherwise: as much less as there is
+        in the memory.
+        """
+        assert self.bank is not None
+        remembered = self.bank.written.clamp(max=self.bank.size)
+        counts = ClassGroups.from_labels(labels, len(remembered)).counts
+        factor = (1 + remembered / counts.clamp(min=1))[labels].to(brought.dtype)[:, None]
+        rows = brought.view_as(brought)
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: factor * gradient)
+        return rows
+
+    def _of_batch(self, result: ClassVariance, labels: Tensor, groups: ClassGroups) -> tuple[Tensor, Tensor]:
+        """The losses over the classes of the batch, weighted by its samples alone: the others do not change."""
+        counts = ClassGroups.from_labels(labels, self.num_classes or 1).counts
+        counts = torch.where(groups.counts[: len(counts)] >= self.min_samples, counts, 0).to(result.class_mse.dtype)
+        share = counts / counts.sum().clamp(min=1)
+        return (share * result.class_penalty[: len(share)]).sum(), (share * result.class_mse[: len(share)]).sum()
+
+    def own_loss(self, features: Tensor, labels: Tensor) -> Tensor | None:
+        """See :class:`Surrogate`. Both losses are means over samples, tokens and columns, of normalised features.
+
+        ``likelihood``: ``−log Σ_s N(x; slot_s, 1) / S`` a column, without its constant; ``reconstruction``:
+        ``(x − Σ_s p_s slot_s)²``. Classes of fewer than ``min_samples`` are left out here too. A reduction gets no
+        gradient: it could make all samples alike.
+        """
+        if self.objective == "penalty":
+            return None
+        classes, num_classes = self._classes(labels)
+        groups = ClassGroups.from_labels(classes, num_classes, max_class_size=self.max_class_size)
+        counted = (groups.counts >= self.min_samples)[groups.labels]
+        rows = torch.where(counted[:, None], self._rows(features).detach(), 0)
+        tokens, _ = Normalised.apply(self._reduced(rows).detach())
+        slots = self.slot_attention(tokens, groups)
+        own = slots.index_select(0, groups.labels)[:, None]  # [B, 1, S, D]
+        if self.objective == "reconstruction":
+            attention = cem_kernels.slot_assignments(tokens, slots, groups, self.slot_attention.weights())
+            loss = (tokens - (attention[..., None] * own).sum(dim=2)).square().mean(dim=(1, 2))
+        else:
+            distance = (tokens[:, :, None] - own).square().sum(dim=3)
+            likelihood = torch.logsumexp(-distance / 2, dim=2) - math.log(slots.shape[1])
+            loss = -likelihood.mean(dim=1) / tokens.shape[2]
+        return torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)

@@ -39,6 +39,17 @@ class Surrogate(nn.Module):
         """
         return {}
 
+    def begin_epoch(self, progress: float) -> None:
+        """Told at the start of every epoch with a penalty: ``progress`` goes from 0 (the first) to 1 (the last)."""
+
+    def own_loss(self, features: Tensor, labels: Tensor) -> Tensor | None:
+        """What the surrogate's own parameters are trained on, 0-dim, if not ``rob_loss``; default: None, ``rob_loss``.
+
+        Args:
+            features, labels: as in ``forward``; features get no gradient from it.
+        """
+        return None
+
 
 class NoSurrogate(Surrogate):
     """The third choice: no penalty. Both results are zeros attached to the graph."""

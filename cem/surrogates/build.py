@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from cem.surrogates.attention import SlotCrossAttentionCEM
+from cem.surrogates.attention import Measure, Objective, Penalty, SlotCrossAttentionCEM
 from cem.surrogates.base import NoSurrogate, Surrogate
 from cem.surrogates.mixture import GaussianMixtureCEM
+from cem.surrogates.threshold import Policy
 from cem_kernels import BackendUnavailableError
+from cem_kernels.class_variance import Hinge
 
 SURROGATES = ("attention", "gmm", "none")
 
@@ -24,6 +26,18 @@ def build_surrogate(
     num_classes: int,
     noise_std: float,
     var_threshold: float,
+    measure: Measure = "enhanced",
+    penalty: Penalty = "hinge",
+    hinge: Hinge = "relu",
+    threshold: Policy = "coupled",
+    threshold_value: float = 0.05,
+    threshold_quantile: float = 0.5,
+    eps_var: float = 1e-4,
+    objective: Objective = "penalty",
+    memory_bank: int = 0,
+    num_slots: int = 8,
+    tokens: Literal["flat", "spatial"] = "flat",
+    reduce: Literal["linear", "conv1x1"] = "linear",
     reduce_dim: int | None = None,
     gmm_fit: Literal["kmeans", "full"] = "kmeans",
     backend: str = "auto",
@@ -37,8 +51,10 @@ def build_surrogate(
         num_classes: ``K``.
         noise_std: ``σ``, standard deviation of the noise at the cut.
         var_threshold: ``τ``; features are penalised where they vary by more than ``τσ²`` inside their class.
-        reduce_dim: width that ``attention`` projects features to; None chooses 128 for features wider than 512 and
-            no projection below, 0 never projects.
+        measure, penalty, hinge, threshold, threshold_value, threshold_quantile, eps_var, objective, memory_bank,
+            num_slots, tokens, reduce: of ``attention``, see :class:`~cem.surrogates.attention.SlotCrossAttentionCEM`.
+        reduce_dim: width (channels, for ``conv1x1``) that ``attention`` projects features to; None chooses 128 for
+            flat tokens wider than 512 and no projection otherwise, 0 never projects.
         gmm_fit: how ``gmm`` fits its mixtures, see :class:`~cem.surrogates.mixture.GaussianMixtureCEM`.
         backend: of the attention operators, see :mod:`cem_kernels.backends`.
         sigmoid: whether the encoder ends in a sigmoid; the mixture then has 5 clusters per class, else 15.
@@ -62,16 +78,34 @@ def build_surrogate(
             fit=gmm_fit,
         )
     if name == "attention":
+        if tokens == "spatial" and len(feature_shape) != 3:
+            raise ValueError(f"spatial tokens need features of shape (C, H, W), got {tuple(feature_shape)}")
         if reduce_dim is None:
-            reduce_dim = REDUCED_WIDTH if width > WIDEST_UNREDUCED else 0
+            reduce_dim = REDUCED_WIDTH if width > WIDEST_UNREDUCED and tokens == "flat" and reduce == "linear" else 0
+        maps = (feature_shape[0], feature_shape[1], feature_shape[2]) if len(feature_shape) == 3 else None
+        positions = maps[1] * maps[2] if maps is not None and tokens == "spatial" else 1
+        channels = maps[1] * maps[2] * reduce_dim if maps is not None and reduce == "conv1x1" else reduce_dim
         return SlotCrossAttentionCEM(
             width,
-            # As many heads as the width allows, four at most.
-            num_heads=math.gcd(4, reduce_dim or width),
+            num_slots,
+            # As many heads as the width of a token allows, four at most.
+            num_heads=math.gcd(4, (channels or width) // positions),
+            eps_var=eps_var,
             var_threshold=var_threshold,
             reg_strength=noise_std,
             num_classes=num_classes,
+            hinge=hinge,
+            measure=measure,
+            penalty=penalty,
+            threshold=threshold,
+            threshold_value=threshold_value,
+            threshold_quantile=threshold_quantile,
+            objective=objective,
+            memory_bank=memory_bank,
+            tokens=tokens,
+            reduce=reduce,
             reduce_dim=reduce_dim or None,
+            feature_shape=maps,
             backend=backend,
         )
     raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {name!r}")

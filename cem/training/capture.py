@@ -43,7 +43,9 @@ class CapturedPenalty:
         # What lies in them while recording decides nothing: the graph has no branch that depends on values.
         self._z = z = torch.zeros(shape, device=device)
         self._labels = labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        before = {name: value.clone() for name, value in surrogate.state_dict().items()}
         self._penalty, self._replay = record(lambda: penalty_of(surrogate, z, labels), device)
+        surrogate.load_state_dict(before)  # in place: a memory would have filled with what was recorded
 
     def __call__(self, z: Tensor, labels: Tensor) -> Penalty:
         """The penalty of a batch, see :func:`~cem.training.injection.penalty_of`.

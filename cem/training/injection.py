@@ -51,7 +51,8 @@ class Penalty(NamedTuple):
         rob_loss, intra_mse: 0-dim, see :class:`~cem.surrogates.base.Surrogate`.
         finite: 0-dim bool, whether ``rob_loss`` and all gradients are.
         z_grad: ``∂rob_loss/∂z``, shaped like ``z``.
-        grads: ``∂rob_loss`` of each of the surrogate's parameters with ``requires_grad``, in their order.
+        grads: of each of the surrogate's parameters with ``requires_grad``, in their order: ``∂rob_loss``, or that of
+            the loss of its own, where it has one.
     """
 
     rob_loss: Tensor
@@ -71,7 +72,13 @@ def penalty_of(surrogate: Surrogate, z: Tensor, labels: Tensor) -> Penalty:
     """
     z = z.detach().requires_grad_()
     rob_loss, intra_mse = surrogate(z, labels)
-    grads = torch.autograd.grad(rob_loss, [z, *_trained(surrogate)], materialize_grads=True)
+    trained = _trained(surrogate)
+    own_loss = surrogate.own_loss(z, labels) if trained else None
+    if own_loss is None:
+        grads = torch.autograd.grad(rob_loss, [z, *trained], materialize_grads=True)
+    else:
+        grads = torch.autograd.grad(rob_loss, [z], materialize_grads=True)
+        grads += torch.autograd.grad(own_loss, trained, materialize_grads=True)
     return Penalty(rob_loss.detach(), intra_mse.detach(), _all_finite(rob_loss, grads), grads[0], list(grads[1:]))
 
 
@@ -95,7 +102,7 @@ def combined(
     Args:
         model: has ``encoder``, ``defense`` and ``server``.
         surrogate: the penalty, or ``None`` for classification alone. Its parameters with ``requires_grad``
-            get ``lambda_eff · ∂rob_loss``.
+            get ``lambda_eff`` times the gradient of what they are trained on.
         images: ``[B, C, H, W]``.
         labels: ``[B]``, int64.
         lambda_eff: weight of the penalty, see :func:`cem.training.schedule.lambda_eff`.

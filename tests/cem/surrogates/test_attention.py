@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import cem
-from cem.surrogates.attention import Normalised
 from cem.surrogates.build import build_surrogate
+from cem.surrogates.modules import Normalised
 from cem_kernels import BackendUnavailableError
 
 SEED_STATE = [
@@ -251,10 +251,10 @@ def test_sound_threshold_does_not_warn():
         ({"var_threshold": float("nan")}, "var_threshold must be finite and not negative, got nan"),
         ({"reduce_dim": 0}, "reduce_dim must be at least 1, got 0"),
         ({"reduce_dim": 4, "reduce": "conv1x1"}, r"reduce='conv1x1' needs reduce_dim and feature_shape=\(C, H, W\)"),
-        ({"tokens": "patches"}, "tokens must be 'flat' or 'spatial', got 'patches'"),
+        ({"tokens": "patches"}, "tokens must be one of flat, spatial, got 'patches'"),
         ({"tokens": "spatial"}, r"tokens='spatial' needs feature_shape=\(C, H, W\)"),
         ({"tokens": "spatial", "feature_shape": (4, 2, 2), "reduce_dim": 4}, "reduces with reduce='conv1x1' if at all"),
-        ({"reduce_dim": 4, "reduce": "pool"}, "reduce must be 'linear' or 'conv1x1', got 'pool'"),
+        ({"reduce_dim": 4, "reduce": "pool"}, "reduce must be one of linear, conv1x1, got 'pool'"),
         (
             {"feature_shape": (4, 2, 3)},
             r"feature_shape must be \(C, H, W\) with C\*H\*W = feature_dim = 16, got \(4, 2, 3\)",
@@ -378,12 +378,12 @@ def test_infinite_sample_alone_in_its_class_leaves_the_losses_alone(backend):
 
 def test_build_reduces_wide_features_only():
     common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
-    assert not hasattr(build_surrogate("attention", feature_shape=(8, 8, 8), **common), "reduction")
+    assert build_surrogate("attention", feature_shape=(8, 8, 8), **common).reduction is None
     assert build_surrogate("attention", feature_shape=(16, 8, 8), **common).reduction.weight.shape == (
         128,
         1024,
     )
-    assert not hasattr(build_surrogate("attention", feature_shape=(1024,), reduce_dim=0, **common), "reduction")
+    assert build_surrogate("attention", feature_shape=(1024,), reduce_dim=0, **common).reduction is None
     assert build_surrogate("attention", feature_shape=(512,), reduce_dim=64, **common).reduction.out_features == 64
 
 
