@@ -20,6 +20,14 @@ LLOYD_STEPS = 20  # at most; any partition gives a bound, a converged one hardly
 BATCH = 128  # samples, as the surrogates see them in training by default
 NEGLIGIBLE = 1e-3  # of σ²: a column that varies by less inside a class counts as varying by so much
 
+MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("attention", {"measure": "enhanced"}),
+    "slots": ("attention", {"measure": "slots"}),
+    "slots_entropy": ("attention", {"measure": "slots", "penalty": "entropy"}),
+    "gmm": ("gmm", {}),
+}
+"""Surrogates whose value is reported: its name there, that of the surrogate, its options."""
+
 NOTE = (
     "An upper estimate of I(x; z), not a certificate: H(x) is unknown, and the variances come from a sample, the less "
     "certain the fewer of it fall into a cluster. Only the difference between runs on the same data speaks."
@@ -67,8 +75,9 @@ def information_report(
     be ranked against measured errors. More means that more of an image gets through. ``None`` without noise,
     but for the last.
 
-    * ``attention``, ``gmm``: ``rob_loss`` of that surrogate at ``σ`` (attention with untrained weights, the
-      mixture refitted here), mean over batches of 128 at random;
+    * ``attention``, ``slots``, ``slots_entropy``, ``gmm``: ``rob_loss`` of that surrogate at ``σ``, mean over batches
+      of 128 at random: the original attention, ``measure="slots"`` with either penalty, all with untrained weights,
+      and the mixture, refitted here;
     * ``nats``: the figure above;
     * ``class_log_variance``: mean over classes and columns of ``log(v / σ² + 1e-3)``, ``v`` the variance inside the
       class; classes with a single sample are left out;
@@ -116,13 +125,14 @@ def information_report(
 
     class_log_variance, relative_variance = _class_variances(x, labels, noise_std)
     penalties: dict[str, float | None] = {}
-    for name in ("attention", "gmm"):
+    for name, (kind, options) in MEASURED.items():
         penalties[name] = None
         if noise_std > 0:
             with isolated_random(seed, x.device), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that eps_var swamps the threshold; training has said so
                 surrogate = build_surrogate(
-                    name,
+                    kind,
+                    **options,
                     feature_shape=feature_shape,
                     num_classes=num_classes,
                     noise_std=noise_std,

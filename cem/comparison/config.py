@@ -39,9 +39,12 @@ class Comparison:
 
     def train_config(self, run: Run) -> TrainConfig:
         """The options of one training, without ``out``."""
-        surrogate, lambd, noise_std = run.setting.surrogate, run.setting.lambd, run.setting.noise_std
+        own = self.grid.options_of(run.setting.surrogate) | {
+            "lambd": run.setting.lambd,
+            "noise_std": run.setting.noise_std,
+        }
         # from_dict: the shared options may be of a subclass, which the command line needs.
-        values = TrainConfig.to_dict(self.train) | {"surrogate": surrogate, "lambd": lambd, "noise_std": noise_std}
+        values = TrainConfig.to_dict(self.train) | own
         return TrainConfig.from_dict(values | {"seed": run.seed, "out": None})
 
     def attack_config(self) -> AttackConfig:

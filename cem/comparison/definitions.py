@@ -110,7 +110,9 @@ DEFINITIONS = [
 """Terms of the report, and what they mean."""
 
 VALUES = {
-    "attention": "penalty of the attention surrogate, with untrained weights",
+    "attention": "penalty of the original attention surrogate, with untrained weights",
+    "slots": "how far variances inside slots exceed the threshold, with untrained weights",
+    "slots_entropy": "nats a column that variances inside slots let through the noise, with untrained weights",
     "gmm": "penalty of the mixture surrogate, refitted to the trained model",
     "nats": "the information bound I",
     "class_log_variance": "mean logarithm of the variances inside classes, in units of σ²",

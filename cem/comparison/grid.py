@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
 
 from cem.options import ConfigError, Options, option
+from cem.surrogates import SURROGATES
+from cem.training.config import TrainConfig
+from cem.training.presets import PRESETS
+
+NOT_OF_A_VARIANT = ("noise_std", "seed", "out", "device", "data", "data_root", "profile_steps")
+"""Options of a training that the grid or the comparison decides, so that runs can be set against each other."""
 
 
 @dataclass(frozen=True, order=True)
@@ -15,7 +24,7 @@ class Setting:
     """What is compared: one row of the table. Runs of one setting differ in their seed alone.
 
     Attributes:
-        surrogate: ``"none"``, ``"gmm"`` or ``"attention"``.
+        surrogate: ``"none"``, ``"gmm"``, ``"attention"``, or the name of a preset or a variant.
         lambd: weight λ of the penalty; 0 for ``"none"``.
         noise_std: standard deviation σ of the noise on the features.
     """
@@ -48,9 +57,12 @@ class Run:
 class GridOptions(Options):
     """What varies between the runs, and how many of them run at a time."""
 
-    surrogates: tuple[Literal["none", "gmm", "attention"], ...] = ("none", "gmm", "attention")
-    """Surrogates to compare. none is the control: every other one is set against it at the same noise and
-    seed, so leaving it out leaves those columns empty."""
+    surrogates: tuple[str, ...] = ("none", "gmm", "attention")
+    """Surrogates to compare: none, gmm, attention, a preset of cem.train, or one of VARIANTS. none is the control:
+    every other one is set against it at the same noise and seed, so leaving it out leaves those columns empty."""
+    variants: tuple[str, ...] = ()
+    """More of them, each a name and what it sets in cem.train, as YAML: "slots: {measure: slots, tokens: spatial}".
+    They are attention unless they set surrogate. One that sets lambd is run with this weight alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
     lambds: tuple[float, ...] = (16.0,)
@@ -70,6 +82,8 @@ class GridOptions(Options):
             ConfigError: naming the option, what it takes and what it got.
         """
         self.convert()
+        for surrogate in self.surrogates:
+            self.options_of(surrogate)
         for name in ("surrogates", "seeds", "lambds", "noise_stds"):
             if not getattr(self, name):
                 raise ConfigError(f"{option(name)} needs at least one value")
@@ -90,9 +104,57 @@ class GridOptions(Options):
             Setting(surrogate, lambd, noise_std)
             for noise_std in self.noise_stds
             for surrogate in self.surrogates
-            for lambd in ((0.0,) if surrogate == "none" else self.lambds)
+            for lambd in self._lambds_of(surrogate)
         ]
+
+    def options_of(self, surrogate: str) -> dict[str, Any]:
+        """What a surrogate's name sets in a training.
+
+        Raises:
+            ConfigError: there is no such surrogate, preset or variant, or a variant cannot be read.
+        """
+        variants = dict(map(_variant, self.variants))
+        if surrogate in variants:
+            return {"surrogate": "attention", **variants[surrogate]}
+        if surrogate in SURROGATES:
+            return {"surrogate": surrogate}
+        if surrogate in PRESETS:
+            return PRESETS[surrogate]
+        known = ", ".join(dict.fromkeys((*reversed(SURROGATES), *PRESETS, *variants)))
+        raise ConfigError(f"--surrogates takes {known}, got {surrogate!r}; --variants defines others")
+
+    def _lambds_of(self, surrogate: str) -> tuple[float, ...]:
+        if surrogate == "none":
+            return (0.0,)
+        own = self.options_of(surrogate).get("lambd")
+        return self.lambds if own is None else (float(own),)
 
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that a comparison that is stopped early has whole seeds to show."""
         return [Run(setting, seed) for seed in self.seeds for setting in self.settings()]
+
+
+def _variant(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a variant.
+
+    Raises:
+        ConfigError: it is not YAML of this form, its name cannot be a file's, or it sets what it may not.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--variants takes YAML such as 'slots: {{measure: slots}}', got {text!r}: {error}"
+        ) from error
+    if not isinstance(content, dict) or len(content) != 1 or not isinstance(next(iter(content.values())), dict):
+        raise ConfigError(f"--variants takes a name and its options, such as 'slots: {{measure: slots}}', got {text!r}")
+    ((name, options),) = content.items()
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name) or name in SURROGATES:
+        raise ConfigError(
+            f"--variants: a name has letters, digits, _ and ., begins with a letter, and is none of "
+            f"{', '.join(SURROGATES)}; got {name!r}"
+        )
+    known = {each.name for each in fields(TrainConfig)} - set(NOT_OF_A_VARIANT)
+    if wrong := [key for key in options if key not in known]:
+        raise ConfigError(f"--variants: {name} cannot set {wrong[0]!r}")
+    return name, options

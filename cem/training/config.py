@@ -66,14 +66,46 @@ class TrainConfig(Options):
     under a penalty from the first step on, an untrained encoder may learn to send the same for every class."""
     var_threshold: float = 0.1
     """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
+    measure: Literal["enhanced", "slots"] = "enhanced"
+    """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
+    their class, the original's. slots: of the features as they are sent, around the centroids of the slots."""
+    penalty: Literal["hinge", "entropy"] = "hinge"
+    """How a variance v becomes a penalty. hinge: log v above the log of a threshold.
+    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold."""
+    hinge: Literal["relu", "softplus", "identity"] = "relu"
+    """What counts of log v − log threshold: what is above zero, a smooth form of that, or all of it."""
+    threshold: Literal["coupled", "fixed", "ramp", "quantile"] = "coupled"
+    """Where the penalty begins. coupled: VAR_THRESHOLD times σ². fixed: THRESHOLD_VALUE. ramp: from THRESHOLD_VALUE
+    in the first epoch with a penalty down to the coupled one in the last: accuracy first, robustness later.
+    quantile: THRESHOLD_QUANTILE of the variances that features have, never below the coupled one."""
+    threshold_value: float = 0.05
+    """Threshold of `fixed`, and first one of `ramp`: a variance."""
+    threshold_quantile: float = 0.5
+    """Share of all variances that `quantile` leaves alone."""
+    eps_var: float = 1e-4
+    """Floor of a variance inside the attention surrogate. Below it nothing is made smaller."""
+    memory_bank: int = 0
+    """Recent features of every class that the attention surrogate remembers and measures a batch with, such as 64;
+    for many classes and small batches, where most classes have no two samples. 0: none."""
+    tokens: Literal["flat", "spatial"] = "flat"
+    """What the attention surrogate attends to. flat: a sample's features are one token.
+    spatial: every position of the feature map is one, which needs far smaller matrices."""
+    reduce: Literal["linear", "conv1x1"] = "linear"
+    """What REDUCE_DIM is. linear: a width to project flat features to. conv1x1: a number of channels."""
+    num_slots: int = 8
+    """Slots of every class in the attention surrogate."""
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
     """What trains the surrogate's own parameters.
     frozen: nothing; it is a fixed statistic. separate: an Adam of its own. shared: the network's SGD.
     A surrogate that minimises its own penalty can cheat and shrink its output, hence the default."""
+    surrogate_objective: Literal["penalty", "likelihood", "reconstruction"] = "penalty"
+    """What the attention surrogate's own parameters minimise under the policies separate and shared.
+    penalty: what the encoder minimises. likelihood: slots as centres of a mixture of their class's features.
+    reconstruction: features from the slots that they belong to."""
     surrogate_lr: float = 1e-4
     """Learning rate of the surrogate's Adam under --surrogate-policy separate."""
     reduce_dim: int | None = None
-    """Width to which the attention surrogate projects features first.
+    """Width, or channels, to which the attention surrogate projects features first.
     None chooses by their size, 0 never projects."""
     gmm_fit: Literal["kmeans", "full"] = "kmeans"
     """How the gmm surrogate fits its mixtures. kmeans: k-means++ in PyTorch, on the training device.
@@ -147,7 +179,7 @@ class TrainConfig(Options):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ConfigError(f"{option(name)} must be finite and at least {least}, got {value}")
-        for name in ("lr", "surrogate_lr"):
+        for name in ("lr", "surrogate_lr", "threshold_value", "eps_var"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{option(name)} must be finite and above 0, got {getattr(self, name)}")
         if not self.momentum < 1:
@@ -161,6 +193,12 @@ class TrainConfig(Options):
             )
         if not self.seed < 2**32:  # NumPy's generators take no more
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
+        if not 0 < self.threshold_quantile < 1:
+            raise ConfigError(f"--threshold-quantile must be between 0 and 1, got {self.threshold_quantile}")
+        if self.surrogate_objective != "penalty" and self.injection != "combined":
+            raise ConfigError(
+                f"--surrogate-objective {self.surrogate_objective} takes --injection combined, got {self.injection}"
+            )
         device = resolve_device(self.device)
         if (
             self.surrogate == "attention"
@@ -189,8 +227,9 @@ class TrainConfig(Options):
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("train_size", "image_size", "cut_layer", "epochs", "batch_size", "penalty_from"), 1),
+    **dict.fromkeys(("train_size", "image_size", "cut_layer", "epochs", "batch_size", "penalty_from", "num_slots"), 1),
     **dict.fromkeys(("num_workers", "noise_std", "lambd", "var_threshold", "reduce_dim", "profile_steps"), 0),
+    "memory_bank": 0,
     **dict.fromkeys(("momentum", "weight_decay", "warmup_epochs", "seed"), 0),
 }
 

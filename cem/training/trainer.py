@@ -250,6 +250,9 @@ class Trainer:
         if self._captured is not None:
             inject = partial(inject, penalise=self._captured)
         surrogate = state.surrogate if weight > 0 else None
+        if surrogate is not None:
+            first, last = self.config.penalty_from - 1, self.config.epochs - 1
+            surrogate.begin_epoch((epoch - first) / (last - first) if last > first else 1.0)
         meter = EpochMeter(state.device)
         for part in state.parts().values():
             part.train()

@@ -14,6 +14,7 @@ import pytest
 
 from cem import train as command
 from cem.training import TrainConfig, read_summary
+from cem.training.presets import PRESETS
 
 SMALL = ["--surrogate=none", "--train-size=64", "--batch-size=32", "--epochs=1", "--device=cpu"]
 
@@ -80,6 +81,19 @@ def test_options_override_the_config_file(tmp_path: Path) -> None:
     assert (config.lr, config.epochs, config.surrogate, resume) == (0.01, 3, "gmm", False)
 
 
+def test_a_preset_overrides_the_config_file_and_is_overridden_by_options(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("lr: 0.01\nsurrogate: none\nvar_threshold: 0.5\n")
+    config, _ = command.parse(["--config", "mine.yaml", "--preset", "gmm", "--lambd", "3"])
+    assert (config.lr, config.surrogate, config.var_threshold, config.lambd) == (0.01, "gmm", 0.125, 3.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_trained(name: str) -> None:
+    config, _ = command.parse(["--preset", name])
+    config.validate()
+    assert {option: getattr(config, option) for option in PRESETS[name]} == PRESETS[name]
+
+
 def test_config_of_a_run_makes_the_same_run_elsewhere(tmp_path: Path) -> None:
     assert command.main([*SMALL, "--out", "a"]) == 0
     assert command.main(["--config", "a/config.yaml", "--out", "b"]) == 0
@@ -98,6 +112,7 @@ def test_config_of_a_run_makes_the_same_run_elsewhere(tmp_path: Path) -> None:
         (["--config", "absent.yaml"], "error: cannot read options from absent.yaml"),
         (["--resume", "absent"], "error: cannot read options from absent/config.yaml"),
         (["--resume", "a", "--config", "b"], "error: --resume takes its options from the run"),
+        (["--resume", "a", "--preset", "gmm"], "error: --resume takes its options from the run"),
         (["--data", "folder", "--data-root", "absent"], "error: "),
         (["--surrogate", "gmm", "--backend", "triton"], "the gmm surrogate has no 'triton' backend"),
         (["--capture", "--device", "cpu"], "error: --capture needs a CUDA device"),

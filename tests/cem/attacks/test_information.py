@@ -229,7 +229,7 @@ def test_without_noise_only_the_ratio_of_variances_is_left():
     values = report(x, labels, noise_std=0.0)["values"]
     ratio = values.pop("relative_variance")
     assert ratio == pytest.approx(report(x, labels)["values"]["relative_variance"])
-    assert values == dict.fromkeys(("attention", "gmm", "nats", "class_log_variance"))
+    assert values == dict.fromkeys((*information.MEASURED, "nats", "class_log_variance"))
 
 
 # What each surrogate says.
@@ -264,6 +264,12 @@ def test_attention_is_its_penalty_with_the_weights_of_the_seed():
     assert value > 0
 
 
+def test_entropy_of_slots_is_half_the_mean_logarithm_of_what_crosses_the_noise():
+    x = gaussian(128, 6, std=3.0)
+    value = report(x, noise_std=1.5)["values"]["slots_entropy"]
+    assert value == pytest.approx(0.5 * (x.float().var(0) / 1.5**2).log1p().mean().item(), rel=0.15)  # slots divide it
+
+
 def test_batches_count_by_their_samples(monkeypatch):
     x, labels = two_classes(samples=101)
     monkeypatch.setattr(information, "BATCH", 100)
@@ -279,7 +285,7 @@ def test_batches_count_by_their_samples(monkeypatch):
 
     monkeypatch.setattr(information, "build_surrogate", lambda *_, **__: Counting())
     assert report(x, labels)["values"]["gmm"] == pytest.approx((100 * 100 + 1 * 1) / 101)
-    assert weights == [100, 1] * 2
+    assert weights == [100, 1] * len(information.MEASURED)
 
 
 def test_the_mixture_is_refitted_to_these_features():
@@ -300,7 +306,7 @@ def test_the_sigmoids_mixture_has_fewer_clusters_and_so_a_larger_penalty():
 def test_the_threshold_reaches_the_surrogates():
     x, labels = two_classes()
     strict, lax = (report(x, labels, var_threshold=threshold)["values"] for threshold in (0.1, 0.2))
-    for name in ("attention", "gmm"):
+    for name in ("attention", "slots", "gmm"):
         assert strict[name] > lax[name]
 
 

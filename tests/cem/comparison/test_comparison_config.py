@@ -19,6 +19,21 @@ def test_training_has_the_grids_values_and_the_shared_options() -> None:
     assert config == TrainConfig(epochs=3, surrogate="gmm", lambd=4.0, noise_std=0.3, seed=2)
 
 
+def test_training_of_a_variant_has_its_options_over_the_shared_ones() -> None:
+    grid = GridOptions(surrogates=("s", "seed"), variants=("s: {measure: slots, eps_var: 1e-6, epochs: 5}",))
+    comparison = Comparison(grid=grid, train=TrainConfig(epochs=3, measure="enhanced", tokens="spatial"))
+    variant = comparison.train_config(Run(Setting("s", 4.0, 0.3), seed=2))
+    assert (variant.surrogate, variant.measure, variant.eps_var, variant.epochs, variant.lambd) == (
+        "attention",
+        "slots",
+        1e-6,
+        5,
+        4.0,
+    )
+    assert variant.tokens == "spatial"
+    assert comparison.train_config(Run(Setting("seed", 16.0, 0.3), seed=2)).tokens == "flat"
+
+
 def test_training_without_a_penalty_has_weight_0() -> None:
     comparison = Comparison(grid=GridOptions(surrogates=("none",)))
     assert [comparison.train_config(run).lambd for run in comparison.grid.runs()] == [0.0, 0.0, 0.0]
@@ -36,7 +51,14 @@ def test_device_of_the_attack_itself_holds() -> None:
 
 def test_file_gives_back_the_options_and_the_command(tmp_path: Path) -> None:
     before = Comparison(
-        grid=GridOptions(surrogates=("gmm",), seeds=(3,), lambds=(1.0, 2.0), noise_stds=(0.5,), jobs=2),
+        grid=GridOptions(
+            surrogates=("s",),
+            variants=("s: {surrogate: gmm}",),
+            seeds=(3,),
+            lambds=(1.0, 2.0),
+            noise_stds=(0.5,),
+            jobs=2,
+        ),
         train=TrainConfig(data="mnist", data_root=Path("x"), epochs=4),
         attack=AttackConfig(max_epochs=5),
     )

@@ -53,10 +53,31 @@ def test_run_is_named_after_what_varies(run: Run, name: str) -> None:
         ({"jobs": 0}, "--jobs must be at least 1, got 0"),
         ({"seeds": (1, 1)}, "two runs would be called none-noise0.1-seed1"),
         ({"noise_stds": (0.1, 0.10000001)}, "two runs would be called none-noise0.1-seed0"),
-        ({"surrogates": ("kmeans",)}, "--surrogates takes one of none, gmm, attention, got 'kmeans'"),
+        ({"surrogates": ("kmeans",)}, "--surrogates takes none, gmm, attention, seed, got 'kmeans'"),
+        ({"surrogates": ("s",), "variants": ("s",)}, "--variants takes a name and its options"),
+        ({"surrogates": ("s",), "variants": ("s: [1]",)}, "--variants takes a name and its options"),
+        ({"surrogates": ("s",), "variants": ("{",)}, "--variants takes YAML such as"),
+        ({"surrogates": ("a/b",), "variants": ("a/b: {}",)}, "--variants: a name has letters, digits"),
+        ({"surrogates": ("gmm",), "variants": ("gmm: {}",)}, "is none of attention, gmm, none; got 'gmm'"),
+        ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
+        ({"surrogates": ("s",), "variants": ("s: {mesure: slots}",)}, "--variants: s cannot set 'mesure'"),
     ],
 )
 def test_grid_that_cannot_be_run_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         GridOptions(**options).validate()
     assert message in str(caught.value)
+
+
+def test_a_variant_sets_options_of_the_attention_surrogate() -> None:
+    grid = GridOptions(
+        surrogates=("s",), variants=("s: {measure: slots}", "other: {surrogate: gmm}"), lambds=(1.0, 2.0)
+    )
+    assert grid.options_of("s") == {"surrogate": "attention", "measure": "slots"}
+    assert grid.options_of("other") == {"surrogate": "gmm"}
+    assert [setting.lambd for setting in grid.settings()] == [1.0, 2.0]
+
+
+def test_a_variant_or_a_preset_with_a_weight_of_its_own_is_run_with_that_alone() -> None:
+    grid = GridOptions(surrogates=("s", "seed"), variants=("s: {lambd: 3}",), lambds=(1.0, 2.0))
+    assert [(setting.surrogate, setting.lambd) for setting in grid.settings()] == [("s", 3.0), ("seed", 16.0)]

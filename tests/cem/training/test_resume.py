@@ -92,10 +92,22 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         {"surrogate": "attention"},
         {"surrogate": "attention", "surrogate_policy": "separate"},
         {"surrogate": "attention", "surrogate_policy": "shared"},
+        {"surrogate": "attention", "surrogate_policy": "separate", "surrogate_objective": "likelihood"},
         {"surrogate": "attention", "injection": "two_pass"},
+        {"surrogate": "attention", "measure": "slots", "memory_bank": 8, "threshold": "quantile"},
         {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
     ],
-    ids=["none", "gmm", "attention", "attention with Adam", "attention with SGD", "two passes", "dropout"],
+    ids=[
+        "none",
+        "gmm",
+        "attention",
+        "attention with Adam",
+        "attention with SGD",
+        "likelihood",
+        "two passes",
+        "memory and quantile",
+        "dropout",
+    ],
 )
 def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     check_bit_for_bit(tmp_path, options)

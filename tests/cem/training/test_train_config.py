@@ -33,7 +33,19 @@ EVERY_OPTION = TrainConfig(
     lambd=8.0,
     penalty_from=5,
     var_threshold=0.125,
+    measure="slots",
+    penalty="entropy",
+    hinge="softplus",
+    threshold="ramp",
+    threshold_value=0.01,
+    threshold_quantile=0.25,
+    eps_var=1e-6,
+    memory_bank=64,
+    tokens="spatial",
+    reduce="conv1x1",
+    num_slots=4,
     surrogate_policy="separate",
+    surrogate_objective="likelihood",
     surrogate_lr=3e-5,
     reduce_dim=0,
     gmm_fit="full",
@@ -138,6 +150,11 @@ def test_missing_yaml_is_refused(tmp_path: Path) -> None:
         ("lambd", float("nan")),
         ("noise_std", float("inf")),
         ("reduce_dim", -1),
+        ("memory_bank", -1),
+        ("num_slots", 0),
+        ("threshold_value", 0.0),
+        ("threshold_quantile", 1.0),
+        ("eps_var", 0.0),
         ("lr", 0.0),
         ("surrogate_lr", -1e-4),
         ("momentum", 1.0),
@@ -167,6 +184,11 @@ def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: f
 def test_capture_of_what_cannot_be_captured_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"--capture:? {message}"):
         replace(TrainConfig(capture=True, device="cpu"), **options).validate()
+
+
+def test_an_objective_of_its_own_takes_the_combined_injection() -> None:
+    with pytest.raises(ConfigError, match="--surrogate-objective likelihood takes --injection combined, got two_pass"):
+        TrainConfig(surrogate_objective="likelihood", injection="two_pass").validate()
 
 
 def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

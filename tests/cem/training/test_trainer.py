@@ -38,6 +38,17 @@ class Scale(Surrogate):
         return self.weight.square() * size, size.detach()
 
 
+class Watched(Scale):
+    """Keeps what it is told of the epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[float] = []
+
+    def begin_epoch(self, progress: float) -> None:
+        self.told.append(progress)
+
+
 class Refitted(Scale):
     """A penalty that records its refits."""
 
@@ -336,6 +347,15 @@ def test_separate_policy_trains_with_its_own_adam(
     assert isinstance(adam, torch.optim.Adam)
     assert adam.param_groups[0]["lr"] == 3e-4
     assert adam.param_groups[0]["params"] == list(state.parts()["surrogate"].parameters())
+
+
+def test_the_surrogate_is_told_how_far_the_penalised_epochs_have_come(
+    make_config: MakeConfig, use_surrogate: Callable[[type[Surrogate]], list[Surrogate]]
+) -> None:
+    built = use_surrogate(Watched)
+    train(make_config(epochs=4, penalty_from=2))
+    assert isinstance(built[0], Watched)
+    assert built[0].told == [0.0, 0.5, 1.0]
 
 
 def test_refit_sees_the_whole_training_set_clean_after_every_epoch(
