@@ -140,6 +140,6 @@ def warn_if_swamped(
     if gamma > threshold:
         warnings.warn(
             f"gamma={gamma:.3g} is above the variance threshold {threshold:.3g}: the penalty begins at gamma, not at "
-            f"the threshold. {REMEDY}",
+            f"the threshold. {remedy}",
             stacklevel=stacklevel,
         )
