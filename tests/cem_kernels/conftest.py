@@ -26,10 +26,10 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def rows_for(*arguments: str) -> Rows:
+def rows_for(arguments: tuple[str, ...], environment: dict[str, str]) -> Rows:
     """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
-    script = str(TABLE.with_name("compile_kernels.py"))
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(TABLE.with_name("compile_kernels.py")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(csv.DictReader(done.stdout.splitlines()))
 
@@ -39,7 +39,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = any("compiled" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly:
         pool = ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1))
-        session.config.stash[COMPILING] = {run: pool.submit(rows_for, *run) for run in RUNS}
+        # A copy: a test that sets a variable moves the process's own list of them, and a start just then fails.
+        environment = dict(os.environ)
+        session.config.stash[COMPILING] = {run: pool.submit(rows_for, run, environment) for run in RUNS}
         session.config.add_cleanup(lambda: pool.shutdown(cancel_futures=True))
 
 
