@@ -50,6 +50,7 @@ class SlotCrossAttentionCEM(Surrogate):
     That is ``measure="enhanced"``, the original. It is taken of normalised features, so that it does not know how large
     they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
     together, and what is penalised is how far the features as they are sent lie from the centroids of these slots.
+    Slots say little before they are trained (``objective``): then this is nearly the variance of the class.
 
     Example::
 
@@ -74,7 +75,8 @@ class SlotCrossAttentionCEM(Surrogate):
         measure: of which variance, ``enhanced`` or ``slots``.
         penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
             variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
-            terms without a gradient. It has no threshold, and needs ``reg_strength``.
+            terms without a gradient. It has no threshold, and needs ``reg_strength``. Nats of the noise they are with
+            ``measure="slots"`` only: ``enhanced`` measures normalised features, which the noise is not added to.
         threshold: how the threshold moves, see :class:`~cem.surrogates.threshold.Threshold`.
         threshold_value: where ``fixed`` stands and ``ramp`` begins.
         threshold_quantile: of ``quantile``.
@@ -82,7 +84,8 @@ class SlotCrossAttentionCEM(Surrogate):
             ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centres
             of a mixture. ``reconstruction``: samples from the slots that they belong to.
         memory_bank: remember so many recent features of every class, in training, and measure the variance of a batch
-            together with them, for many classes and small batches; 0 for none. Needs ``num_classes``.
+            together with them, for many classes and small batches; 0 for none. Needs ``num_classes``. Gradients are as
+            large as without it; what is remembered was sent by an older encoder.
         dropout: on the attention's output, in training.
         reduce_dim: work on a projection of the features, because flat features of width ``D`` need ``D × D``
             matrices. With ``reduce="linear"`` the width it projects to; with ``reduce="conv1x1"`` the channels.

@@ -48,8 +48,9 @@ class Threshold(nn.Module):
     ``ramp``
         From ``value`` down to the coupled one, in equal factors from epoch to epoch: accuracy first, robustness later.
     ``quantile``
-        The ``quantile`` of the variances that the features have, a running mean over steps, and never below the
-        coupled one: always the wider columns are penalised, however wide all of them are.
+        The ``quantile`` of the variances that the features have inside their classes (the value below it, where it
+        lies between two), a running mean over steps, and never below the coupled one: always the wider columns are
+        penalised, however wide all of them are. Around slots that are trained variances are smaller than that.
 
     Args:
         policy: one of :data:`POLICIES`.

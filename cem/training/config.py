@@ -68,7 +68,8 @@ class TrainConfig(Options):
     """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
     measure: Literal["enhanced", "slots"] = "enhanced"
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
-    their class, the original's. slots: of the features as they are sent, around the centroids of the slots."""
+    their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
+    say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
     penalty: Literal["hinge", "entropy"] = "hinge"
     """How a variance v becomes a penalty. hinge: log v above the log of a threshold.
     entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold."""
