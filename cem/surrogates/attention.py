@@ -167,6 +167,10 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 f"memory_bank must be at least 0, and needs num_classes, got {memory_bank} and {num_classes}"
             )
+        if measure == "slots" and threshold == "quantile":
+            raise ValueError(
+                "threshold='quantile' follows the variances of classes, which measure='slots' does not have"
+            )
         if measure == "slots":
             backends.check_available(backend, "slot_variance", SLOT_VARIANCE)
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
@@ -361,10 +365,13 @@ class SlotCrossAttentionCEM(Surrogate):
         """
         if self.objective == "penalty":
             return None
+        rows = self._rows(features).detach()
+        validation.check_labels(labels, self.num_classes)
+        validation.check_shape("labels", labels, {"B": len(rows)})
         classes, num_classes = self._classes(labels)
         groups = ClassGroups.from_labels(classes, num_classes, max_class_size=self.max_class_size)
         counted = (groups.counts >= self.min_samples)[groups.labels]
-        rows = torch.where(counted[:, None], self._rows(features).detach(), 0)
+        rows = torch.where(counted[:, None], rows, 0)
         tokens, _ = Normalised.apply(self._reduced(rows).detach())
         slots = self.slot_attention(tokens, groups)
         own = slots.index_select(0, groups.labels)[:, None]  # [B, 1, S, D]

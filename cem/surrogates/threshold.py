@@ -47,6 +47,7 @@ class Threshold(nn.Module):
         ``value``, whatever the noise is: the original's author suggests log 0.05 for normalised features.
     ``ramp``
         From ``value`` down to the coupled one, in equal factors from epoch to epoch: accuracy first, robustness later.
+        A ``value`` below the coupled one is an error.
     ``quantile``
         The ``quantile`` of the variances that the features have inside their classes (the value below it, where it
         lies between two), a running mean over steps, and never below the coupled one: always the wider columns are
@@ -73,6 +74,8 @@ class Threshold(nn.Module):
         if policy not in POLICIES:
             raise ValueError(f"threshold must be one of {', '.join(POLICIES)}, got {policy!r}")
         check_positive(threshold_value=value)
+        if policy == "ramp" and value < coupled:
+            raise ValueError(f"a ramp falls to {coupled:.3g}, so threshold_value must not be below it, got {value}")
         if not 0 < quantile < 1:
             raise ValueError(f"threshold_quantile must lie between 0 and 1, got {quantile}")
         self.policy, self.coupled, self.value, self.quantile = policy, coupled, value, quantile

@@ -78,7 +78,7 @@ class TrainConfig(Options):
     threshold: Literal["coupled", "fixed", "ramp", "quantile"] = "coupled"
     """Where the penalty begins. coupled: VAR_THRESHOLD times σ². fixed: THRESHOLD_VALUE. ramp: from THRESHOLD_VALUE
     in the first epoch with a penalty down to the coupled one in the last: accuracy first, robustness later.
-    quantile: THRESHOLD_QUANTILE of the variances that features have, never below the coupled one."""
+    quantile: THRESHOLD_QUANTILE of the variances that features have, never below the coupled one; not with slots."""
     threshold_value: float = 0.05
     """Threshold of `fixed`, and first one of `ramp`: a variance."""
     threshold_quantile: float = 0.5

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-_ORIGINAL = {
-    "surrogate": "attention",
-    "measure": "enhanced",
-    "penalty": "hinge",
-    "hinge": "relu",
-    "threshold": "coupled",
-    "var_threshold": 0.1,
-    "eps_var": 1e-4,
-    "surrogate_policy": "frozen",
-    "tokens": "flat",
-    "reduce_dim": 0,
-    "memory_bank": 0,
-    "lambd": 16.0,
-}
-
 PRESETS: dict[str, dict[str, Any]] = {
     # The original surrogate: flat features, nothing reduced, random weights, coupled threshold, full weight.
-    "seed": _ORIGINAL,
+    "seed": {
+        "surrogate": "attention",
+        "measure": "enhanced",
+        "penalty": "hinge",
+        "hinge": "relu",
+        "threshold": "coupled",
+        "var_threshold": 0.1,
+        "eps_var": 1e-4,
+        "surrogate_policy": "frozen",
+        "tokens": "flat",
+        "reduce_dim": 0,
+        "memory_bank": 0,
+        "lambd": 16.0,
+    },
     # The mixture of the CEM paper, at its weight and threshold.
     "gmm": {"surrogate": "gmm", "gmm_fit": "kmeans", "var_threshold": 0.125, "lambd": 16.0},
 }

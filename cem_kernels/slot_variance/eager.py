@@ -41,4 +41,4 @@ def slot_variance(
     variance = torch.clamp(mse * correction, min=eps_var)
     height = hinged(torch.log(variance + gamma) - log_threshold(threshold, gamma), hinge)
     penalty, error = ((mixture * each).mean(dim=3).sum(dim=2).mean(dim=1) for each in (height, mse))
-    return over_classes(torch.where(qualifies, penalty, 0), error, groups, min_samples)
+    return over_classes(penalty, error, groups, min_samples)

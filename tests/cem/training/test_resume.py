@@ -94,7 +94,8 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         {"surrogate": "attention", "surrogate_policy": "shared"},
         {"surrogate": "attention", "surrogate_policy": "separate", "surrogate_objective": "likelihood"},
         {"surrogate": "attention", "injection": "two_pass"},
-        {"surrogate": "attention", "measure": "slots", "memory_bank": 8, "threshold": "quantile"},
+        {"surrogate": "attention", "memory_bank": 8, "threshold": "quantile"},
+        {"surrogate": "attention", "measure": "slots", "memory_bank": 8},
         {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
     ],
     ids=[
@@ -106,6 +107,7 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         "likelihood",
         "two passes",
         "memory and quantile",
+        "memory of slots",
         "dropout",
     ],
 )
