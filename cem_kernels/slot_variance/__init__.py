@@ -38,13 +38,16 @@ def slot_variance(
     with ``M_c ≥ min_samples``, over its samples, per token and column::
 
         W = Σ_n p_ns     n = W² / Σ_n p_ns²     μ = Σ_n p_ns x_n / W     mse_s = Σ_n p_ns (x_n − μ)² / W
-        var_s = mse_s · n / (n − 1)                                      n / (n − 1) is at most 2
+        var_s = mse_s + var_c / n              var_c: unbiased variance of the class
         v = max(var_s, eps_var)                h = log(v + γ) − log(threshold + γ)              π_s = W / M_c
         penalty_c = Σ_s π_s hinge(h)           mse_c = Σ_s π_s mse_s           means over tokens and columns
         rob_loss = Σ_c w_c penalty_c / Σ_c w_c      intra_mse likewise         w_c = M_c / B
 
-    Where attention is the same for all slots, this is :func:`cem_kernels.class_variance`. Neither attention nor
-    centroids pass a gradient on: what remains to be made smaller is the distance of a feature to its centroid.
+    ``mse_s`` alone would be too small by one part in ``n``, and zero for a slot of a single sample: that part is taken
+    from the class, as if each slot held one more sample of which only the class is known. Slots of few samples
+    therefore say what the class does, and where attention is the same for all slots this is
+    :func:`cem_kernels.class_variance`. Neither attention nor centroids pass a gradient on: what remains to be made
+    smaller is the distance of a feature to its centroid.
 
     Args:
         features: ``[B, T, D]``, fp16, bf16, fp32 or fp64; any strides.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
 from cem_kernels.groups import ClassGroups
@@ -27,18 +28,30 @@ def slot_variance(
     tiny = torch.finfo(attention.dtype).tiny
     qualifies = groups.counts >= min_samples
     counted = (groups.padding.mask & qualifies[:, None])[:, :, None, None]
-    x = torch.where(counted, groups.pad(features), 0)[:, :, :, None]  # [K, L, T, 1, D]
-    with torch.no_grad():
-        weight = torch.where(counted, groups.pad(attention), 0)[..., None]  # [K, L, T, S, 1]
-        total = weight.sum(dim=1)  # [K, T, S, 1]
+    x = torch.where(counted, groups.pad(features), 0)  # [K, L, T, D]
+    count = groups.counts[:, None, None].to(x.dtype)
+    mean = x.detach().sum(dim=1) / count.clamp(min=1)
+    squares = torch.where(counted, x - mean[:, None], 0).square().sum(dim=1)
+    of_class = squares / (count - 1).clamp(min=1)  # [K, T, D]
+    weights = torch.where(counted, groups.pad(attention), 0)  # [K, L, T, S]
+
+    def of_slot(weight: Tensor, x: Tensor, of_class: Tensor) -> tuple[Tensor, Tensor]:
+        """Penalty and error ``[K]`` of one slot of every class, of which attention is ``weight [K, L, T, 1]``."""
+        total = weight.sum(dim=1)  # [K, T, 1]
         share = weight / total[:, None].clamp(min=tiny)
-        centroids = (share * x).sum(dim=1)  # [K, T, S, D]
-        samples = 1 / share.square().sum(dim=1).clamp(min=tiny)
-        correction = torch.where(samples < 2, 2, samples / (samples - 1))
-        mixture = total / groups.counts.clamp(min=1)[:, None, None, None]
-    away = torch.where(share > 0, x - centroids[:, None], 0)  # a square may overflow where a slot has nothing
-    mse = (share * away.square()).sum(dim=1)  # [K, T, S, D]
-    variance = torch.clamp(mse * correction, min=eps_var)
-    height = hinged(torch.log(variance + gamma) - log_threshold(threshold, gamma), hinge)
-    penalty, error = ((mixture * each).mean(dim=3).sum(dim=2).mean(dim=1) for each in (height, mse))
+        centroid = (share * x.detach()).sum(dim=1)
+        away = torch.where(share > 0, x - centroid[:, None], 0)  # a square may overflow where a slot has nothing
+        mse = (share * away.square()).sum(dim=1)  # [K, T, D]
+        missing = torch.where(total > 0, share.square().sum(dim=1) * of_class, 0)
+        variance = torch.clamp(mse + missing, min=eps_var)
+        height = hinged(torch.log(variance + gamma) - log_threshold(threshold, gamma), hinge)
+        of_mixture = total / count.clamp(min=1)
+        return (of_mixture * height).mean(dim=(1, 2)), (of_mixture * mse).mean(dim=(1, 2))
+
+    # Kept for the backward are a slot's inputs, which are those of all slots, and not its differences: S times as much.
+    each = [
+        checkpoint(of_slot, weight, x, of_class, use_reentrant=False, preserve_rng_state=False)
+        for weight in weights.split(1, dim=3)
+    ]
+    penalty, error = (torch.stack(all_slots).sum(dim=0) for all_slots in zip(*each, strict=True))
     return over_classes(penalty, error, groups, min_samples)

@@ -29,6 +29,7 @@ def slot_variance(
         # An empty slice's sum is zero, and belongs to the graph.
         penalty, error = x[:0].sum(), x[:0].sum()
         if len(members) >= min_samples:
+            of_class = x.var(dim=0)  # [T, D], unbiased
             for s in range(p.shape[2]):
                 weight = p[:, :, s, None]  # [M, T, 1]
                 total = weight.sum(dim=0)
@@ -36,9 +37,8 @@ def slot_variance(
                 centroid = (share * x).sum(dim=0).detach()
                 away = torch.where(share > 0, x - centroid, 0)
                 mse = (share * away.square()).sum(dim=0)  # [T, D]
-                samples = 1 / share.square().sum(dim=0).clamp(min=tiny)
-                correction = torch.where(samples < 2, 2, samples / (samples - 1))
-                variance = torch.clamp(mse * correction, min=eps_var)
+                missing = torch.where(total > 0, share.square().sum(dim=0) * of_class, 0)
+                variance = torch.clamp(mse + missing, min=eps_var)
                 height = torch.log(variance + gamma) - log_threshold(threshold, gamma)
                 penalty = penalty + (total / len(x) * hinged(height, hinge)).mean()
                 error = error + (total / len(x) * mse).mean()

@@ -1,6 +1,7 @@
 """Variance inside slots against its definition, and the attention that says which slots a token belongs to."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -85,12 +86,12 @@ def by_loops(x, p, labels, num_classes, hinge="relu", *, threshold, eps_var, gam
                 W = math.fsum(p[n][t][s] for n in members)
                 if W == 0:
                     continue
-                n_eff = 1 / math.fsum((p[n][t][s] / W) ** 2 for n in members)  # p² may underflow
-                correction = 2.0 if n_eff <= 1 else min(n_eff / (n_eff - 1), 2.0)
+                missing = math.fsum((p[n][t][s] / W) ** 2 for n in members)  # p² may underflow
                 for d in range(D):
                     mean = math.fsum(p[n][t][s] * x[n][t][d] for n in members) / W
                     mse = math.fsum(p[n][t][s] * (x[n][t][d] - mean) ** 2 for n in members) / W
-                    height = math.log(max(mse * correction, eps_var) + gamma) - math.log(threshold + gamma)
+                    of_class = statistics.variance([x[n][t][d] for n in members])
+                    height = math.log(max(mse + missing * of_class, eps_var) + gamma) - math.log(threshold + gamma)
                     penalties[c] += W / len(members) * HINGE_OF_NUMBER[hinge](height) / (T * D)
                     errors[c] += W / len(members) * mse / (T * D)
     total = max(sum(weights), 1)
@@ -158,22 +159,15 @@ def test_slot_variance_of_a_case_worked_by_hand(backend):
     attention = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)[:, None]
     groups = ClassGroups.from_labels(torch.tensor([0, 0, 0, 1]), 2)
     result = slot_variance(features, attention, groups, threshold=0.5, backend=backend)
-    # Slot 0 holds two samples of variance 2, a third of the class is in slot 1 without any; class 1 has one sample.
-    penalty = 2 / 3 * (math.log(2 + 1e-6) - math.log(0.5 + 1e-6))
+    # The class's variance is 28/3. Slot 0 holds two samples at distance 1 and half of that, slot 1 the third sample
+    # and all of that; class 1 has one sample.
+    variances = (1 + 28 / 6, 28 / 3)
+    heights = [math.log(v + 1e-6) - math.log(0.5 + 1e-6) for v in variances]
+    penalty = 2 / 3 * heights[0] + 1 / 3 * heights[1]
     assert result.class_penalty.tolist() == pytest.approx([penalty, 0.0])
     assert result.class_mse.tolist() == pytest.approx([2 / 3, 0.0])
     assert float(result.rob_loss) == pytest.approx(penalty)
     assert float(result.intra_mse) == pytest.approx(2 / 3)
-
-
-@both_backends
-def test_correction_for_few_samples_is_at_most_two(backend):
-    features = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None]
-    attention = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)[:, None]  # 1/0.82 samples in each slot
-    groups = ClassGroups.from_labels(torch.zeros(2, dtype=torch.long), 1)
-    result = slot_variance(features, attention, groups, threshold=1e-3, gamma=1e-9, backend=backend)
-    assert float(result.rob_loss) == pytest.approx(math.log(2 * 0.09 / 1e-3), rel=1e-5)
-    assert float(result.intra_mse) == pytest.approx(0.09)
 
 
 @both_backends
@@ -325,7 +319,7 @@ def test_any_number_of_slots_of_uniform_attention_is_class_variance_in_single_pr
 
 
 @both_backends
-def test_hard_assignments_give_the_weighted_mean_over_slots_of_their_own_unbiased_variance(backend):
+def test_slots_of_hard_assignments_have_their_own_variance_and_one_part_of_their_class_s(backend):
     slot_of = torch.tensor([0, 1, 0, 2, 1, 0, 2, 0, 1])
     x = random_features(9, 1, 4)
     groups = ClassGroups.from_labels(torch.zeros(9, dtype=torch.long), 1)
@@ -335,7 +329,8 @@ def test_hard_assignments_give_the_weighted_mean_over_slots_of_their_own_unbiase
     penalty = mse = 0.0
     for s in range(3):
         own = x[slot_of == s, 0]
-        heights = torch.log(own.var(dim=0, unbiased=True) + 1e-6) - math.log(0.05 + 1e-6)
+        variance = own.var(dim=0, unbiased=False) + x[:, 0].var(dim=0) / len(own)
+        heights = torch.log(variance + 1e-6) - math.log(0.05 + 1e-6)
         penalty += len(own) / 9 * float(heights.mean())
         mse += len(own) / 9 * float(own.var(dim=0, unbiased=False).mean())
     assert float(result.rob_loss) == pytest.approx(penalty, rel=1e-12)
@@ -343,21 +338,28 @@ def test_hard_assignments_give_the_weighted_mean_over_slots_of_their_own_unbiase
 
 
 @both_backends
-def test_a_slot_of_one_sample_has_the_floor_for_its_variance_and_passes_no_gradient(backend):
-    x = random_features(4, 1, 3).requires_grad_()
+def test_a_slot_of_one_sample_has_the_variance_of_its_class(backend):
+    x = random_features(4, 1, 3)
     groups = ClassGroups.from_labels(torch.zeros(4, dtype=torch.long), 1)
-    attention = hard_attention([0, 0, 0, 1], 2)
-    result = slot_variance(x, attention, groups, threshold=0.05, eps_var=0.2, hinge="identity", backend=backend)
-    own = slot_variance(
-        x[:3], attention[:3], ClassGroups.from_labels(torch.zeros(3, dtype=torch.long), 1),
-        threshold=0.05, eps_var=0.2, hinge="identity", backend=backend,
-    )  # fmt: skip
-    floor = math.log(0.2 + 1e-6) - math.log(0.05 + 1e-6)
-    assert result.rob_loss.item() == pytest.approx(0.75 * own.rob_loss.item() + 0.25 * floor)
-    assert result.intra_mse.item() == pytest.approx(0.75 * own.intra_mse.item())
-    (gradient,) = torch.autograd.grad(result.rob_loss + result.intra_mse, x)
-    assert gradient[:3].abs().max() > 0.01
-    assert torch.equal(gradient[3], torch.zeros_like(gradient[3]))
+    alone = slot_variance(x, hard_attention([0, 1, 2, 3], 4), groups, threshold=0.05, backend=backend)
+    of_class = class_variance(x, groups, threshold=0.05, backend=backend)
+    assert alone.rob_loss.item() == pytest.approx(of_class.rob_loss.item(), rel=1e-12)
+    assert alone.intra_mse.item() == 0.0
+
+
+@both_backends
+def test_the_variance_of_few_samples_a_slot_is_on_average_that_of_their_class(backend):
+    # Features that know nothing of their slots: sharp attention must not make them look narrower than they are.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400 * 12, 1, 16, generator=generator, dtype=torch.float64)
+    attention = hard_attention(torch.randint(6, (400 * 12,), generator=generator), 6)
+    groups = ClassGroups.from_labels(torch.arange(400).repeat_interleave(12), 400)
+    # A threshold so far above that the logarithm is the variance's linear function.
+    penalty = slot_variance(
+        x, attention, groups, threshold=1e4, gamma=1e4, eps_var=1e-9, hinge="identity", backend=backend
+    ).rob_loss
+    variance = 2e4 * math.exp(float(penalty)) - 1e4
+    assert variance == pytest.approx(1.0, abs=0.02)
 
 
 @both_backends
