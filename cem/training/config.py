@@ -70,9 +70,10 @@ class TrainConfig(Options):
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
     their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
     say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
-    penalty: Literal["hinge", "entropy"] = "hinge"
+    penalty: Literal["hinge", "entropy", "joint_entropy"] = "hinge"
     """How a variance v becomes a penalty. hinge: log v above the log of a threshold.
-    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold."""
+    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold. joint_entropy: the same of all
+    columns and classes together, ½ log det(I + Σ/σ²), with --measure slots."""
     hinge: Literal["relu", "softplus", "identity"] = "relu"
     """What counts of log v − log threshold: what is above zero, a smooth form of that, or all of it."""
     threshold: Literal["coupled", "fixed", "ramp", "quantile"] = "coupled"
