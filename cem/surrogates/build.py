@@ -33,6 +33,7 @@ def build_surrogate(
     threshold_value: float = 0.05,
     threshold_quantile: float = 0.5,
     eps_var: float = 1e-4,
+    gamma: float = 1e-6,
     objective: Objective = "penalty",
     memory_bank: int = 0,
     num_slots: int = 8,
@@ -51,8 +52,9 @@ def build_surrogate(
         num_classes: ``K``.
         noise_std: ``σ``, standard deviation of the noise at the cut.
         var_threshold: ``τ``; features are penalised where they vary by more than ``τσ²`` inside their class.
-        measure, penalty, hinge, threshold, threshold_value, threshold_quantile, eps_var, objective, memory_bank,
-            num_slots, tokens, reduce: of ``attention``, see :class:`~cem.surrogates.attention.SlotCrossAttentionCEM`.
+        measure, penalty, hinge, threshold, threshold_value, threshold_quantile, eps_var, gamma, objective,
+            memory_bank, num_slots, tokens, reduce: of ``attention``, see
+            :class:`~cem.surrogates.attention.SlotCrossAttentionCEM`.
         reduce_dim: width (channels, for ``conv1x1``) that ``attention`` projects features to; None chooses 128 for
             flat tokens wider than 512 and no projection otherwise, 0 never projects.
         gmm_fit: how ``gmm`` fits its mixtures, see :class:`~cem.surrogates.mixture.GaussianMixtureCEM`.
@@ -91,6 +93,7 @@ def build_surrogate(
             # As many heads as the width of a token allows, four at most.
             num_heads=math.gcd(4, (channels or width) // positions),
             eps_var=eps_var,
+            gamma=gamma,
             var_threshold=var_threshold,
             reg_strength=noise_std,
             num_classes=num_classes,

@@ -86,6 +86,9 @@ class TrainConfig(Options):
     """Share of all variances that `quantile` leaves alone."""
     eps_var: float = 1e-4
     """Floor of a variance inside the attention surrogate. Below it nothing is made smaller."""
+    gamma: float = 1e-6
+    """Variance γ that --penalty hinge adds inside both logarithms, in the attention surrogate. Well below γ the penalty
+    is nearly linear in a variance, well above it grows with the logarithm. The mixture's is 0.01."""
     memory_bank: int = 0
     """Recent features of every class that the attention surrogate remembers and measures a batch with, such as 64;
     for many classes and small batches, where most classes have no two samples. 0: none."""
@@ -181,7 +184,7 @@ class TrainConfig(Options):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ConfigError(f"{option(name)} must be finite and at least {least}, got {value}")
-        for name in ("lr", "surrogate_lr", "threshold_value", "eps_var"):
+        for name in ("lr", "surrogate_lr", "threshold_value", "eps_var", "gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{option(name)} must be finite and above 0, got {getattr(self, name)}")
         if not self.momentum < 1:

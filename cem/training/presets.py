@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threshold": "coupled",
         "var_threshold": 0.1,
         "eps_var": 1e-4,
+        "gamma": 1e-6,
         "surrogate_policy": "frozen",
         "tokens": "flat",
         "reduce_dim": 0,

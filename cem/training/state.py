@@ -165,6 +165,7 @@ class TrainState:
                 threshold_value=config.threshold_value,
                 threshold_quantile=config.threshold_quantile,
                 eps_var=config.eps_var,
+                gamma=config.gamma,
                 objective=config.surrogate_objective,
                 memory_bank=config.memory_bank,
                 num_slots=config.num_slots,

@@ -38,14 +38,13 @@ def slot_variance(
     with ``M_c ≥ min_samples``, over its samples, per token and column::
 
         W = Σ_n p_ns     n = W² / Σ_n p_ns²     μ = Σ_n p_ns x_n / W     mse_s = Σ_n p_ns (x_n − μ)² / W
-        var_s = mse_s + var_c / n              var_c: unbiased variance of the class
+        var_s = mse_s n / (n − 1) for n ≥ 2, else mse_s n + (2 − n) var_c      var_c: the class's, unbiased
         v = max(var_s, eps_var)                h = log(v + γ) − log(threshold + γ)              π_s = W / M_c
         penalty_c = Σ_s π_s hinge(h)           mse_c = Σ_s π_s mse_s           means over tokens and columns
         rob_loss = Σ_c w_c penalty_c / Σ_c w_c      intra_mse likewise         w_c = M_c / B
 
-    ``mse_s`` alone would be too small by one part in ``n``, and zero for a slot of a single sample: that part is taken
-    from the class, as if each slot held one more sample of which only the class is known. Slots of few samples
-    therefore say what the class does, and where attention is the same for all slots this is
+    A slot of a single sample says what its class does, not that there is no variance: sharp attention would be worth
+    having for its own sake otherwise. Where attention is the same for all slots, this is
     :func:`cem_kernels.class_variance`. Neither attention nor centroids pass a gradient on: what remains to be made
     smaller is the distance of a feature to its centroid.
 

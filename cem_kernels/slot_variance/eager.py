@@ -42,8 +42,10 @@ def slot_variance(
         centroid = (share * x.detach()).sum(dim=1)
         away = torch.where(share > 0, x - centroid[:, None], 0)  # a square may overflow where a slot has nothing
         mse = (share * away.square()).sum(dim=1)  # [K, T, D]
-        missing = torch.where(total > 0, share.square().sum(dim=1) * of_class, 0)
-        variance = torch.clamp(mse + missing, min=eps_var)
+        samples = 1 / share.square().sum(dim=1).clamp(min=tiny)
+        correction = torch.where(samples < 2, samples, samples / (samples - 1))
+        missing = torch.where((samples < 2) & (total > 0), (2 - samples) * of_class, 0)
+        variance = torch.clamp(mse * correction + missing, min=eps_var)
         height = hinged(torch.log(variance + gamma) - log_threshold(threshold, gamma), hinge)
         of_mixture = total / count.clamp(min=1)
         return (of_mixture * height).mean(dim=(1, 2)), (of_mixture * mse).mean(dim=(1, 2))

@@ -37,8 +37,10 @@ def slot_variance(
                 centroid = (share * x).sum(dim=0).detach()
                 away = torch.where(share > 0, x - centroid, 0)
                 mse = (share * away.square()).sum(dim=0)  # [T, D]
-                missing = torch.where(total > 0, share.square().sum(dim=0) * of_class, 0)
-                variance = torch.clamp(mse + missing, min=eps_var)
+                samples = 1 / share.square().sum(dim=0).clamp(min=tiny)
+                correction = torch.where(samples < 2, samples, samples / (samples - 1))
+                missing = torch.where((samples < 2) & (total > 0), (2 - samples) * of_class, 0)
+                variance = torch.clamp(mse * correction + missing, min=eps_var)
                 height = torch.log(variance + gamma) - log_threshold(threshold, gamma)
                 penalty = penalty + (total / len(x) * hinged(height, hinge)).mean()
                 error = error + (total / len(x) * mse).mean()

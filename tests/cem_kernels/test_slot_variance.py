@@ -86,12 +86,13 @@ def by_loops(x, p, labels, num_classes, hinge="relu", *, threshold, eps_var, gam
                 W = math.fsum(p[n][t][s] for n in members)
                 if W == 0:
                     continue
-                missing = math.fsum((p[n][t][s] / W) ** 2 for n in members)  # p² may underflow
+                n_eff = 1 / math.fsum((p[n][t][s] / W) ** 2 for n in members)  # p² may underflow
                 for d in range(D):
                     mean = math.fsum(p[n][t][s] * x[n][t][d] for n in members) / W
                     mse = math.fsum(p[n][t][s] * (x[n][t][d] - mean) ** 2 for n in members) / W
                     of_class = statistics.variance([x[n][t][d] for n in members])
-                    height = math.log(max(mse + missing * of_class, eps_var) + gamma) - math.log(threshold + gamma)
+                    var = mse * n_eff / (n_eff - 1) if n_eff >= 2 else mse * n_eff + (2 - n_eff) * of_class
+                    height = math.log(max(var, eps_var) + gamma) - math.log(threshold + gamma)
                     penalties[c] += W / len(members) * HINGE_OF_NUMBER[hinge](height) / (T * D)
                     errors[c] += W / len(members) * mse / (T * D)
     total = max(sum(weights), 1)
@@ -159,9 +160,9 @@ def test_slot_variance_of_a_case_worked_by_hand(backend):
     attention = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)[:, None]
     groups = ClassGroups.from_labels(torch.tensor([0, 0, 0, 1]), 2)
     result = slot_variance(features, attention, groups, threshold=0.5, backend=backend)
-    # The class's variance is 28/3. Slot 0 holds two samples at distance 1 and half of that, slot 1 the third sample
-    # and all of that; class 1 has one sample.
-    variances = (1 + 28 / 6, 28 / 3)
+    # Slot 0 holds two samples of variance 2. Slot 1 holds one, and has the variance of the class, 28/3. Class 1 has one
+    # sample.
+    variances = (2, 28 / 3)
     heights = [math.log(v + 1e-6) - math.log(0.5 + 1e-6) for v in variances]
     penalty = 2 / 3 * heights[0] + 1 / 3 * heights[1]
     assert result.class_penalty.tolist() == pytest.approx([penalty, 0.0])
@@ -319,7 +320,7 @@ def test_any_number_of_slots_of_uniform_attention_is_class_variance_in_single_pr
 
 
 @both_backends
-def test_slots_of_hard_assignments_have_their_own_variance_and_one_part_of_their_class_s(backend):
+def test_hard_assignments_give_the_weighted_mean_over_slots_of_their_own_unbiased_variance(backend):
     slot_of = torch.tensor([0, 1, 0, 2, 1, 0, 2, 0, 1])
     x = random_features(9, 1, 4)
     groups = ClassGroups.from_labels(torch.zeros(9, dtype=torch.long), 1)
@@ -329,8 +330,7 @@ def test_slots_of_hard_assignments_have_their_own_variance_and_one_part_of_their
     penalty = mse = 0.0
     for s in range(3):
         own = x[slot_of == s, 0]
-        variance = own.var(dim=0, unbiased=False) + x[:, 0].var(dim=0) / len(own)
-        heights = torch.log(variance + 1e-6) - math.log(0.05 + 1e-6)
+        heights = torch.log(own.var(dim=0) + 1e-6) - math.log(0.05 + 1e-6)
         penalty += len(own) / 9 * float(heights.mean())
         mse += len(own) / 9 * float(own.var(dim=0, unbiased=False).mean())
     assert float(result.rob_loss) == pytest.approx(penalty, rel=1e-12)

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 import cem
 import cem_kernels
 from cem.surrogates.build import build_surrogate
+from cem.surrogates.modules import Normalised
 from cem.training.injection import penalty_of
 from cem_kernels import BackendUnavailableError, ClassGroups
 
 COMMON = {"num_classes": 5, "noise_std": 0.5, "var_threshold": 0.1}
 MEASURES = pytest.mark.parametrize("measure", ["enhanced", "slots"])
+PENALTIES = [(measure, penalty) for measure in ("enhanced", "slots") for penalty in ("hinge", "entropy")]
+PENALTIES.append(("slots", "joint_entropy"))
 OBJECTIVES = pytest.mark.parametrize("objective", ["likelihood", "reconstruction"])
 
 
@@ -151,7 +154,7 @@ def test_slots_pass_no_gradient_to_their_parameters():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("penalty", ["hinge", "entropy"])
+@pytest.mark.parametrize("penalty", ["hinge", "entropy", "joint_entropy"])
 def test_slots_of_eager_equal_those_of_reference(training, penalty):
     features, labels = batch()
     results = []
@@ -342,17 +345,39 @@ def test_entropy_has_no_floor():
         {"hinge": "identity"},
     ],
 )
-def test_entropy_is_refused_without_noise_and_with_what_it_does_not_have(kwargs):
-    message = "penalty='entropy' needs reg_strength above 0, and has neither a threshold nor a hinge, got reg_strength="
+@pytest.mark.parametrize("penalty", ["entropy", "joint_entropy"])
+def test_entropy_is_refused_without_noise_and_with_what_it_does_not_have(kwargs, penalty):
+    message = f"penalty='{penalty}' needs reg_strength above 0, and has neither a threshold nor a hinge, got reg_str"
     with pytest.raises(ValueError, match=message):
-        surrogate(measure="slots", penalty="entropy", **kwargs)
+        surrogate(measure="slots", penalty=penalty, **kwargs)
+
+
+def test_joint_entropy_is_that_of_features_around_the_slots_they_belong_to():
+    features, labels = batch()
+    module = surrogate(measure="slots", penalty="joint_entropy", reg_strength=0.7).eval()
+    normal, _ = Normalised.apply(features[:, None])
+    groups = ClassGroups.from_labels(labels, 5)
+    slots = module.slot_attention(normal, groups)
+    attention = cem_kernels.slot_assignments(normal, slots, groups, module.slot_attention.weights())
+    want = cem_kernels.joint_entropy(features[:, None], attention, groups, noise_std=0.7)
+    torch.testing.assert_close(module(features, labels), tuple(want))
+
+
+def test_joint_entropy_of_normalised_features_is_refused():
+    with pytest.raises(ValueError, match="penalty='joint_entropy' needs measure='slots'"):
+        surrogate(penalty="joint_entropy")
+
+
+def test_joint_entropy_has_no_kernels():
+    with pytest.raises(cem_kernels.BackendUnavailableError, match="joint_entropy has no 'triton' backend"):
+        surrogate(measure="slots", penalty="joint_entropy", backend="triton")
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"measure": "slot"}, "measure must be one of enhanced, slots, got 'slot'"),
-        ({"penalty": "log"}, "penalty must be one of hinge, entropy, got 'log'"),
+        ({"penalty": "log"}, "penalty must be one of hinge, entropy, joint_entropy, got 'log'"),
         ({"objective": "ml"}, "objective must be one of penalty, likelihood, reconstruction, got 'ml'"),
     ],
 )
@@ -565,8 +590,7 @@ def test_memory_is_neither_filled_nor_used_in_evaluation(measure):
     assert found == same_without_memory(module, measure=measure).eval()(features, labels)
 
 
-@MEASURES
-@pytest.mark.parametrize("penalty", ["hinge", "entropy"])
+@pytest.mark.parametrize(("measure", "penalty"), PENALTIES)
 def test_memory_changes_nothing_in_the_first_batch(measure, penalty):
     features, labels = batch()
     module = remembering(measure=measure, penalty=penalty).double()
@@ -609,9 +633,8 @@ def test_memory_of_classes_that_are_not_in_the_batch_changes_nothing(measure):
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
-@MEASURES
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("penalty", ["hinge", "entropy"])
+@pytest.mark.parametrize(("measure", "penalty"), PENALTIES)
 def test_memory_weakens_no_gradient(measure, copies, penalty):
     """Where it holds copies of the batch: the gradient is that of a batch in which all of these are alive."""
     features, labels = batch(10)[0].double(), torch.arange(10) % 5
@@ -783,6 +806,7 @@ def test_slot_noise_of_wrong_shape_is_refused_in_the_callers_terms():
         ("threshold_value", 0.25, lambda module: module.threshold.value),
         ("threshold_quantile", 0.75, lambda module: module.threshold.quantile),
         ("eps_var", 1e-3, lambda module: module.eps_var),
+        ("gamma", 0.01, lambda module: module.gamma),
         ("objective", "likelihood", lambda module: module.objective),
         ("memory_bank", 3, lambda module: module.bank.size),
         ("num_slots", 3, lambda module: module.slot_attention.num_slots),
