@@ -51,7 +51,8 @@ class SlotCrossAttentionCEM(Surrogate):
     That is ``measure="enhanced"``, the original. It is taken of normalised features, so that it does not know how large
     they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
     together, and what is penalised is how far the features as they are sent lie from the centroids of these slots.
-    Slots say little before they are trained (``objective``): then this is nearly the variance of the class.
+    Slots say little before they are trained (``objective``): then this is nearly the variance of the class. With
+    ``num_slots=1`` it is exactly that, and no slot is computed.
 
     Example::
 
@@ -325,11 +326,13 @@ class SlotCrossAttentionCEM(Surrogate):
 
         Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
         """
-        with torch.no_grad():
-            normal, _ = Normalised.apply(self._reduced(rows))
-            slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
-            attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
         tokens = self._tokens(rows)
+        attention = tokens.new_ones(*tokens.shape[:2], 1)
+        if self.slot_attention.num_slots > 1:  # to a single one everything belongs, whatever it is
+            with torch.no_grad():
+                normal, _ = Normalised.apply(self._reduced(rows))
+                slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
+                attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
         if self.penalty == "joint_entropy":
             return cem_kernels.joint_entropy(
                 tokens,

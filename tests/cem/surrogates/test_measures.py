@@ -363,6 +363,15 @@ def test_joint_entropy_is_that_of_features_around_the_slots_they_belong_to():
     torch.testing.assert_close(module(features, labels), tuple(want))
 
 
+def test_one_slot_is_the_class_and_is_not_computed(monkeypatch):
+    features, labels = batch()
+    module = surrogate(measure="slots", num_slots=1)
+    groups = ClassGroups.from_labels(labels, 5)
+    want = cem_kernels.class_variance(features, groups, threshold=module.threshold())
+    monkeypatch.setattr(module.slot_attention, "forward", None)
+    torch.testing.assert_close(module(features, labels), (want.rob_loss, want.intra_mse))
+
+
 def test_joint_entropy_of_normalised_features_is_refused():
     with pytest.raises(ValueError, match="penalty='joint_entropy' needs measure='slots'"):
         surrogate(penalty="joint_entropy")
