@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from pathlib import Path
@@ -16,22 +15,20 @@ from cem.attacks.control_run import find_control, read_control
 from cem.attacks.controls import control_scores
 from cem.attacks.decoders import build_decoder
 from cem.attacks.fit import FittedDecoder, fit_decoder, reconstruct, score_decoder
-from cem.attacks.information import information_report, relative_to
+from cem.attacks.information import relative_to
 from cem.attacks.metrics import mean_scores, score_images, ssim_window
-from cem.attacks.splits import pick, varied
+from cem.attacks.splits import varied
 from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
-from cem.data import make_loader
 from cem.options import ConfigError
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
 from cem.training import CheckpointError, checkpoint, runs
-from cem.training.evaluation import collect_features, isolated_random
+from cem.training.evaluation import isolated_random
 from cem.training.runlog import draw_or_log, run_log, write_json
 
 PICTURES = 10  # images in the grid
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
-INFORMATION_IMAGES = 12_000  # at most, for the information report
 
 
 class Attack:
@@ -116,7 +113,7 @@ class Attack:
         for record in records:
             if not record["converged"]:
                 self._log.warning("%s had not converged; %s", record["name"], longer(record, config))
-        information, control = self._information(), self._control
+        information, control = self.target.information(config), self._control
         if control is not None:
             information = relative_to(information, control["information"], control["run"]["name"])
         result = {
@@ -250,24 +247,6 @@ class Attack:
             for name, images in same.items()
         }
         return {**found, "decoder": decoder}
-
-    def _information(self) -> dict[str, Any]:
-        target = self.target
-        images = pick(target.splits.target_train, min(INFORMATION_IMAGES, len(target.splits.target_train)))
-        loader = make_loader(images, self.config.batch_size, shuffle=False)
-        features, labels = collect_features(target.model, loader, target.device, self.config.seed, noisy=False)
-        return information_report(
-            features,
-            labels,
-            num_classes=target.num_classes,
-            noise_std=target.noise_std,
-            queries=self.config.queries,
-            image_dims=math.prod(target.image_shape),
-            var_threshold=target.config.var_threshold,
-            feature_shape=target.model.feature_shape,
-            sigmoid=target.config.arch.endswith("_sgm"),
-            seed=self.config.seed,
-        )
 
     def _pictures(self, strongest: FittedDecoder, result: dict[str, Any]) -> None:
         shown = varied(self.target.splits.test, PICTURES)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import Any
 
 from cem.attacks.config import AttackConfig
+from cem.attacks.information import information_report
 from cem.attacks.splits import attack_splits, pick
-from cem.data import DataSplits, load_data
+from cem.data import DataSplits, load_data, make_loader
 from cem.options import ConfigError
 from cem.training import checkpoint, load_run, read_summary, runs
+from cem.training.evaluation import collect_features
+
+INFORMATION_IMAGES = 12_000  # at most, for the information report
 
 
 class Target:
@@ -75,6 +80,25 @@ class Target:
         if self.config.centralised:
             facts.update(cut_layer=None, bottleneck=None, noise_std=0.0)
         return {"name": self.run_dir.resolve().name, **facts, "test_accuracy": self._test_accuracy}
+
+    def information(self, config: AttackConfig) -> dict[str, Any]:
+        """What its features say of the images that it was trained on, without an attack: see
+        :func:`~cem.attacks.information.information_report`."""
+        images = pick(self.splits.target_train, min(INFORMATION_IMAGES, len(self.splits.target_train)))
+        loader = make_loader(images, config.batch_size, shuffle=False)
+        features, labels = collect_features(self.model, loader, self.device, config.seed, noisy=False)
+        return information_report(
+            features,
+            labels,
+            num_classes=self.num_classes,
+            noise_std=self.noise_std,
+            queries=config.queries,
+            image_dims=math.prod(self.image_shape),
+            var_threshold=self.config.var_threshold,
+            feature_shape=self.model.feature_shape,
+            sigmoid=self.config.arch.endswith("_sgm"),
+            seed=config.seed,
+        )
 
     def _load_data(self, root: Path | None) -> tuple[DataSplits, DataSplits]:
         """The data as the target saw it, and all of it."""

@@ -1,0 +1,80 @@
+"""``python -m benchmarks.fidelity RUN... [--out FILE]``: whose value tells what an attacker will reconstruct?
+
+Takes directories of runs that were trained and attacked, with their weights. What each surrogate says of a run's
+features is worked out anew, so that runs attacked by an older release count too; the attackers' error is that of the
+run's ``attack/attack.json``. Spearman's rank correlation with a bootstrap interval says how well the two orders agree:
+-1 is best, for what a surrogate says falls as the attackers' error grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.gpu.report import write_json
+from cem.attacks import AttackConfig
+from cem.attacks.target import Target
+from cem.comparison.correlation import RESAMPLES, spearman
+from cem.training import TrainConfig
+
+OUT = Path(__file__).parent / "results" / "fidelity.json"
+
+
+def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
+    """One run: its options, the error of the strongest attacker on unseen images, and what the surrogates say.
+
+    Raises:
+        FileNotFoundError: the run was not attacked, or its weights are not there.
+    """
+    attack = json.loads((run / "attack" / "attack.json").read_text())
+    options = replace(AttackConfig.from_yaml(run / "attack" / "config.yaml"), data_root=data_root)
+    target = Target(run, options)
+    return {
+        "run": run.name,
+        "options": changed(target.config),
+        "test_accuracy": target.facts()["test_accuracy"],
+        "test_mse": attack["test_target"]["mse"],
+        "values": target.information(options)["values"],
+    }
+
+
+def changed(config: TrainConfig) -> dict[str, Any]:
+    """The options of a run that are not the defaults, but for where its files are."""
+    own, default = config.to_dict(), TrainConfig().to_dict()
+    return {name: own[name] for name in own if own[name] != default[name] and name not in ("out", "data_root")}
+
+
+def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Spearman's ρ of every value with the error, its 95 % interval, and of how many runs."""
+    found = {}
+    for name in rows[0]["values"]:
+        pairs = [(row["values"][name], row["test_mse"]) for row in rows if row["values"][name] is not None]
+        rho, low, high, note = spearman([value for value, _ in pairs], [mse for _, mse in pairs])
+        found[name] = {"rho": rho, "low": low, "high": high, "runs": len(pairs), "note": note}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, with weights and attack/attack.json")
+    parser.add_argument("--data-root", type=Path, help="where the data set is, if not where the runs found it")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    rows = [values_of(run, arguments.data_root) for run in tqdm(arguments.runs, disable=None)]
+    found = correlations(rows)
+    write_json(arguments.out, {"resamples": RESAMPLES, "spearman": found, "runs": rows})
+    for name, each in sorted(found.items(), key=lambda item: item[1]["rho"] or 0):
+        if each["rho"] is None:
+            print(f"{name:20s} {each['note']}")
+        else:
+            print(f"{name:20s} {each['rho']:+.3f}  [{each['low']:+.3f}, {each['high']:+.3f}]  {each['runs']} runs")
+
+
+if __name__ == "__main__":
+    main()

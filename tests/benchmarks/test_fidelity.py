@@ -1,0 +1,73 @@
+"""``python -m benchmarks.fidelity``: from runs that were attacked to rank correlations."""
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks import fidelity
+from cem.attacks import Attack, AttackConfig
+from cem.training import TrainConfig, train
+
+ATTACK = AttackConfig(
+    attackers=("deconvC4",),
+    aux_size=200,
+    score_size=50,
+    cycle_epochs=1,
+    max_epochs=1,
+    white_box_images=4,
+    white_box_steps=1,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run that was attacked, and copies under three other noises: the more noise, the larger the error."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = folder / "noise0"
+    config = TrainConfig(
+        train_size=200, epochs=1, surrogate="none", lambd=0.0, cut_layer=2, noise_std=0.1, device="cpu", out=first
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
+        train(config)
+    Attack(first, ATTACK).run()
+    for i, noise_std in enumerate((0.2, 0.4, 0.8), start=1):
+        copy = folder / f"noise{i}"
+        shutil.copytree(first, copy)
+        options = (copy / "config.yaml").read_text()
+        assert "noise_std: 0.1\n" in options
+        (copy / "config.yaml").write_text(options.replace("noise_std: 0.1\n", f"noise_std: {noise_std}\n"))
+        attack = json.loads((copy / "attack" / "attack.json").read_text())
+        attack["test_target"]["mse"] += i
+        (copy / "attack" / "attack.json").write_text(json.dumps(attack))
+    return [folder / f"noise{i}" for i in range(4)]
+
+
+def test_values_are_those_that_the_attack_has_written(runs):
+    row = fidelity.values_of(runs[0], None)
+    attack = json.loads((runs[0] / "attack" / "attack.json").read_text())
+    assert row["values"] == pytest.approx(attack["information"]["values"])
+    assert row["test_mse"] == attack["test_target"]["mse"]
+    assert row["options"]["cut_layer"] == 2
+    assert "out" not in row["options"]
+
+
+def test_command_writes_and_prints_how_well_each_value_ranks_the_errors(runs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "fidelity.json"
+    monkeypatch.setattr("sys.argv", ["fidelity", *map(str, runs), "--out", str(out)])
+    fidelity.main()
+    content = json.loads(out.read_text())
+    assert [row["run"] for row in content["runs"]] == ["noise0", "noise1", "noise2", "noise3"]
+    # The same features in more noise say less, by the nats that cross it; their relative variance does not change.
+    assert content["spearman"]["nats"] == {"rho": -1.0, "low": -1.0, "high": -1.0, "runs": 4, "note": ""}
+    assert content["spearman"]["relative_variance"]["note"] == "the value is the same in all runs"
+    assert "nats                 -1.000  [-1.000, -1.000]  4 runs" in capsys.readouterr().out
+
+
+def test_a_run_that_was_not_attacked_is_refused(runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(runs[0], copy, ignore=shutil.ignore_patterns("attack"))
+    with pytest.raises(FileNotFoundError, match=r"attack\.json"):
+        fidelity.values_of(copy, None)
