@@ -24,6 +24,8 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {"measure": "enhanced"}),
     "slots": ("attention", {"measure": "slots"}),
     "slots_entropy": ("attention", {"measure": "slots", "penalty": "entropy"}),
+    "class_hinge": ("attention", {"measure": "slots", "num_slots": 1, "gamma": 0.01}),
+    "joint_entropy": ("attention", {"measure": "slots", "num_slots": 1, "penalty": "joint_entropy"}),
     "gmm": ("gmm", {}),
 }
 """Surrogates whose value is reported: its name there, that of the surrogate, its options."""
@@ -75,9 +77,10 @@ def information_report(
     be ranked against measured errors. More means that more of an image gets through. ``None`` without noise,
     but for the last.
 
-    * ``attention``, ``slots``, ``slots_entropy``, ``gmm``: ``rob_loss`` of that surrogate at ``σ``, mean over batches
-      of 128 at random: the original attention, ``measure="slots"`` with either penalty, all with untrained weights,
-      and the mixture, refitted here;
+    * ``attention``, ``slots``, ``slots_entropy``, ``class_hinge``, ``joint_entropy``, ``gmm``: ``rob_loss`` of that
+      surrogate at ``σ``, mean over batches of 128 at random: the original attention; ``measure="slots"`` with either
+      penalty; around one slot, the class, the hinge with the mixture's ``γ`` and the joint entropy; all with untrained
+      weights; and the mixture, refitted here;
     * ``nats``: the figure above;
     * ``class_log_variance``: mean over classes and columns of ``log(v / σ² + 1e-3)``, ``v`` the variance inside the
       class; classes with a single sample are left out;
