@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cem_kernels
+from cem.surrogates.anchor import Anchors
 from cem.surrogates.bank import MemoryBank
 from cem.surrogates.base import Surrogate
 from cem.surrogates.modules import CrossAttention, Normalised, SlotAttention
@@ -23,6 +24,7 @@ from cem.surrogates.threshold import (
 )
 from cem_kernels import ClassGroups, ClassVariance, JointEntropy, backends, validation
 from cem_kernels.class_variance import HINGES, Hinge
+from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
 from cem_kernels.joint_entropy import IMPLEMENTATIONS as JOINT_ENTROPY
 from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
 
@@ -87,6 +89,9 @@ class SlotCrossAttentionCEM(Surrogate):
         objective: what its own parameters are trained on, by whoever trains them (:meth:`own_loss`). ``penalty``:
             ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centres
             of a mixture. ``reconstruction``: samples from the slots that they belong to.
+        anchor: measure, in training, around running centroids of classes of this momentum, such as 0.99, instead of a
+            batch's own: features that all shrink are no way out then, see :class:`~cem.surrogates.anchor.Anchors`. For
+            ``measure="slots"`` with ``num_slots=1``; 0 for none. Needs ``num_classes``.
         memory_bank: remember so many recent features of every class, in training, and measure the variance of a batch
             together with them, for many classes and small batches; 0 for none. Needs ``num_classes``. Gradients are as
             large as without it; what is remembered was sent by an older encoder.
@@ -129,6 +134,7 @@ class SlotCrossAttentionCEM(Surrogate):
         threshold_value: float = 0.05,
         threshold_quantile: float = 0.5,
         objective: Objective = "penalty",
+        anchor: float = 0.0,
         memory_bank: int = 0,
         dropout: float = 0.0,
         reduce_dim: int | None = None,
@@ -171,6 +177,13 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 f"memory_bank must be at least 0, and needs num_classes, got {memory_bank} and {num_classes}"
             )
+        if anchor and (measure != "slots" or num_slots != 1 or penalty == "joint_entropy" or memory_bank):
+            raise ValueError(
+                "anchor needs measure='slots', num_slots=1, and neither penalty='joint_entropy' nor a memory_bank, "
+                f"got measure={measure!r}, num_slots={num_slots}, penalty={penalty!r}, memory_bank={memory_bank}"
+            )
+        if anchor and num_classes is None:
+            raise ValueError("anchor needs num_classes")
         if measure == "slots" and threshold == "quantile":
             raise ValueError(
                 "threshold='quantile' follows the variances of classes, which measure='slots' does not have"
@@ -211,6 +224,7 @@ class SlotCrossAttentionCEM(Surrogate):
         self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend)
         if measure == "enhanced":
             self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
+        self.anchors = Anchors(num_classes, feature_dim, anchor) if anchor and num_classes else None
         self.bank = MemoryBank(num_classes, memory_bank, feature_dim) if memory_bank and num_classes else None
 
     def _rows(self, features: Tensor) -> Tensor:
@@ -327,6 +341,8 @@ class SlotCrossAttentionCEM(Surrogate):
         Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
         """
         tokens = self._tokens(rows)
+        if self.anchors is not None and self.training:
+            return self._around_anchors(self.anchors, rows, groups)
         attention = tokens.new_ones(*tokens.shape[:2], 1)
         if self.slot_attention.num_slots > 1:  # to a single one everything belongs, whatever it is
             with torch.no_grad():
@@ -345,6 +361,16 @@ class SlotCrossAttentionCEM(Surrogate):
             )
         options = self._penalised(tokens, groups)
         return cem_kernels.slot_variance(tokens, attention, groups, **options, backend=self.backend)
+
+    def _around_anchors(self, anchors: Anchors, rows: Tensor, groups: ClassGroups) -> ClassVariance:
+        """Of features as they are, around centroids that stay where they were."""
+        with torch.autocast(rows.device.type, enabled=False):
+            options = self._penalised(rows, groups)
+            variance, mse = anchors(rows, groups, self.min_samples)
+            gamma, threshold = options["gamma"], options["threshold"]
+            height = torch.log(variance.clamp(min=options["eps_var"]) + gamma) - log_threshold(threshold, gamma)
+            penalty = torch.where(groups.counts >= self.min_samples, hinged(height, options["hinge"]).mean(dim=1), 0)
+            return ClassVariance(*over_classes(penalty, mse, groups, self.min_samples))
 
     def _penalised(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
         """How variances become a penalty: options of the operators."""

@@ -35,6 +35,7 @@ def build_surrogate(
     eps_var: float = 1e-4,
     gamma: float = 1e-6,
     objective: Objective = "penalty",
+    anchor: float = 0.0,
     memory_bank: int = 0,
     num_slots: int = 8,
     tokens: Literal["flat", "spatial"] = "flat",
@@ -53,7 +54,7 @@ def build_surrogate(
         noise_std: ``σ``, standard deviation of the noise at the cut.
         var_threshold: ``τ``; features are penalised where they vary by more than ``τσ²`` inside their class.
         measure, penalty, hinge, threshold, threshold_value, threshold_quantile, eps_var, gamma, objective,
-            memory_bank, num_slots, tokens, reduce: of ``attention``, see
+            anchor, memory_bank, num_slots, tokens, reduce: of ``attention``, see
             :class:`~cem.surrogates.attention.SlotCrossAttentionCEM`.
         reduce_dim: width (channels, for ``conv1x1``) that ``attention`` projects features to; None chooses 128 for
             flat tokens wider than 512 and no projection otherwise, 0 never projects.
@@ -104,6 +105,7 @@ def build_surrogate(
             threshold_value=threshold_value,
             threshold_quantile=threshold_quantile,
             objective=objective,
+            anchor=anchor,
             memory_bank=memory_bank,
             tokens=tokens,
             reduce=reduce,

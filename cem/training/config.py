@@ -89,6 +89,10 @@ class TrainConfig(Options):
     gamma: float = 1e-6
     """Variance γ that --penalty hinge adds inside both logarithms, in the attention surrogate. Well below γ the penalty
     is nearly linear in a variance, well above it grows with the logarithm. The mixture's is 0.01."""
+    anchor: float = 0.0
+    """Momentum, such as 0.99, of running class centroids that variances are measured around in training, instead of a
+    batch's own: then an encoder cannot lower them by making all features smaller. For --measure slots --num-slots 1;
+    0: none."""
     memory_bank: int = 0
     """Recent features of every class that the attention surrogate remembers and measures a batch with, such as 64;
     for many classes and small batches, where most classes have no two samples. 0: none."""
@@ -200,6 +204,8 @@ class TrainConfig(Options):
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
         if not 0 < self.threshold_quantile < 1:
             raise ConfigError(f"--threshold-quantile must be between 0 and 1, got {self.threshold_quantile}")
+        if not 0 <= self.anchor < 1:
+            raise ConfigError(f"--anchor must be at least 0 and below 1, got {self.anchor}")
         if self.surrogate_objective != "penalty" and self.injection != "combined":
             raise ConfigError(
                 f"--surrogate-objective {self.surrogate_objective} takes --injection combined, got {self.injection}"

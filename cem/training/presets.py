@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "surrogate_policy": "frozen",
         "tokens": "flat",
         "reduce_dim": 0,
+        "anchor": 0.0,
         "memory_bank": 0,
         "lambd": 16.0,
     },

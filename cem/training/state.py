@@ -167,6 +167,7 @@ class TrainState:
                 eps_var=config.eps_var,
                 gamma=config.gamma,
                 objective=config.surrogate_objective,
+                anchor=config.anchor,
                 memory_bank=config.memory_bank,
                 num_slots=config.num_slots,
                 tokens=config.tokens,

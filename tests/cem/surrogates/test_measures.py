@@ -829,6 +829,11 @@ def test_build_hands_an_option_through(option, value, where):
     assert where(module) == value
 
 
+def test_build_hands_an_anchor_through():
+    options = {"measure": "slots", "num_slots": 1, "anchor": 0.9}
+    assert build_surrogate("attention", feature_shape=(8, 2, 2), **COMMON, **options).anchors.momentum == 0.9
+
+
 def test_build_hands_conv1x1_through():
     options = {"reduce": "conv1x1", "reduce_dim": 6, "tokens": "spatial"}
     module = build_surrogate("attention", feature_shape=(8, 2, 2), **COMMON, **options)

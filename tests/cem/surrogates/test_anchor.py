@@ -1,0 +1,175 @@
+"""Running centroids of classes, and the variance that the attention surrogate measures around them."""
+
+import math
+
+import pytest
+import torch
+
+import cem
+from cem.surrogates.anchor import Anchors
+from cem_kernels import ClassGroups, class_variance
+
+MOMENTUM = 0.75
+
+
+def batch(num_samples=24, width=6, num_classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, width, generator=generator, dtype=torch.float64) + 3.0
+    return features, torch.randint(0, num_classes, (num_samples,), generator=generator)
+
+
+def grouped(labels, num_classes=4, bound=None):
+    return ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
+
+
+def anchors(num_classes=4, width=6, momentum=MOMENTUM):
+    return Anchors(num_classes, width, momentum).double()
+
+
+def surrogate(**kwargs):
+    options = {"measure": "slots", "num_slots": 1, "num_classes": 4, "reg_strength": 0.5, "anchor": MOMENTUM, **kwargs}
+    return cem.SlotCrossAttentionCEM(6, **options)
+
+
+def test_the_first_batch_sets_centroids_and_variances():
+    x, labels = batch()
+    module = anchors()
+    variance, mse = module(x, grouped(labels), 2)
+    for c in range(4):
+        own = x[labels == c]
+        torch.testing.assert_close(module.centroids[c], own.mean(dim=0))
+        torch.testing.assert_close(module.variances[c], own.var(dim=0, unbiased=False))
+        torch.testing.assert_close(variance[c], own.var(dim=0, unbiased=False))
+        torch.testing.assert_close(mse[c], own.var(dim=0, unbiased=False).mean())
+    assert bool(module.seen.all())
+
+
+def test_later_batches_move_them_a_little():
+    (x, labels), (y, other) = batch(seed=1), batch(seed=2)
+    module = anchors()
+    module(x, grouped(labels), 2)
+    variance, mse = module(y, grouped(other), 2)
+    for c in range(4):
+        old, new = x[labels == c], y[other == c]
+        around = (new - old.mean(dim=0)).square().mean(dim=0)
+        running = MOMENTUM * old.var(dim=0, unbiased=False) + (1 - MOMENTUM) * around
+        centroid = MOMENTUM * old.mean(dim=0) + (1 - MOMENTUM) * new.mean(dim=0)
+        torch.testing.assert_close(module.centroids[c], centroid)
+        torch.testing.assert_close(variance[c], running)
+        torch.testing.assert_close(mse[c], new.var(dim=0, unbiased=False).mean())
+
+
+def test_gradients_are_those_of_the_batch_s_own_variance_around_the_centroids_of_before():
+    (x, labels), (y, other) = batch(seed=1), batch(seed=2)
+    module = anchors()
+    module(x, grouped(labels), 2)
+    before = module.centroids.clone()
+    y.requires_grad_()
+    weight = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (found,) = torch.autograd.grad((weight * module(y, grouped(other), 2)[0]).sum(), y)
+    share = weight / other.bincount(minlength=4)[:, None]
+    torch.testing.assert_close(found, 2 * share[other] * (y.detach() - before[other]))
+
+
+def test_shrinking_all_features_makes_a_batch_s_variance_smaller_and_the_anchored_one_larger():
+    # Four classes far apart, and little spread inside each.
+    spread, labels = 0.1 * batch(200)[0], torch.arange(200) % 4
+    x = 10 * torch.eye(4, 6, dtype=torch.float64)[labels] + spread
+    module = anchors()
+    before = module(x, grouped(labels), 2)[0]
+    anchored = module(0.5 * x, grouped(labels), 2)[0]
+    batches_own = class_variance(0.5 * x, grouped(labels), threshold=1e-3).intra_mse
+    assert batches_own.item() == pytest.approx(
+        0.25 * class_variance(x, grouped(labels), threshold=1e-3).intra_mse.item()
+    )
+    assert anchored.mean().item() > 2 * before.mean().item()
+
+
+def test_classes_of_too_few_samples_move_nothing():
+    module = anchors()
+    x, _ = batch(3)
+    variance, mse = module(x.requires_grad_(), grouped(torch.tensor([0, 0, 2])), 2)
+    assert module.seen.tolist() == [True, False, False, False]
+    assert not module.centroids[1:].any()
+    assert not variance[1:].any()
+    assert not mse[1:].any()
+    (gradient,) = torch.autograd.grad(variance.sum(), x)
+    assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_class_that_is_not_finite_moves_nothing_and_is_not_hidden(bad):
+    x, labels = batch()
+    module = anchors()
+    module(x, grouped(labels), 2)
+    before = {name: each.clone() for name, each in module.state_dict().items()}
+    broken = x + 1
+    broken[labels == 1, 0] = bad
+    variance, _ = module(broken, grouped(labels), 2)
+    assert not variance[1].isfinite().all()
+    assert variance[[0, 2, 3]].isfinite().all()
+    torch.testing.assert_close(module.centroids[1], before["centroids"][1])
+    torch.testing.assert_close(module.variances[1], before["variances"][1])
+    assert not torch.equal(module.centroids[0], before["centroids"][0])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, -0.5, math.nan])
+def test_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(ValueError, match="anchor must lie between 0 and 1"):
+        Anchors(4, 6, momentum)
+
+
+# in the surrogate
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": "entropy"}, {"hinge": "softplus"}, {"gamma": 0.01}])
+def test_the_first_batch_is_nearly_the_class_variance(options):
+    x, labels = batch(4000)
+    anchored, plain = surrogate(**options).double(), surrogate(anchor=0.0, **options).double()
+    # But for n / (n - 1).
+    assert [each.item() for each in anchored(x, labels)] == pytest.approx(
+        [each.item() for each in plain(x, labels)], rel=1e-2
+    )
+
+
+def test_evaluation_measures_the_batch_alone_and_moves_nothing():
+    x, labels = batch()
+    module = surrogate().double()
+    module(x, labels)
+    before = {name: each.clone() for name, each in module.state_dict().items()}
+    y, other = batch(seed=5)
+    want = surrogate(anchor=0.0).double().eval()(y, other)
+    torch.testing.assert_close(module.eval()(y, other), want)
+    for name, each in module.state_dict().items():
+        assert torch.equal(each, before[name]), name
+
+
+def test_anchors_are_part_of_the_checkpoint():
+    x, labels = batch()
+    module, other = surrogate().double(), surrogate().double()
+    module(x, labels)
+    other.load_state_dict(module.state_dict())
+    y, more = batch(seed=5)
+    torch.testing.assert_close(other(y, more), module(y, more), rtol=0, atol=0)
+
+
+def test_no_class_with_enough_samples_gives_an_attached_zero():
+    x = batch(4)[0].requires_grad_()
+    rob_loss, intra_mse = surrogate().double()(x, torch.arange(4))
+    (gradient,) = torch.autograd.grad(rob_loss, x)
+    assert (rob_loss.item(), intra_mse.item()) == (0.0, 0.0)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"measure": "enhanced"}, {"num_slots": 2}, {"penalty": "joint_entropy"}, {"memory_bank": 4}]
+)
+def test_what_anchors_do_not_go_with_is_refused(options):
+    message = r"anchor needs measure='slots', num_slots=1, and neither penalty='joint_entropy' nor a memory_bank"
+    with pytest.raises(ValueError, match=message):
+        surrogate(**options)
+
+
+def test_anchors_need_the_number_of_classes():
+    with pytest.raises(ValueError, match="anchor needs num_classes"):
+        surrogate(num_classes=None)
