@@ -36,17 +36,16 @@ def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
     target = Target(run, options)
     return {
         "run": run.name,
-        "options": changed(target.config),
+        "options": options_of(target.config),
         "test_accuracy": target.facts()["test_accuracy"],
         "test_mse": attack["test_target"]["mse"],
         "values": target.information(options)["values"],
     }
 
 
-def changed(config: TrainConfig) -> dict[str, Any]:
-    """The options of a run that are not the defaults, but for where its files are."""
-    own, default = config.to_dict(), TrainConfig().to_dict()
-    return {name: own[name] for name in own if own[name] != default[name] and name not in ("out", "data_root")}
+def options_of(config: TrainConfig) -> dict[str, Any]:
+    """All options of a run, for defaults may change; but for where its files are."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("out", "data_root", "init_from")}
 
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

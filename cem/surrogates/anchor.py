@@ -60,7 +60,8 @@ class Anchors(nn.Module):
         Returns:
             Variances ``[K, width]`` with the running values and the gradient of the batch's own ``v``; and the mean
             ``[K]`` of the batch's squared deviations from its own means, without a gradient. Both are 0, the first
-            attached to the graph, for classes with too few samples. A batch that is not finite moves nothing.
+            attached to the graph, for classes with too few samples. A class that is not finite moves nothing of its
+            own, and its variance is not finite.
         """
         qualifies = groups.counts >= min_samples
         counted = (groups.padding.mask & qualifies[:, None])[..., None]

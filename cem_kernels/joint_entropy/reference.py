@@ -14,7 +14,7 @@ def joint_entropy(
     """``features [B, T, D]``, ``attention [B, T, S]``, ``counted [K]`` bool to ``(rob_loss, intra_mse)``."""
     tiny = torch.finfo(attention.dtype).tiny
     bounds = groups.offsets.tolist()
-    width = features[0:1].numel() if len(features) else features.shape[1] * features.shape[2]
+    width = features.shape[1] * features.shape[2]
     # An empty slice's sum is zero, and belongs to the graph.
     covariance = features.new_zeros(width, width) + features[:0].sum()
     squares, num_samples = features[:0].sum(), 0
