@@ -82,11 +82,7 @@ def joint_entropy(
     loss on features, the coding rate of Yu et al. 2020 (arXiv:2006.08558).
     """
     backends.check_backend(backend)
-    validation.check_float("features", features)
-    validation.check_float("attention", attention)
-    validation.check_shape("features", features, {"B": groups.num_samples, "T": None, "D": None})
-    validation.check_shape("attention", attention, {"B": groups.num_samples, "T": features.shape[1], "S": None})
-    validation.check_together(features, [("attention", attention), ("groups", groups.order)])
+    validation.check_assigned(features, attention, groups.order)
     validation.check_positive(noise_std=noise_std)
     if min_samples < 2:
         raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")

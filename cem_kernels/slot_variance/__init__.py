@@ -66,11 +66,7 @@ def slot_variance(
         BackendUnavailableError: the backend asked for by name cannot run this call.
     """
     backends.check_backend(backend)
-    validation.check_float("features", features)
-    validation.check_float("attention", attention)
-    validation.check_shape("features", features, {"B": groups.num_samples, "T": None, "D": None})
-    validation.check_shape("attention", attention, {"B": groups.num_samples, "T": features.shape[1], "S": None})
-    validation.check_together(features, [("attention", attention), ("groups", groups.order)])
+    validation.check_assigned(features, attention, groups.order)
     validation.check_positive(eps_var=eps_var, gamma=gamma)
     if min_samples < 2:
         raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
