@@ -62,7 +62,8 @@ class GridOptions(Options):
     every other one is set against it at the same noise and seed, so leaving it out leaves those columns empty."""
     variants: tuple[str, ...] = ()
     """More of them, each a name and what it sets in cem.train, as YAML: "slots: {measure: slots, tokens: spatial}".
-    They are attention unless they set surrogate. One that sets lambd is run with this weight alone."""
+    They are attention unless they set surrogate. One that sets lambd, a number or a list of them, is run with these
+    weights instead of LAMBDS: surrogates differ in what a weight means."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
     lambds: tuple[float, ...] = (16.0,)
@@ -87,10 +88,11 @@ class GridOptions(Options):
         for name in ("surrogates", "seeds", "lambds", "noise_stds"):
             if not getattr(self, name):
                 raise ConfigError(f"{option(name)} needs at least one value")
-        for lambd in self.lambds:
-            if not 0 < lambd < math.inf:
+        for setting in self.settings():
+            if setting.surrogate != "none" and not 0 < setting.lambd < math.inf:
+                name = "--lambds" if setting.lambd in self.lambds else f"lambd of {setting.surrogate}"
                 raise ConfigError(
-                    f"--lambds must be finite and above 0, got {lambd:g}; without a penalty is --surrogates none"
+                    f"{name} must be finite and above 0, got {setting.lambd:g}; without a penalty is --surrogates none"
                 )
         if self.jobs < 1:
             raise ConfigError(f"--jobs must be at least 1, got {self.jobs}")
@@ -127,7 +129,12 @@ class GridOptions(Options):
         if surrogate == "none":
             return (0.0,)
         own = self.options_of(surrogate).get("lambd")
-        return self.lambds if own is None else (float(own),)
+        if own is None:
+            return self.lambds
+        try:
+            return tuple(map(float, own if isinstance(own, list) else [own]))
+        except (TypeError, ValueError):
+            raise ConfigError(f"lambd of {surrogate} takes a number or a list of them, got {own!r}") from None
 
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that a comparison that is stopped early has whole seeds to show."""

@@ -14,6 +14,7 @@ from cem.comparison.config import Comparison, command_of
 from cem.comparison.correlation import correlate
 from cem.comparison.definitions import CONTROLS, DEFINITIONS, SHOWN, VALUES
 from cem.comparison.findings import LIMITS, headlines
+from cem.comparison.matched import LOSSES, curves
 from cem.comparison.plan import LOGS_DIR
 from cem.comparison.results import RunResult, write_table
 from cem.comparison.statistics import Row, Spread, spread, summarise
@@ -43,6 +44,7 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
     sections = [
         _table_section(rows, results),
         _tradeoff_section(results, out),
+        _matched_section(rows),
         _reconstruction_section(results, out),
         _correlation_section(results),
         Section("How the figures are defined", [LIMITS], definitions=DEFINITIONS),
@@ -114,6 +116,32 @@ def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
         "the mean of a setting. Solid lines join settings that differ in noise, dashed ones settings that differ in λ. "
         "Up and to the right is better.",
     )
+    return section
+
+
+def _matched_section(rows: Sequence[Row]) -> Section:
+    lines: list[list[str | Link]] = [
+        [
+            f"{curve.surrogate}, σ {curve.noise_std:g}",
+            str(len(curve.points) - 1),
+            *(figure(curve.mse_at(loss)) for loss in LOSSES),
+        ]
+        for curve in curves(rows)
+    ]
+    section = Section(
+        "At equal accuracy",
+        [
+            "MSE of the strongest attacker on unseen images where a surrogate costs so many points of test accuracy "
+            "against none at the same noise. Read off the line through none and the means of the surrogate's settings, "
+            "in the order of λ, straight in accuracy and log MSE. A surrogate with few weights has a coarse line; "
+            "where it does not come down to an accuracy, there is no figure. The higher, the better.",
+        ],
+    )
+    if lines:
+        heads = [Column("surrogate"), Column("weights λ")]
+        section.table = Table([*heads, *(Column(f"{loss:g}", "MSE at points lost") for loss in LOSSES)], lines)
+    else:
+        section.paragraphs.append("No surrogate and none are finished at the same noise yet.")
     return section
 
 

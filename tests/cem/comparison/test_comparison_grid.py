@@ -50,6 +50,8 @@ def test_run_is_named_after_what_varies(run: Run, name: str) -> None:
         ({"seeds": ()}, "--seeds needs at least one value"),
         ({"lambds": (16.0, 0.0)}, "--lambds must be finite and above 0, got 0; without a penalty is --surrogates none"),
         ({"lambds": (float("inf"),)}, "--lambds must be finite"),
+        ({"surrogates": ("s",), "variants": ("s: {lambd: 0}",)}, "lambd of s must be finite and above 0, got 0"),
+        ({"surrogates": ("s",), "variants": ("s: {lambd: much}",)}, "lambd of s takes a number or a list of them"),
         ({"jobs": 0}, "--jobs must be at least 1, got 0"),
         ({"seeds": (1, 1)}, "two runs would be called none-noise0.1-seed1"),
         ({"noise_stds": (0.1, 0.10000001)}, "two runs would be called none-noise0.1-seed0"),
@@ -78,6 +80,10 @@ def test_a_variant_sets_options_of_the_attention_surrogate() -> None:
     assert [setting.lambd for setting in grid.settings()] == [1.0, 2.0]
 
 
-def test_a_variant_or_a_preset_with_a_weight_of_its_own_is_run_with_that_alone() -> None:
-    grid = GridOptions(surrogates=("s", "seed"), variants=("s: {lambd: 3}",), lambds=(1.0, 2.0))
-    assert [(setting.surrogate, setting.lambd) for setting in grid.settings()] == [("s", 3.0), ("seed", 16.0)]
+def test_a_variant_or_a_preset_with_weights_of_its_own_is_run_with_those_alone() -> None:
+    variants = ("s: {lambd: 3}", "curve: {lambd: [4, 5e-1]}")
+    grid = GridOptions(surrogates=("s", "curve", "seed"), variants=variants, lambds=(1.0, 2.0))
+    assert [(setting.surrogate, setting.lambd) for setting in grid.settings()] == [
+        *(("s", 3.0), ("curve", 4.0), ("curve", 0.5)),
+        ("seed", 16.0),
+    ]

@@ -152,6 +152,14 @@ def test_failed_run_is_named_with_its_reason_and_escaped(comparison: Comparison)
 
 
 @pytest.mark.usefixtures("_quick_pictures")
+def test_curves_are_read_at_equal_accuracy(comparison: Comparison) -> None:
+    head, *rows = table(written(comparison), "At equal accuracy")
+    assert head[2:] == [f"MSE at points lost: {loss}" for loss in ("0.25", "0.5", "1", "2", "4")]
+    assert [row[:2] for row in rows] == [["gmm, σ 0.1", "1"], ["gmm, σ 0.2", "1"]]
+    assert rows[0][5:] == ["0.0210", "–"]
+
+
+@pytest.mark.usefixtures("_quick_pictures")
 def test_correlations_are_listed_for_all_runs_and_every_noise(comparison: Comparison) -> None:
     _, *rows = table(written(comparison), "Do the surrogates' values say what leaks?")
     assert [row[:3] for row in rows] == [
