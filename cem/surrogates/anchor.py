@@ -16,18 +16,19 @@ class Anchors(nn.Module):
     close to each other as samples of a class do, and nothing is gained against the noise but what accuracy pays for.
     Around centroids that stay where they were this is no way out, for then features leave them.
 
-    ``μ ← m μ + (1 − m) mean`` and ``u ← m u + (1 − m) v``, for classes of at least ``min_samples`` samples, where ``v``
-    is the mean of ``(x − μ)²`` over the batch's samples of a class, and ``μ`` that of before. The first batch of a
-    class sets both.
+    ``μ ← m μ + (1 − m) mean`` and ``u ← m u + (1 − m) v``, for every class in the batch, where ``v`` is the mean of
+    ``(x − μ)²`` over the batch's samples of a class, and ``μ`` that of before. A single sample counts as well: it has
+    a distance to its centroid, which many classes and small batches depend on. Until a class was in ``1 / (1 − m)``
+    batches, both are means over all of its batches; in its first one ``μ`` is the batch's own mean.
 
     Args:
         num_classes: ``K``.
         width: numbers of one sample's features.
-        momentum: ``m``, in (0, 1); ``1 / (1 − m)`` steps is how far it looks back.
+        momentum: ``m``, in (0, 1); ``1 / (1 − m)`` batches is how far it looks back.
 
     Attributes:
         centroids, variances: ``[K, width]`` fp32, buffers.
-        seen: ``[K]`` bool, a buffer.
+        batches: ``[K]`` int64, how many moved each class; a buffer.
 
     Raises:
         ValueError: a size below 1, or momentum out of range.
@@ -37,7 +38,7 @@ class Anchors(nn.Module):
 
     centroids: Tensor
     variances: Tensor
-    seen: Tensor
+    batches: Tensor
 
     def __init__(self, num_classes: int, width: int, momentum: float) -> None:
         super().__init__()
@@ -47,39 +48,41 @@ class Anchors(nn.Module):
         self.momentum = momentum
         self.register_buffer("centroids", torch.zeros(num_classes, width))
         self.register_buffer("variances", torch.zeros(num_classes, width))
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("batches", torch.zeros(num_classes, dtype=torch.int64))
 
-    def forward(self, rows: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Tensor, groups: ClassGroups) -> tuple[Tensor, Tensor]:
         """Move by a batch. Nothing waits for the device, if ``groups`` has a bound on its classes.
 
         Args:
             rows: ``[B, width]``, fp32 or fp64.
             groups: their classes, ``K``.
-            min_samples: classes with fewer samples move nothing.
 
         Returns:
             Variances ``[K, width]`` with the running values and the gradient of the batch's own ``v``; and the mean
             ``[K]`` of the batch's squared deviations from its own means, without a gradient. Both are 0, the first
-            attached to the graph, for classes with too few samples. A class that is not finite moves nothing of its
-            own, and its variance is not finite.
+            attached to the graph, for classes without samples. A class that is not finite moves nothing of its own,
+            and its variance is not finite.
         """
-        qualifies = groups.counts >= min_samples
-        counted = (groups.padding.mask & qualifies[:, None])[..., None]
+        counted = groups.padding.mask[..., None]
         padded = torch.where(counted, groups.pad(rows), 0)  # [K, L, width]
         count = groups.counts.clamp(min=1)[:, None].to(rows.dtype)
         with torch.no_grad():
             mean = padded.sum(dim=1) / count
             own = torch.where(counted, padded - mean[:, None], 0).square().sum(dim=1) / count
-            here = torch.where(self.seen[:, None], self.centroids.to(rows.dtype), mean)
+            here = torch.where(self.batches[:, None] > 0, self.centroids.to(rows.dtype), mean)
         around = torch.where(counted, padded - here[:, None], 0).square().sum(dim=1) / count
         with torch.no_grad():
-            usable = qualifies & (mean.isfinite() & around.isfinite()).all(dim=1)
-            self._move(self.centroids, mean, usable)
-            self._move(self.variances, around, usable)
-            self.seen |= usable
+            usable = (groups.counts > 0) & (mean.isfinite() & around.isfinite()).all(dim=1)
+            share = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
+            self._move(self.centroids, mean, share, usable)
+            self._move(self.variances, around, share, usable)
+            self.batches += usable
             value = torch.where(usable[:, None], self.variances.to(rows.dtype), around)
         return value + (around - around.detach()), own.mean(dim=1)
 
-    def _move(self, running: Tensor, new: Tensor, usable: Tensor) -> None:
-        moved = torch.where(self.seen[:, None], self.momentum * running + (1 - self.momentum) * new, new)
-        running.copy_(torch.where(usable[:, None], moved, running))
+    @staticmethod
+    def _move(running: Tensor, new: Tensor, share: Tensor, usable: Tensor) -> None:
+        """Towards ``new`` by ``share [K]``, for the classes that are ``usable [K]``."""
+        running.copy_(
+            torch.where(usable[:, None], running.lerp(new.to(running.dtype), share.to(running.dtype)[:, None]), running)
+        )

@@ -73,7 +73,8 @@ class SlotCrossAttentionCEM(Surrogate):
         num_classes: ``K``; labels lie in ``[0, K)``. None reads the classes off the labels, which costs a host
             synchronisation a call.
         max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronisation.
-        min_samples: classes with fewer samples are left out.
+        min_samples: classes with fewer samples are left out; with ``anchor`` in evaluation only, as a single sample has
+            a distance to its class's running centroid.
         gamma: ``γ``, inside both logarithms.
         hinge: ``relu``, ``softplus`` or ``identity``.
         measure: of which variance, ``enhanced`` or ``slots``.
@@ -366,11 +367,11 @@ class SlotCrossAttentionCEM(Surrogate):
         """Of features as they are, around centroids that stay where they were."""
         with torch.autocast(rows.device.type, enabled=False):
             options = self._penalised(rows, groups)
-            variance, mse = anchors(rows, groups, self.min_samples)
+            variance, mse = anchors(rows, groups)
             gamma, threshold = options["gamma"], options["threshold"]
             height = torch.log(variance.clamp(min=options["eps_var"]) + gamma) - log_threshold(threshold, gamma)
-            penalty = torch.where(groups.counts >= self.min_samples, hinged(height, options["hinge"]).mean(dim=1), 0)
-            return ClassVariance(*over_classes(penalty, mse, groups, self.min_samples))
+            penalty = torch.where(groups.counts > 0, hinged(height, options["hinge"]).mean(dim=1), 0)
+            return ClassVariance(*over_classes(penalty, mse, groups, min_samples=1))
 
     def _penalised(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
         """How variances become a penalty: options of the operators."""

@@ -22,6 +22,11 @@ def grouped(labels, num_classes=4, bound=None):
     return ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
 
 
+def moved(seed):
+    features, labels = batch(seed=seed)
+    return features, grouped(labels)
+
+
 def anchors(num_classes=4, width=6, momentum=MOMENTUM):
     return Anchors(num_classes, width, momentum).double()
 
@@ -34,39 +39,51 @@ def surrogate(**kwargs):
 def test_the_first_batch_sets_centroids_and_variances():
     x, labels = batch()
     module = anchors()
-    variance, mse = module(x, grouped(labels), 2)
+    variance, mse = module(x, grouped(labels))
     for c in range(4):
         own = x[labels == c]
         torch.testing.assert_close(module.centroids[c], own.mean(dim=0))
         torch.testing.assert_close(module.variances[c], own.var(dim=0, unbiased=False))
         torch.testing.assert_close(variance[c], own.var(dim=0, unbiased=False))
         torch.testing.assert_close(mse[c], own.var(dim=0, unbiased=False).mean())
-    assert bool(module.seen.all())
+    assert module.batches.tolist() == [1, 1, 1, 1]
 
 
-def test_later_batches_move_them_a_little():
+def test_early_centroids_and_variances_are_means_over_batches():
     (x, labels), (y, other) = batch(seed=1), batch(seed=2)
     module = anchors()
-    module(x, grouped(labels), 2)
-    variance, mse = module(y, grouped(other), 2)
+    module(x, grouped(labels))
+    variance, mse = module(y, grouped(other))
     for c in range(4):
         old, new = x[labels == c], y[other == c]
         around = (new - old.mean(dim=0)).square().mean(dim=0)
-        running = MOMENTUM * old.var(dim=0, unbiased=False) + (1 - MOMENTUM) * around
-        centroid = MOMENTUM * old.mean(dim=0) + (1 - MOMENTUM) * new.mean(dim=0)
-        torch.testing.assert_close(module.centroids[c], centroid)
-        torch.testing.assert_close(variance[c], running)
+        torch.testing.assert_close(module.centroids[c], (old.mean(dim=0) + new.mean(dim=0)) / 2)
+        torch.testing.assert_close(variance[c], (old.var(dim=0, unbiased=False) + around) / 2)
         torch.testing.assert_close(mse[c], new.var(dim=0, unbiased=False).mean())
+
+
+def test_later_batches_move_them_by_the_momentum():
+    module = anchors()
+    for seed in range(6):
+        module(*moved(seed))
+    before = {name: each.clone() for name, each in module.state_dict().items()}
+    x, labels = batch(seed=7)
+    variance, _ = module(x, grouped(labels))
+    for c in range(4):
+        own, old = x[labels == c], before["centroids"][c]
+        around = (own - old).square().mean(dim=0)
+        torch.testing.assert_close(module.centroids[c], MOMENTUM * old + (1 - MOMENTUM) * own.mean(dim=0))
+        torch.testing.assert_close(variance[c], MOMENTUM * before["variances"][c] + (1 - MOMENTUM) * around)
 
 
 def test_gradients_are_those_of_the_batch_s_own_variance_around_the_centroids_of_before():
     (x, labels), (y, other) = batch(seed=1), batch(seed=2)
     module = anchors()
-    module(x, grouped(labels), 2)
+    module(x, grouped(labels))
     before = module.centroids.clone()
     y.requires_grad_()
     weight = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    (found,) = torch.autograd.grad((weight * module(y, grouped(other), 2)[0]).sum(), y)
+    (found,) = torch.autograd.grad((weight * module(y, grouped(other))[0]).sum(), y)
     share = weight / other.bincount(minlength=4)[:, None]
     torch.testing.assert_close(found, 2 * share[other] * (y.detach() - before[other]))
 
@@ -76,8 +93,8 @@ def test_shrinking_all_features_makes_a_batch_s_variance_smaller_and_the_anchore
     spread, labels = 0.1 * batch(200)[0], torch.arange(200) % 4
     x = 10 * torch.eye(4, 6, dtype=torch.float64)[labels] + spread
     module = anchors()
-    before = module(x, grouped(labels), 2)[0]
-    anchored = module(0.5 * x, grouped(labels), 2)[0]
+    before = module(x, grouped(labels))[0]
+    anchored = module(0.5 * x, grouped(labels))[0]
     batches_own = class_variance(0.5 * x, grouped(labels), threshold=1e-3).intra_mse
     assert batches_own.item() == pytest.approx(
         0.25 * class_variance(x, grouped(labels), threshold=1e-3).intra_mse.item()
@@ -85,27 +102,33 @@ def test_shrinking_all_features_makes_a_batch_s_variance_smaller_and_the_anchore
     assert anchored.mean().item() > 2 * before.mean().item()
 
 
-def test_classes_of_too_few_samples_move_nothing():
+def test_a_class_without_samples_moves_nothing():
     module = anchors()
     x, _ = batch(3)
-    variance, mse = module(x.requires_grad_(), grouped(torch.tensor([0, 0, 2])), 2)
-    assert module.seen.tolist() == [True, False, False, False]
-    assert not module.centroids[1:].any()
-    assert not variance[1:].any()
-    assert not mse[1:].any()
-    (gradient,) = torch.autograd.grad(variance.sum(), x)
-    assert not gradient[2].any()
+    variance, mse = module(x, grouped(torch.tensor([0, 0, 2])))
+    assert module.batches.tolist() == [1, 0, 1, 0]
+    for each in (module.centroids, variance, mse):
+        assert not each[[1, 3]].any()
+
+
+def test_a_single_sample_is_drawn_to_the_centroid_of_its_class():
+    module = anchors()
+    module(*moved(0))
+    before = module.centroids[2].clone()
+    x = batch(1)[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x, grouped(torch.tensor([2])))[0].sum(), x)
+    torch.testing.assert_close(gradient[0], 2 * (x[0].detach() - before))
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_class_that_is_not_finite_moves_nothing_and_is_not_hidden(bad):
     x, labels = batch()
     module = anchors()
-    module(x, grouped(labels), 2)
+    module(x, grouped(labels))
     before = {name: each.clone() for name, each in module.state_dict().items()}
     broken = x + 1
     broken[labels == 1, 0] = bad
-    variance, _ = module(broken, grouped(labels), 2)
+    variance, _ = module(broken, grouped(labels))
     assert not variance[1].isfinite().all()
     assert variance[[0, 2, 3]].isfinite().all()
     torch.testing.assert_close(module.centroids[1], before["centroids"][1])
@@ -153,12 +176,23 @@ def test_anchors_are_part_of_the_checkpoint():
     torch.testing.assert_close(other(y, more), module(y, more), rtol=0, atol=0)
 
 
-def test_no_class_with_enough_samples_gives_an_attached_zero():
-    x = batch(4)[0].requires_grad_()
-    rob_loss, intra_mse = surrogate().double()(x, torch.arange(4))
+def test_a_batch_of_one_sample_a_class_is_penalised_for_its_distance_to_the_anchors():
+    x, labels = torch.eye(4, 6, dtype=torch.float64), torch.arange(4)
+    module = surrogate().double()
+    module(x, labels)
+    away = (1.5 * x).requires_grad_()
+    rob_loss, _ = module(away, labels)
+    (gradient,) = torch.autograd.grad(rob_loss, away)
+    assert rob_loss.item() > 0
+    # Back towards where it was: along the class's own axis alone.
+    assert torch.equal(gradient > 0, x > 0)
+
+
+def test_an_empty_batch_gives_an_attached_zero():
+    x = batch(0)[0].requires_grad_()
+    rob_loss, intra_mse = surrogate().double()(x, torch.zeros(0, dtype=torch.long))
     (gradient,) = torch.autograd.grad(rob_loss, x)
-    assert (rob_loss.item(), intra_mse.item()) == (0.0, 0.0)
-    assert not gradient.any()
+    assert (rob_loss.item(), intra_mse.item(), gradient.shape) == (0.0, 0.0, (0, 6))
 
 
 @pytest.mark.parametrize(
