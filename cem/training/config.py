@@ -58,8 +58,11 @@ class TrainConfig(Options):
     attention: slot and cross attention in every class. gmm: a Gaussian mixture, refitted after every epoch.
     none: no penalty, the control."""
     lambd: float = 16.0
-    """Weight λ of the penalty; 0 switches it off. At learning rates below 4.1e-4 it applies exactly in full.
-    Between that and 1e-3 the original's rule gives up to 2.4 times λ, above 1e-3 less.
+    """Weight λ of the penalty; 0 switches it off."""
+    lambd_schedule: Literal["rising", "constant"] = "rising"
+    """How the weight changes over a run. rising, the original's: λ · 1e-3 / learning rate, and exactly λ at rates below
+    4.1e-4: the penalty moves the encoder as far in a late epoch as in an early one. constant: λ, in proportion to
+    classification all the time, so that most is done while steps are large. A λ for one is none for the other.
     See the column lambda_eff of metrics.csv."""
     penalty_from: int = 2
     """First epoch with the penalty. Before it, classification has the encoder to itself, as in the original:

@@ -21,8 +21,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor": 0.0,
         "memory_bank": 0,
         "lambd": 16.0,
+        "lambd_schedule": "rising",
     },
     # The mixture of the CEM paper, at its weight and threshold.
-    "gmm": {"surrogate": "gmm", "gmm_fit": "kmeans", "var_threshold": 0.125, "lambd": 16.0},
+    "gmm": {
+        "surrogate": "gmm",
+        "gmm_fit": "kmeans",
+        "var_threshold": 0.125,
+        "lambd": 16.0,
+        "lambd_schedule": "rising",
+    },
 }
 """Option names to values, by the preset's name. Whatever one does not name keeps its default."""

@@ -164,10 +164,10 @@ class Trainer:
         with board, self._trace() as self._end_of_step:
             for epoch in range(done, self.config.epochs):
                 row, monitors = self._epoch(epoch)
-                # Validation accuracy alone would choose an early epoch, trained under a fraction of the
-                # penalty. The fraction follows from the schedule, so every surrogate chooses among the same
-                # epochs.
-                key = (self._penalty_share(epoch), row["val_accuracy"])
+                # Validation accuracy alone would choose an early epoch, which the penalty has hardly shaped. The
+                # original's rule for its weight says which are late, whatever is trained, so that all runs choose
+                # among the same epochs.
+                key = (self._rising_share(epoch), row["val_accuracy"])
                 best = key > state.best
                 state.history.append(row)
                 if best:
@@ -205,7 +205,8 @@ class Trainer:
         """
         config, state = self.config, self.state
         monitors: Mapping[str, float] = {}
-        weight = config.lambd * self._penalty_share(epoch)
+        share = self._rising_share(epoch)
+        weight = config.lambd * (float(share > 0) if config.lambd_schedule == "constant" else share)
         watch = Stopwatch(state.device)
         start = time.perf_counter()
         means = self._steps(epoch, weight, watch)
@@ -233,8 +234,8 @@ class Trainer:
         }
         return row, monitors
 
-    def _penalty_share(self, epoch: int) -> float:
-        """Weight of the penalty in an epoch, counted from 0, relative to λ."""
+    def _rising_share(self, epoch: int) -> float:
+        """Weight of the penalty in an epoch, counted from 0, relative to λ, where it rises; 0 before there is one."""
         if epoch + 1 < self.config.penalty_from:
             return 0.0
         return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self._warm)

@@ -31,6 +31,7 @@ EVERY_OPTION = TrainConfig(
     centralised=True,
     surrogate="gmm",
     lambd=8.0,
+    lambd_schedule="constant",
     penalty_from=5,
     var_threshold=0.125,
     measure="slots",

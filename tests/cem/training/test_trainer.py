@@ -593,6 +593,19 @@ def test_penalty_begins_in_the_epoch_it_is_asked_for(
     assert [row["cross_entropy"] for row in late[:2]] == [row["cross_entropy"] for row in plain[:2]]
 
 
+def test_a_constant_weight_is_there_in_every_epoch_with_a_penalty(make_config: MakeConfig) -> None:
+    config = make_config(epochs=5, lambd=3.0, lambd_schedule="constant", penalty_from=2)
+    Trainer(config).fit()
+    assert [row["lambda_eff"] for row in rows(config.run_dir)] == [0.0, 3.0, 3.0, 3.0, 3.0]
+
+
+def test_the_best_epoch_is_a_late_one_under_a_constant_weight_too(make_config: MakeConfig) -> None:
+    config = make_config(epochs=8, lambd=0.1, lambd_schedule="constant")
+    summary = Trainer(config).fit()
+    late = rows(config.run_dir)[6:]
+    assert summary["best_epoch"] == max(late, key=lambda row: row["val_accuracy"])["epoch"]
+
+
 def test_every_surrogate_chooses_its_best_epoch_among_the_penalised_ones(make_config: MakeConfig) -> None:
     # One epoch has the penalty, so it is chosen, however well the ones before it did.
     summary = Trainer(make_config(surrogate="none", penalty_from=4)).fit()
