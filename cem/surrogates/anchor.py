@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from cem_kernels import ClassGroups
 from cem_kernels.validation import check_sizes
 
+VARIANCES_FASTER = 10
+"""How many times shorter running variances look back than running centroids."""
+
 
 class Anchors(nn.Module):
     """Running centroids of classes, and running variances around them.
@@ -16,15 +19,18 @@ class Anchors(nn.Module):
     close to each other as samples of a class do, and nothing is gained against the noise but what accuracy pays for.
     Around centroids that stay where they were this is no way out, for then features leave them.
 
-    ``μ ← m μ + (1 − m) mean`` and ``u ← m u + (1 − m) v``, for every class in the batch, where ``v`` is the mean of
+    ``μ ← m μ + (1 − m) mean`` and ``u ← m' u + (1 − m') v``, for every class in the batch, where ``v`` is the mean of
     ``(x − μ)²`` over the batch's samples of a class, and ``μ`` that of before. A single sample counts as well: it has
     a distance to its centroid, which many classes and small batches depend on. Until a class was in ``1 / (1 − m)``
-    batches, both are means over all of its batches; in its first one ``μ`` is the batch's own mean.
+    batches, its centroid is the mean over all of them, and likewise ``u``; in its first one ``μ`` is the batch's own.
+
+    Centroids are to stand still, so that shrinking shows; variances only to be less noisy than a batch's, for what they
+    were long ago would hide what was achieved since: ``1 − m' = 10 (1 − m)``, at most 1.
 
     Args:
         num_classes: ``K``.
         width: numbers of one sample's features.
-        momentum: ``m``, in (0, 1); ``1 / (1 − m)`` batches is how far it looks back.
+        momentum: ``m``, in (0, 1); ``1 / (1 − m)`` batches is how far centroids look back.
 
     Attributes:
         centroids, variances: ``[K, width]`` fp32, buffers.
@@ -73,9 +79,9 @@ class Anchors(nn.Module):
         around = torch.where(counted, padded - here[:, None], 0).square().sum(dim=1) / count
         with torch.no_grad():
             usable = (groups.counts > 0) & (mean.isfinite() & around.isfinite()).all(dim=1)
-            share = (1 / (self.batches + 1)).clamp(min=1 - self.momentum)
-            self._move(self.centroids, mean, share, usable)
-            self._move(self.variances, around, share, usable)
+            first, still = 1 / (self.batches + 1), 1 - self.momentum
+            self._move(self.centroids, mean, first.clamp(min=still), usable)
+            self._move(self.variances, around, first.clamp(min=min(VARIANCES_FASTER * still, 1.0)), usable)
             self.batches += usable
             value = torch.where(usable[:, None], self.variances.to(rows.dtype), around)
         return value + (around - around.detach()), own.mean(dim=1)

@@ -9,7 +9,8 @@ import cem
 from cem.surrogates.anchor import Anchors
 from cem_kernels import ClassGroups, class_variance
 
-MOMENTUM = 0.75
+MOMENTUM = 0.95
+OF_VARIANCES = 0.5
 
 
 def batch(num_samples=24, width=6, num_classes=4, seed=0):
@@ -64,7 +65,7 @@ def test_early_centroids_and_variances_are_means_over_batches():
 
 def test_later_batches_move_them_by_the_momentum():
     module = anchors()
-    for seed in range(6):
+    for seed in range(25):
         module(*moved(seed))
     before = {name: each.clone() for name, each in module.state_dict().items()}
     x, labels = batch(seed=7)
@@ -73,7 +74,18 @@ def test_later_batches_move_them_by_the_momentum():
         own, old = x[labels == c], before["centroids"][c]
         around = (own - old).square().mean(dim=0)
         torch.testing.assert_close(module.centroids[c], MOMENTUM * old + (1 - MOMENTUM) * own.mean(dim=0))
-        torch.testing.assert_close(variance[c], MOMENTUM * before["variances"][c] + (1 - MOMENTUM) * around)
+        moved_by = (1 - OF_VARIANCES) * around
+        torch.testing.assert_close(variance[c], OF_VARIANCES * before["variances"][c] + moved_by)
+
+
+def test_variances_of_quick_centroids_are_the_batch_s():
+    module = anchors(momentum=0.8)
+    module(*moved(0))
+    before = module.centroids.clone()
+    x, labels = batch(seed=7)
+    variance, _ = module(x, grouped(labels))
+    for c in range(4):
+        torch.testing.assert_close(variance[c], (x[labels == c] - before[c]).square().mean(dim=0))
 
 
 def test_gradients_are_those_of_the_batch_s_own_variance_around_the_centroids_of_before():
