@@ -53,7 +53,11 @@ def training_step(
             feature_shape=model.feature_shape,
             num_classes=CLASSES,
             noise_std=0.1,
-            var_threshold=0.1,
+            measure="enhanced",  # the original: slot attention and cross attention are what is to be timed
+            num_slots=8,
+            anchor=0.0,
+            eps_var=1e-4,
+            gamma=1e-6,
             backend=backend,
         )
         penalty = penalty.to(device).requires_grad_(False)

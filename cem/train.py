@@ -34,8 +34,9 @@ train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a run that --r
 class CommandLine(TrainConfig):
     """The options of a run, and where to take them from."""
 
-    preset: Literal["seed", "gmm"] | None = None
+    preset: Literal["attention", "seed", "gmm"] | None = None
     """Set the options of a defence at once; other options override it, and it overrides CONFIG.
+    attention: what is recommended, and the default anyway.
     seed: the original attention surrogate, of flat features, frozen, at full weight.
     gmm: the mixture of the CEM paper."""
     config: Path | None = None

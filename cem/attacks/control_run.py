@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,9 @@ from cem.attacks.target import Target
 from cem.options import ConfigError
 from cem.training.config import TrainConfig, changed_options
 
-_OF_THE_PENALTY = (
-    "surrogate",
-    "lambd",
-    "penalty_from",
-    "var_threshold",
-    "surrogate_policy",
-    "surrogate_lr",
-    "reduce_dim",
-    "gmm_fit",
-    "injection",
-)
+_NAMES = [field.name for field in fields(TrainConfig)]
+# They stand together there, before those of optimisation.
+_OF_THE_PENALTY = _NAMES[_NAMES.index("surrogate") : _NAMES.index("epochs")]
 
 
 def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any]:

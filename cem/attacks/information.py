@@ -20,12 +20,14 @@ LLOYD_STEPS = 20  # at most; any partition gives a bound, a converged one hardly
 BATCH = 128  # samples, as the surrogates see them in training by default
 NEGLIGIBLE = 1e-3  # of σ²: a column that varies by less inside a class counts as varying by so much
 
+_ORIGINAL = {"measure": "enhanced", "num_slots": 8, "anchor": 0.0, "eps_var": 1e-4, "gamma": 1e-6}
+_SLOTS = {**_ORIGINAL, "measure": "slots"}
 MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention": ("attention", {"measure": "enhanced"}),
-    "slots": ("attention", {"measure": "slots"}),
-    "slots_entropy": ("attention", {"measure": "slots", "penalty": "entropy"}),
-    "class_hinge": ("attention", {"measure": "slots", "num_slots": 1, "gamma": 0.01}),
-    "joint_entropy": ("attention", {"measure": "slots", "num_slots": 1, "penalty": "joint_entropy"}),
+    "attention": ("attention", _ORIGINAL),
+    "slots": ("attention", _SLOTS),
+    "slots_entropy": ("attention", {**_SLOTS, "penalty": "entropy"}),
+    "class_hinge": ("attention", {**_SLOTS, "num_slots": 1, "gamma": 0.01}),
+    "joint_entropy": ("attention", {**_SLOTS, "num_slots": 1, "penalty": "joint_entropy"}),
     "gmm": ("gmm", {}),
 }
 """Surrogates whose value is reported: its name there, that of the surrogate, its options."""

@@ -45,7 +45,7 @@ class Comparison:
         }
         # from_dict: the shared options may be of a subclass, which the command line needs.
         values = TrainConfig.to_dict(self.train) | own
-        return TrainConfig.from_dict(values | {"seed": run.seed, "out": None})
+        return TrainConfig.from_dict(values | {"seed": run.seed, "out": None}).resolved()
 
     def attack_config(self) -> AttackConfig:
         """The options of every attack; device and data are the trainings' unless it has its own."""

@@ -12,7 +12,7 @@ import yaml
 
 from cem.options import ConfigError, Options, option
 from cem.surrogates import SURROGATES
-from cem.training.config import TrainConfig
+from cem.training.config import OWN_WEIGHT, TrainConfig
 from cem.training.presets import PRESETS
 
 NOT_OF_A_VARIANT = ("noise_std", "seed", "out", "device", "data", "data_root", "profile_steps")
@@ -66,8 +66,9 @@ class GridOptions(Options):
     weights instead of LAMBDS: surrogates differ in what a weight means."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
-    lambds: tuple[float, ...] = (16.0,)
-    """Weights λ of the penalty. The surrogate none has no penalty and is run once, whatever is given here."""
+    lambds: tuple[float, ...] = ()
+    """Weights λ of the penalty; none: that which each surrogate has in cem.train. The surrogate none has no penalty and
+    is run once, whatever is given here."""
     noise_stds: tuple[float, ...] = (0.1,)
     """Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table and
     the trade-off plot show whether a surrogate is worth more than more noise."""
@@ -85,7 +86,7 @@ class GridOptions(Options):
         self.convert()
         for surrogate in self.surrogates:
             self.options_of(surrogate)
-        for name in ("surrogates", "seeds", "lambds", "noise_stds"):
+        for name in ("surrogates", "seeds", "noise_stds"):
             if not getattr(self, name):
                 raise ConfigError(f"{option(name)} needs at least one value")
         for setting in self.settings():
@@ -128,9 +129,12 @@ class GridOptions(Options):
     def _lambds_of(self, surrogate: str) -> tuple[float, ...]:
         if surrogate == "none":
             return (0.0,)
-        own = self.options_of(surrogate).get("lambd")
+        options = self.options_of(surrogate)
+        own = options.get("lambd")
         if own is None:
-            return self.lambds
+            return self.lambds or (
+                OWN_WEIGHT.get(options["surrogate"], 1.0),
+            )  # an unknown one is refused with its options
         try:
             return tuple(map(float, own if isinstance(own, list) else [own]))
         except (TypeError, ValueError):

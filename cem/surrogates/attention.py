@@ -39,6 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reduce": ("linear", "conv1x1"),
     "tokens": ("flat", "spatial"),
 }
+GAMMA = 1e-6
 NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
 
 
@@ -75,7 +76,8 @@ class SlotCrossAttentionCEM(Surrogate):
         max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronisation.
         min_samples: classes with fewer samples are left out; with ``anchor`` in evaluation only, as a single sample has
             a distance to its class's running centroid.
-        gamma: ``γ``, inside both logarithms.
+        gamma: ``γ``, inside both logarithms; None is 1e-6. Where a variance is well below ``γ``, its penalty is nearly
+            linear in it.
         hinge: ``relu``, ``softplus`` or ``identity``.
         measure: of which variance, ``enhanced`` or ``slots``.
         penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
@@ -111,7 +113,8 @@ class SlotCrossAttentionCEM(Surrogate):
         BackendUnavailableError: an operator does not have the backend that is asked for by name.
 
     Warns:
-        UserWarning: ``eps_var`` or ``gamma`` swamps the threshold (as they do at ``reg_strength=0``, the default).
+        UserWarning: ``eps_var``, or the ``gamma`` that nobody chose, swamps the threshold (as they do at
+            ``reg_strength=0``, the default).
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class SlotCrossAttentionCEM(Surrogate):
         num_classes: int | None = None,
         max_class_size: int | None = None,
         min_samples: int = 2,
-        gamma: float = 1e-6,
+        gamma: float | None = None,
         hinge: Hinge = "relu",
         measure: Measure = "enhanced",
         penalty: Penalty = "hinge",
@@ -166,6 +169,7 @@ class SlotCrossAttentionCEM(Surrogate):
                 "tokens='spatial' needs feature_shape=(C, H, W), and reduces with reduce='conv1x1' if at all, "
                 f"got feature_shape={feature_shape}, reduce_dim={reduce_dim} and reduce={reduce!r}"
             )
+        chosen_gamma, gamma = gamma is not None, GAMMA if gamma is None else gamma
         validation.check_positive(eps_var=eps_var, gamma=gamma)
         if min_samples < 2:
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
@@ -207,7 +211,8 @@ class SlotCrossAttentionCEM(Surrogate):
             threshold, coupled_threshold(var_threshold, reg_strength), threshold_value, threshold_quantile
         )
         if penalty == "hinge":
-            warn_if_swamped(self.threshold.lowest, eps_var, gamma, REMEDY_OF_FIXED if threshold == "fixed" else REMEDY)
+            remedy = REMEDY_OF_FIXED if threshold == "fixed" else REMEDY
+            warn_if_swamped(self.threshold.lowest, eps_var, 0.0 if chosen_gamma else gamma, remedy)
 
         self.num_tokens = 1  # T
         width = feature_dim

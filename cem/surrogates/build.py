@@ -25,19 +25,19 @@ def build_surrogate(
     feature_shape: tuple[int, ...],
     num_classes: int,
     noise_std: float,
-    var_threshold: float,
-    measure: Measure = "enhanced",
+    var_threshold: float = 0.1,
+    measure: Measure = "slots",
     penalty: Penalty = "hinge",
     hinge: Hinge = "relu",
     threshold: Policy = "coupled",
     threshold_value: float = 0.05,
     threshold_quantile: float = 0.5,
-    eps_var: float = 1e-4,
-    gamma: float = 1e-6,
+    eps_var: float = 1e-8,
+    gamma: float = 0.01,
     objective: Objective = "penalty",
-    anchor: float = 0.0,
+    anchor: float = 0.99,
     memory_bank: int = 0,
-    num_slots: int = 8,
+    num_slots: int = 1,
     tokens: Literal["flat", "spatial"] = "flat",
     reduce: Literal["linear", "conv1x1"] = "linear",
     reduce_dim: int | None = None,
@@ -45,7 +45,7 @@ def build_surrogate(
     backend: str = "auto",
     sigmoid: bool = False,
 ) -> Surrogate:
-    """The surrogate that a training run asks for by name.
+    """The surrogate that a training run asks for by name; without options, the one that is recommended.
 
     Args:
         name: one of :data:`SURROGATES`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,19 +57,20 @@ class TrainConfig(Options):
     """Stand-in for the conditional entropy H(x|z), which bounds what an attacker can reconstruct.
     attention: slot and cross attention in every class. gmm: a Gaussian mixture, refitted after every epoch.
     none: no penalty, the control."""
-    lambd: float = 16.0
-    """Weight λ of the penalty; 0 switches it off."""
-    lambd_schedule: Literal["rising", "constant"] = "rising"
+    lambd: float | None = None
+    """Weight λ of the penalty; 0 switches it off. Without it: 1 for attention, 16 for gmm, whose penalties differ in
+    scale, and in LAMBD_SCHEDULE."""
+    lambd_schedule: Literal["rising", "constant"] | None = None
     """How the weight changes over a run. rising, the original's: λ · 1e-3 / learning rate, and exactly λ at rates below
     4.1e-4: the penalty moves the encoder as far in a late epoch as in an early one. constant: λ, in proportion to
     classification all the time, so that most is done while steps are large. A λ for one is none for the other.
-    See the column lambda_eff of metrics.csv."""
+    Without it: constant for attention, rising for gmm. See the column lambda_eff of metrics.csv."""
     penalty_from: int = 2
     """First epoch with the penalty. Before it, classification has the encoder to itself, as in the original:
     under a penalty from the first step on, an untrained encoder may learn to send the same for every class."""
     var_threshold: float = 0.1
     """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
-    measure: Literal["enhanced", "slots"] = "enhanced"
+    measure: Literal["enhanced", "slots"] = "slots"
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
     their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
     say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
@@ -87,12 +88,12 @@ class TrainConfig(Options):
     """Threshold of `fixed`, and first one of `ramp`: a variance."""
     threshold_quantile: float = 0.5
     """Share of all variances that `quantile` leaves alone."""
-    eps_var: float = 1e-4
+    eps_var: float = 1e-8
     """Floor of a variance inside the attention surrogate. Below it nothing is made smaller."""
-    gamma: float = 1e-6
+    gamma: float = 0.01
     """Variance γ that --penalty hinge adds inside both logarithms, in the attention surrogate. Well below γ the penalty
     is nearly linear in a variance, well above it grows with the logarithm. The mixture's is 0.01."""
-    anchor: float = 0.0
+    anchor: float = 0.99
     """Momentum, such as 0.99, of running class centroids that variances are measured around in training, instead of a
     batch's own: then an encoder cannot lower them by making all features smaller. For --measure slots --num-slots 1;
     0: none."""
@@ -104,7 +105,7 @@ class TrainConfig(Options):
     spatial: every position of the feature map is one, which needs far smaller matrices."""
     reduce: Literal["linear", "conv1x1"] = "linear"
     """What REDUCE_DIM is. linear: a width to project flat features to. conv1x1: a number of channels."""
-    num_slots: int = 8
+    num_slots: int = 1
     """Slots of every class in the attention surrogate."""
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
     """What trains the surrogate's own parameters.
@@ -162,9 +163,19 @@ class TrainConfig(Options):
     No number changes but times, which include the tracing."""
 
     @property
+    def weight(self) -> float:
+        """``lambd``, or the surrogate's own."""
+        return OWN_WEIGHT[self.surrogate] if self.lambd is None else self.lambd
+
+    def resolved(self) -> TrainConfig:
+        """The same options, with the surrogate's own where ``lambd`` and ``lambd_schedule`` are left to it."""
+        schedule = self.lambd_schedule or OWN_SCHEDULE[self.surrogate]
+        return replace(self, lambd=self.weight, lambd_schedule=schedule)
+
+    @property
     def penalised(self) -> bool:
         """Whether this run has a penalty at all: a surrogate, and a weight for it."""
-        return self.surrogate != "none" and self.lambd > 0
+        return self.surrogate != "none" and self.weight > 0
 
     @property
     def run_dir(self) -> Path:
@@ -174,8 +185,8 @@ class TrainConfig(Options):
         """
         if self.out is not None:
             return self.out
-        name = f"{self.data}-{self.arch}-{self.surrogate}-lambd{self.lambd:g}-noise{self.noise_std:g}"
-        return Path("runs") / f"{name}-seed{self.seed}"
+        surrogate = "none" if self.surrogate == "none" else f"{self.surrogate}-lambd{self.weight:g}"
+        return Path("runs") / f"{self.data}-{self.arch}-{surrogate}-noise{self.noise_std:g}-seed{self.seed}"
 
     def validate(self) -> None:
         """Check types and ranges of all options that can be judged without loading anything.
@@ -209,6 +220,12 @@ class TrainConfig(Options):
             raise ConfigError(f"--threshold-quantile must be between 0 and 1, got {self.threshold_quantile}")
         if not 0 <= self.anchor < 1:
             raise ConfigError(f"--anchor must be at least 0 and below 1, got {self.anchor}")
+        alone = self.measure == "slots" and self.num_slots == 1 and not self.memory_bank
+        if self.surrogate == "attention" and self.anchor and not (alone and self.penalty != "joint_entropy"):
+            raise ConfigError(
+                "--anchor goes with --measure slots --num-slots 1, and with neither --memory-bank nor --penalty "
+                f"joint_entropy; for others give --anchor 0, got {self.anchor}"
+            )
         if self.surrogate_objective != "penalty" and self.injection != "combined":
             raise ConfigError(
                 f"--surrogate-objective {self.surrogate_objective} takes --injection combined, got {self.injection}"
@@ -228,7 +245,7 @@ class TrainConfig(Options):
         if self.surrogate != "attention":
             raise ConfigError(f"--capture: only the attention surrogate can be captured, got {self.surrogate}")
         if not self.penalised:
-            raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.lambd:g}")
+            raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.weight:g}")
         if self.injection != "combined":
             raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
         if self.backend not in ("auto", "triton"):
@@ -247,6 +264,11 @@ _AT_LEAST = {
     **dict.fromkeys(("momentum", "weight_decay", "warmup_epochs", "seed"), 0),
 }
 
+OWN_WEIGHT = {"attention": 1.0, "gmm": 16.0, "none": 0.0}
+"""λ where ``lambd`` is left to the surrogate."""
+OWN_SCHEDULE: dict[str, Literal["rising", "constant"]] = {"attention": "constant", "gmm": "rising", "none": "rising"}
+"""How it changes where ``lambd_schedule`` is left to the surrogate."""
+
 HARMLESS_ON_RESUME = frozenset(
     {"device", "backend", "capture", "num_workers", "data_root", "download", "profile_steps"}
 )
@@ -263,7 +285,7 @@ def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
     if after.augment:
         ignored -= {"num_workers"}
         reasons["num_workers"] = "; with --augment, worker processes draw other random numbers"
-    old, new = before.to_dict(), after.to_dict()
+    old, new = before.resolved().to_dict(), after.resolved().to_dict()
     return [
         f"{option(name)} (was {old[name]}, got {new[name]}{reasons.get(name, '')})"
         for name in old

@@ -5,10 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # What is recommended, and the default of every option: variance around running centroids of the classes, at a
+    # weight in proportion to classification. benchmarks/results/README.md says what it was set against.
+    "attention": {
+        "surrogate": "attention",
+        "measure": "slots",
+        "num_slots": 1,
+        "penalty": "hinge",
+        "hinge": "relu",
+        "threshold": "coupled",
+        "var_threshold": 0.1,
+        "eps_var": 1e-8,
+        "gamma": 0.01,
+        "anchor": 0.99,
+        "memory_bank": 0,
+        "surrogate_policy": "frozen",
+        "tokens": "flat",
+        "lambd": 1.0,
+        "lambd_schedule": "constant",
+    },
     # The original surrogate: flat features, nothing reduced, random weights, coupled threshold, full weight.
     "seed": {
         "surrogate": "attention",
         "measure": "enhanced",
+        "num_slots": 8,
         "penalty": "hinge",
         "hinge": "relu",
         "threshold": "coupled",

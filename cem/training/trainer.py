@@ -70,7 +70,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         config.validate()
-        self.config = config
+        self.config = config = config.resolved()
         self.run_dir = config.run_dir if resume else runs.new_run_dir(config)
         self.finished = runs.read_summary(self.run_dir) if resume else None
         # There is no log to put warnings into before it is certain that there will be a run.
@@ -206,7 +206,7 @@ class Trainer:
         config, state = self.config, self.state
         monitors: Mapping[str, float] = {}
         share = self._rising_share(epoch)
-        weight = config.lambd * (float(share > 0) if config.lambd_schedule == "constant" else share)
+        weight = config.weight * (float(share > 0) if config.lambd_schedule == "constant" else share)
         watch = Stopwatch(state.device)
         start = time.perf_counter()
         means = self._steps(epoch, weight, watch)
@@ -241,7 +241,7 @@ class Trainer:
         return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self._warm)
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        lr, lambd = self.config.lr, self.config.lambd
+        lr, lambd = self.config.lr, self.config.weight
         return TrainingDiverged(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
 
     def _steps(self, epoch: int, weight: float, watch: Stopwatch) -> dict[str, float]:

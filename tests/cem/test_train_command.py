@@ -38,7 +38,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run_ends_with_where_things_are_and_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(SMALL) == 0
-    run_dir = Path("runs/digits-resnet20-none-lambd16-noise0.1-seed0")
+    run_dir = Path("runs/digits-resnet20-none-noise0.1-seed0")
     summary = read_summary(run_dir)
     assert summary is not None
     out = capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_run_ends_with_where_things_are_and_what_comes_next(capsys: pytest.Captu
 
 
 def test_second_run_under_the_same_options_lies_beside_the_first(capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (Path(f"runs/digits-resnet20-none-lambd16-noise0.1-seed0{suffix}") for suffix in ("", "-2"))
+    first, second = (Path(f"runs/digits-resnet20-none-noise0.1-seed0{suffix}") for suffix in ("", "-2"))
     assert command.main(SMALL) == 0
     before = {path: path.read_bytes() for path in first.iterdir()}
     assert command.main(SMALL) == 0

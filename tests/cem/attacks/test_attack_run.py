@@ -18,10 +18,12 @@ from torch import Tensor
 
 from cem.attacks import Attack, AttackConfig, fit
 from cem.attacks import run as run_module
+from cem.attacks.control_run import _without_penalty
 from cem.attacks.splits import identities, pick
 from cem.data import ImageSet, load_data
 from cem.options import ConfigError
 from cem.training import TrainConfig, checkpoint, train
+from cem.training.config import changed_options
 
 TINY = AttackConfig(
     attackers=("deconvC4", "deconvC8:l1"),
@@ -316,6 +318,13 @@ def test_a_run_with_a_penalty_is_no_control(attacked: Path, runs_copy: Path) -> 
 
 def test_a_control_is_found_wherever_the_results_go(attacked: Path, tmp_path: Path) -> None:
     assert Attack(attacked / "attention", TINY, tmp_path / "elsewhere")._control is not None
+
+
+def test_a_control_may_differ_in_every_option_of_the_penalty_and_in_no_other() -> None:
+    plain = TrainConfig(surrogate="none")
+    penalty = {"measure": "enhanced", "anchor": 0.0, "memory_bank": 8, "lambd_schedule": "rising", "backend": "eager"}
+    assert not changed_options(_without_penalty(plain), _without_penalty(replace(plain, surrogate="gmm", **penalty)))
+    assert changed_options(_without_penalty(plain), _without_penalty(replace(plain, epochs=7)))
 
 
 def test_a_damaged_decoder_is_trained_again(runs_copy: Path, attacked: Path) -> None:

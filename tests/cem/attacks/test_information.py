@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+import cem
 from cem.attacks import information
 from cem.attacks.information import information_report, relative_to
-from cem.surrogates import build_surrogate
 from cem.training.evaluation import isolated_random
 
 
@@ -257,7 +257,7 @@ def test_relative_variance_of_constant_features_is_undefined():
 def test_attention_is_its_penalty_with_the_weights_of_the_seed():
     x, labels = two_classes(samples=100, dims=8)
     with isolated_random(3, x.device):
-        surrogate = build_surrogate("attention", feature_shape=(8,), num_classes=2, noise_std=0.5, var_threshold=0.1)
+        surrogate = cem.SlotCrossAttentionCEM(8, reg_strength=0.5, num_classes=2)
     expected, _ = surrogate.eval()(x.float(), labels)
     value = report(x, labels, noise_std=0.5, seed=3)["values"]["attention"]
     assert value == pytest.approx(expected.item(), rel=1e-4)

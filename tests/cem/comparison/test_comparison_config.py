@@ -16,7 +16,7 @@ from cem.training.config import TrainConfig
 def test_training_has_the_grids_values_and_the_shared_options() -> None:
     comparison = Comparison(train=TrainConfig(epochs=3, surrogate="none", seed=9, out=Path("elsewhere")))
     config = comparison.train_config(Run(Setting("gmm", 4.0, 0.3), seed=2))
-    assert config == TrainConfig(epochs=3, surrogate="gmm", lambd=4.0, noise_std=0.3, seed=2)
+    assert config == TrainConfig(epochs=3, surrogate="gmm", lambd=4.0, noise_std=0.3, seed=2).resolved()
 
 
 def test_training_of_a_variant_has_its_options_over_the_shared_ones() -> None:

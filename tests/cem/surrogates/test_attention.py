@@ -390,7 +390,9 @@ def test_build_reduces_wide_features_only():
 def test_build_takes_any_width():
     common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
     heads = [
-        build_surrogate("attention", feature_shape=(width,), **common).cross_attention.num_heads
+        build_surrogate(
+            "attention", feature_shape=(width,), measure="enhanced", anchor=0.0, **common
+        ).cross_attention.num_heads
         for width in (9, 10, 12)
     ]
     assert heads == [1, 2, 4]

@@ -442,12 +442,17 @@ def test_a_threshold_is_judged_by_the_lowest_place_it_can_come_to(kwargs, messag
         surrogate(**kwargs)
 
 
-@pytest.mark.parametrize("floor", ["eps_var", "gamma"])
-def test_a_warning_about_a_fixed_threshold_names_what_would_change_it(floor):
-    floors = {"eps_var": 1e-9, "gamma": 1e-9, floor: 1e-4}
-    with pytest.warns(UserWarning, match=f"{floor}=0.0001 is above") as caught:
-        surrogate(threshold="fixed", threshold_value=1e-5, **floors)
+@pytest.mark.parametrize(("floor", "value", "eps_var"), [("eps_var", "0.0001", 1e-4), ("gamma", "1e-06", 1e-9)])
+def test_a_warning_about_a_fixed_threshold_names_what_would_change_it(floor, value, eps_var):
+    with pytest.warns(UserWarning, match=f"{floor}={value} is above") as caught:
+        surrogate(threshold="fixed", threshold_value=1e-7, eps_var=eps_var)
     assert "threshold_value" in str(caught[0].message)
+
+
+def test_a_gamma_that_was_chosen_is_taken_to_be_meant():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surrogate(reg_strength=0.1, gamma=0.01)
 
 
 def test_quantile_of_slots_is_refused():

@@ -15,6 +15,7 @@ from cem.data.synthetic import write_test_images
 from cem.training import CheckpointError, ConfigError, TrainConfig, Trainer, read_summary, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
+from cem.training.presets import PRESETS
 
 STEPS_PER_EPOCH = 3
 
@@ -78,6 +79,9 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+SEED = PRESETS["seed"]
+
+
 def folder(root: Path, seed: int = 0) -> dict[str, Any]:
     """Options of a run on colour images, of which it makes three batches as well."""
     write_test_images(root, num_classes=2, train_per_class=12, test_per_class=2, seed=seed)
@@ -90,18 +94,20 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         {"surrogate": "none"},
         {"surrogate": "gmm"},
         {"surrogate": "attention"},
-        {"surrogate": "attention", "surrogate_policy": "separate"},
-        {"surrogate": "attention", "surrogate_policy": "shared"},
-        {"surrogate": "attention", "surrogate_policy": "separate", "surrogate_objective": "likelihood"},
-        {"surrogate": "attention", "injection": "two_pass"},
-        {"surrogate": "attention", "memory_bank": 8, "threshold": "quantile"},
-        {"surrogate": "attention", "measure": "slots", "memory_bank": 8},
+        SEED,
+        SEED | {"surrogate_policy": "separate"},
+        SEED | {"surrogate_policy": "shared"},
+        SEED | {"surrogate_policy": "separate", "surrogate_objective": "likelihood"},
+        SEED | {"injection": "two_pass"},
+        SEED | {"memory_bank": 8, "threshold": "quantile"},
+        SEED | {"measure": "slots", "memory_bank": 8},
         {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
     ],
     ids=[
         "none",
         "gmm",
         "attention",
+        "original",
         "attention with Adam",
         "attention with SGD",
         "likelihood",
@@ -121,7 +127,7 @@ def test_run_with_augmentation_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_warm_started_run_resumes_bit_for_bit_without_the_run_that_it_started_from(tmp_path: Path) -> None:
     train(small(tmp_path / "first", surrogate="none", epochs=1))
-    options = {"surrogate": "none", "init_from": tmp_path / "first", "epochs": 2}
+    options = {"surrogate": "none", "init_from": tmp_path / "first", "epochs": 2, "lambd": 16.0}
     train(small(tmp_path / "whole", **options))
     interrupt_at(STEPS_PER_EPOCH + 1, small(tmp_path / "broken", **options))
     shutil.rmtree(tmp_path / "first")
@@ -204,7 +210,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_options_is_refused_by_name(tmp_path: Path) -> None:
-    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none"))
+    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", lambd=16.0))
     with pytest.raises(ConfigError, match=r"--lambd \(was 16\.0, got 2\.0\), --lr \(was 0\.05, got 0\.1\)"):
         resume(tmp_path / "run", lr=0.1, lambd=2.0)
 

@@ -152,7 +152,7 @@ def test_run_directory_holds_every_file(run_dir: Path) -> None:
 
 def test_config_is_accepted_back_and_does_not_claim_the_directory_again(run_dir: Path) -> None:
     config = TrainConfig.from_yaml(run_dir / "config.yaml")
-    assert config == TrainConfig(train_size=200, batch_size=32, epochs=4, device="cpu")
+    assert config == TrainConfig(train_size=200, batch_size=32, epochs=4, device="cpu").resolved()
 
 
 def test_metrics_have_a_row_per_epoch_and_the_named_columns(run_dir: Path) -> None:
@@ -170,7 +170,23 @@ def test_train_loss_is_the_weighted_sum_of_its_terms(run_dir: Path) -> None:
 def test_metrics_follow_the_schedules(run_dir: Path) -> None:
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
-    assert [row["lambda_eff"] / 16 for row in table] == pytest.approx([0.0, 0.1, 0.5, 1.0])  # from epoch 2
+    assert [row["lambda_eff"] for row in table] == [0.0, 1.0, 1.0, 1.0]  # from epoch 2
+
+
+def test_a_rising_weight_follows_the_learning_rate(make_config: MakeConfig) -> None:
+    config = make_config(epochs=4, lambd=16.0, lambd_schedule="rising", penalty_from=2)
+    Trainer(config).fit()
+    assert [row["lambda_eff"] / 16 for row in rows(config.run_dir)] == pytest.approx([0.0, 0.1, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(("surrogate", "own"), [("attention", [0.0, 1.0]), ("gmm", [0.0, 8.0]), ("none", [0.0, 0.0])])
+def test_every_surrogate_has_a_weight_and_a_schedule_of_its_own(
+    surrogate: str, own: list[float], make_config: MakeConfig
+) -> None:
+    config = make_config(surrogate=surrogate, epochs=2, penalty_from=2)
+    Trainer(config).fit()
+    assert [row["lambda_eff"] for row in rows(config.run_dir)] == own
+    assert TrainConfig.from_yaml(config.run_dir / "config.yaml") == replace(config.resolved(), out=None)
 
 
 def test_surrogate_time_is_part_of_the_time(run_dir: Path) -> None:
@@ -409,7 +425,7 @@ def test_two_pass_trains_as_combined_does(
 def test_warm_start_takes_the_weights_and_the_full_penalty(make_config: MakeConfig) -> None:
     first = make_config("first", surrogate="none", epochs=2)
     train(first)
-    second = Trainer(make_config("second", surrogate="none", epochs=1, init_from=first.run_dir))
+    second = Trainer(make_config("second", surrogate="none", lambd=16.0, epochs=1, init_from=first.run_dir))
     best = checkpoints.load(first.run_dir / "best.pt")["encoder"]
     assert all(torch.equal(second.state.model.encoder.state_dict()[name], best[name]) for name in best)
     second.fit()
