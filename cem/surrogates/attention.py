@@ -55,7 +55,7 @@ class SlotCrossAttentionCEM(Surrogate):
     they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
     together, and what is penalised is how far the features as they are sent lie from the centroids of these slots.
     Slots say little before they are trained (``objective``): then this is nearly the variance of the class. With
-    ``num_slots=1`` it is exactly that, and no slot is computed.
+    ``num_slots=1`` it is exactly that: no slot is computed, and there are no parameters.
 
     Example::
 
@@ -193,6 +193,12 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 "threshold='quantile' follows the variances of classes, which measure='slots' does not have"
             )
+        attends = measure == "enhanced" or num_slots != 1
+        if not attends and (objective != "penalty" or reduce_dim is not None):
+            raise ValueError(
+                "measure='slots' with num_slots=1 computes no slots: nothing is reduced, and nothing has an objective, "
+                f"got reduce_dim={reduce_dim} and objective={objective!r}"
+            )
         if penalty == "joint_entropy" and measure != "slots":
             raise ValueError(
                 "penalty='joint_entropy' needs measure='slots': the noise is not in the unit of normalised features"
@@ -227,7 +233,7 @@ class SlotCrossAttentionCEM(Surrogate):
         if feature_shape is not None and tokens == "spatial":
             self.num_tokens = feature_shape[1] * feature_shape[2]
             width //= self.num_tokens
-        self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend)
+        self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend) if attends else None
         if measure == "enhanced":
             self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
         self.anchors = Anchors(num_classes, feature_dim, anchor) if anchor and num_classes else None
@@ -315,7 +321,7 @@ class SlotCrossAttentionCEM(Surrogate):
             rows, classes = remembering.extend(self._for_all(brought, labels), labels)
             num_classes *= 2  # behind the classes, what is not remembered yet
             bound = None if bound is None else bound + remembering.size
-            if slot_noise is not None:
+            if slot_noise is not None and self.slot_attention is not None:
                 self.slot_attention.check_noise(slot_noise, num_classes // 2)
                 slot_noise = slot_noise.repeat(2, 1, 1)
         groups = ClassGroups.from_labels(classes, num_classes, max_class_size=bound)
@@ -335,6 +341,7 @@ class SlotCrossAttentionCEM(Surrogate):
     ) -> ClassVariance:
         """Of what samples are, normalised, after reading the slots of their class."""
         tokens, _ = Normalised.apply(self._reduced(rows))
+        assert self.slot_attention is not None
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
         return cem_kernels.class_variance(enhanced, groups, **self._penalised(enhanced, groups), backend=self.backend)
@@ -350,7 +357,7 @@ class SlotCrossAttentionCEM(Surrogate):
         if self.anchors is not None and self.training:
             return self._around_anchors(self.anchors, rows, groups)
         attention = tokens.new_ones(*tokens.shape[:2], 1)
-        if self.slot_attention.num_slots > 1:  # to a single one everything belongs, whatever it is
+        if self.slot_attention is not None:  # to a single slot everything belongs, whatever it is
             with torch.no_grad():
                 normal, _ = Normalised.apply(self._reduced(rows))
                 slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
@@ -420,6 +427,7 @@ class SlotCrossAttentionCEM(Surrogate):
         """
         if self.objective == "penalty":
             return None
+        assert self.slot_attention is not None  # the constructor sees to that
         rows = self._rows(features).detach()
         validation.check_labels(labels, self.num_classes)
         validation.check_shape("labels", labels, {"B": len(rows)})

@@ -57,7 +57,7 @@ def build_surrogate(
             anchor, memory_bank, num_slots, tokens, reduce: of ``attention``, see
             :class:`~cem.surrogates.attention.SlotCrossAttentionCEM`.
         reduce_dim: width (channels, for ``conv1x1``) that ``attention`` projects features to; None chooses 128 for
-            flat tokens wider than 512 and no projection otherwise, 0 never projects.
+            flat tokens wider than 512 that attention works on, and no projection otherwise; 0 never projects.
         gmm_fit: how ``gmm`` fits its mixtures, see :class:`~cem.surrogates.mixture.GaussianMixtureCEM`.
         backend: of the attention operators, see :mod:`cem_kernels.backends`.
         sigmoid: whether the encoder ends in a sigmoid; the mixture then has 5 clusters per class, else 15.
@@ -84,7 +84,9 @@ def build_surrogate(
         if tokens == "spatial" and len(feature_shape) != 3:
             raise ValueError(f"spatial tokens need features of shape (C, H, W), got {tuple(feature_shape)}")
         if reduce_dim is None:
-            reduce_dim = REDUCED_WIDTH if width > WIDEST_UNREDUCED and tokens == "flat" and reduce == "linear" else 0
+            attends = measure == "enhanced" or num_slots != 1
+            wide = width > WIDEST_UNREDUCED and tokens == "flat" and reduce == "linear"
+            reduce_dim = REDUCED_WIDTH if attends and wide else 0
         maps = (feature_shape[0], feature_shape[1], feature_shape[2]) if len(feature_shape) == 3 else None
         positions = maps[1] * maps[2] if maps is not None and tokens == "spatial" else 1
         channels = maps[1] * maps[2] * reduce_dim if maps is not None and reduce == "conv1x1" else reduce_dim

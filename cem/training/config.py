@@ -226,6 +226,12 @@ class TrainConfig(Options):
                 "--anchor goes with --measure slots --num-slots 1, and with neither --memory-bank nor --penalty "
                 f"joint_entropy; for others give --anchor 0, got {self.anchor}"
             )
+        without = self.surrogate == "attention" and self.measure == "slots" and self.num_slots == 1
+        if without and (self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim):
+            raise ConfigError(
+                "--measure slots --num-slots 1 has no parameters: give --num-slots 8 --anchor 0, or leave out "
+                "--surrogate-policy, --surrogate-objective and --reduce-dim"
+            )
         if self.surrogate_objective != "penalty" and self.injection != "combined":
             raise ConfigError(
                 f"--surrogate-objective {self.surrogate_objective} takes --injection combined, got {self.injection}"

@@ -219,3 +219,9 @@ def test_what_anchors_do_not_go_with_is_refused(options):
 def test_anchors_need_the_number_of_classes():
     with pytest.raises(ValueError, match="anchor needs num_classes"):
         surrogate(num_classes=None)
+
+
+@pytest.mark.parametrize("options", [{"objective": "likelihood"}, {"reduce_dim": 3}])
+def test_options_of_slots_are_refused_where_none_are_computed(options):
+    with pytest.raises(ValueError, match="measure='slots' with num_slots=1 computes no slots"):
+        surrogate(anchor=0.0, **options)

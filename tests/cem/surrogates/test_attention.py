@@ -376,8 +376,10 @@ def test_infinite_sample_alone_in_its_class_leaves_the_losses_alone(backend):
     torch.testing.assert_close(want(poisoned, labels), want(features, labels))
 
 
-def test_build_reduces_wide_features_only():
+def test_build_reduces_wide_features_only_and_only_for_attention():
     common = {"num_classes": 5, "noise_std": 0.1, "var_threshold": 0.1}
+    assert build_surrogate("attention", feature_shape=(1024,), **common).reduction is None
+    common |= {"measure": "enhanced", "anchor": 0.0}
     assert build_surrogate("attention", feature_shape=(8, 8, 8), **common).reduction is None
     assert build_surrogate("attention", feature_shape=(16, 8, 8), **common).reduction.weight.shape == (
         128,

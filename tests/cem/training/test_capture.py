@@ -19,6 +19,7 @@ from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
 from cem.training.capture import CapturedPenalty
 from cem.training.injection import Penalty, combined, penalty_of
+from cem.training.presets import PRESETS
 
 B, D, K = 12, 8, 3
 CPU = torch.device("cpu")
@@ -111,8 +112,8 @@ def test_run_with_a_captured_surrogate_is_the_run_without_bit_for_bit(
 ) -> None:
     for name in ("draw_tsne", "draw_curves"):
         monkeypatch.setattr(trainer_module, name, lambda *_, **__: None)
-    plain = TrainConfig(train_size=90, batch_size=32, epochs=2, reduce_dim=16, device="cpu", out=tmp_path / "plain")
-    plain = replace(plain, surrogate_policy=policy)
+    plain = TrainConfig(train_size=90, batch_size=32, epochs=2, device="cpu", out=tmp_path / "plain")
+    plain = replace(plain, **PRESETS["seed"] | {"reduce_dim": 16, "surrogate_policy": policy})
     train(plain)
     assert not replays
     # The options hold for CUDA, and everything else is on the CPU.

@@ -138,7 +138,7 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 
 @pytest.mark.parametrize("policy", ["frozen", "separate", "shared"])
 def test_captured_run_follows_the_run_without(tmp_path: Path, small_run: TrainConfig, policy: Any) -> None:
-    plain = replace(small_run, surrogate_policy=policy)
+    plain = replace(small_run, measure="enhanced", anchor=0.0, surrogate_policy=policy)
     rows = []
     for config in (replace(plain, capture=True, out=tmp_path / "captured"), plain):
         with open(train(config) / "metrics.csv", newline="") as file:

@@ -28,7 +28,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(out: Path, **options: Any) -> TrainConfig:
     return replace(
-        TrainConfig(train_size=90, batch_size=32, epochs=3, noise_std=0.1, reduce_dim=16, device="cpu", out=out),
+        TrainConfig(train_size=90, batch_size=32, epochs=3, noise_std=0.1, device="cpu", out=out),
         **options,
     )
 
@@ -79,7 +79,7 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-SEED = PRESETS["seed"]
+SEED = PRESETS["seed"] | {"reduce_dim": 16}
 
 
 def folder(root: Path, seed: int = 0) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(out: Path, **options: Any) -> TrainConfig:
-    small = TrainConfig(train_size=90, batch_size=32, epochs=3, reduce_dim=16, device="cpu", out=out)
+    small = TrainConfig(train_size=90, batch_size=32, epochs=3, device="cpu", out=out)
     return replace(small, **options)
 
 

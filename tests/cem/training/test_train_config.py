@@ -194,7 +194,21 @@ def test_capture_of_what_cannot_be_captured_is_refused(options: dict[str, Any], 
 
 def test_an_objective_of_its_own_takes_the_combined_injection() -> None:
     with pytest.raises(ConfigError, match="--surrogate-objective likelihood takes --injection combined, got two_pass"):
-        TrainConfig(surrogate_objective="likelihood", injection="two_pass").validate()
+        TrainConfig(num_slots=8, anchor=0.0, surrogate_objective="likelihood", injection="two_pass").validate()
+
+
+@pytest.mark.parametrize(
+    "options", [{"surrogate_policy": "separate"}, {"surrogate_objective": "likelihood"}, {"reduce_dim": 16}]
+)
+def test_options_of_parameters_are_refused_where_there_are_none(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--measure slots --num-slots 1 has no parameters"):
+        TrainConfig(**options).validate()
+
+
+@pytest.mark.parametrize("options", [{"measure": "enhanced"}, {"num_slots": 8}, {"memory_bank": 64}])
+def test_what_running_centroids_do_not_go_with_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--anchor goes with .* for others give --anchor 0, got 0\.99"):
+        TrainConfig(**options).validate()
 
 
 def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

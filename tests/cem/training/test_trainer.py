@@ -349,7 +349,7 @@ def test_policy_decides_whether_the_surrogate_learns(
     learns: bool,
 ) -> None:
     use_surrogate(Scale)
-    config = make_config(epochs=1, surrogate_policy=policy)
+    config = make_config(epochs=1, measure="enhanced", anchor=0.0, surrogate_policy=policy)
     train(config)
     assert (weights(config.run_dir, "surrogate")[0].item() != 1.0) is learns
 
