@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cem.training import TrainConfig, read_summary
 from cem.training.presets import PRESETS
 
 SMALL = ["--surrogate=none", "--train-size=64", "--batch-size=32", "--epochs=1", "--device=cpu"]
+SET_SIGNAL = signal.signal  # which the tests replace
 
 
 @pytest.fixture(autouse=True)
@@ -159,14 +161,23 @@ def test_resuming_with_another_option_is_refused(
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_signal_ends_with_130_and_a_run_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
     options = [*SMALL, "--epochs", "10000", "--out", "run"]
-    process = subprocess.Popen([sys.executable, "-m", "cem.train", *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cem.train", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=partial(SET_SIGNAL, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if Path("run/metrics.csv").exists() and Path("run/metrics.csv").read_text().count("\n") > 2:
             break
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # if it did not end, it must not go on for ever
     assert process.returncode == 130
     assert "Resume with: python -m cem.train --resume run" in err
     assert "Traceback" not in err
