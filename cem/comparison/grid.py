@@ -132,9 +132,8 @@ class GridOptions(Options):
         options = self.options_of(surrogate)
         own = options.get("lambd")
         if own is None:
-            return self.lambds or (
-                OWN_WEIGHT.get(options["surrogate"], 1.0),
-            )  # an unknown one is refused with its options
+            # An unknown surrogate is refused where its options are judged.
+            return self.lambds or (OWN_WEIGHT.get(options["surrogate"], 1.0),)
         try:
             return tuple(map(float, own if isinstance(own, list) else [own]))
         except (TypeError, ValueError):

@@ -55,8 +55,8 @@ class TrainConfig(Options):
 
     surrogate: Literal["attention", "gmm", "none"] = "attention"
     """Stand-in for the conditional entropy H(x|z), which bounds what an attacker can reconstruct.
-    attention: slot and cross attention in every class. gmm: a Gaussian mixture, refitted after every epoch.
-    none: no penalty, the control."""
+    attention: variance inside every class, around running centroids or after slot and cross attention (MEASURE).
+    gmm: a Gaussian mixture, refitted after every epoch. none: no penalty, the control."""
     lambd: float | None = None
     """Weight λ of the penalty; 0 switches it off. Without it: 1 for attention, 16 for gmm, whose penalties differ in
     scale, and in LAMBD_SCHEDULE."""

@@ -6,7 +6,7 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     # What is recommended, and the default of every option: variance around running centroids of the classes, at a
-    # weight in proportion to classification. benchmarks/results/README.md says what it was set against.
+    # weight in proportion to classification.
     "attention": {
         "surrogate": "attention",
         "measure": "slots",
@@ -20,7 +20,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anchor": 0.99,
         "memory_bank": 0,
         "surrogate_policy": "frozen",
+        "surrogate_objective": "penalty",
         "tokens": "flat",
+        "reduce_dim": None,
         "lambd": 1.0,
         "lambd_schedule": "constant",
     },
@@ -36,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps_var": 1e-4,
         "gamma": 1e-6,
         "surrogate_policy": "frozen",
+        "surrogate_objective": "penalty",
         "tokens": "flat",
         "reduce_dim": 0,
         "anchor": 0.0,

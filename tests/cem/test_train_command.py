@@ -89,6 +89,10 @@ def test_a_preset_overrides_the_config_file_and_is_overridden_by_options(tmp_pat
     assert (config.lr, config.surrogate, config.var_threshold, config.lambd) == (0.01, "gmm", 0.125, 3.0)
 
 
+def test_what_is_recommended_is_the_default() -> None:
+    assert command.parse(["--preset", "attention"])[0] == TrainConfig().resolved()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_trained(name: str) -> None:
     config, _ = command.parse(["--preset", name])
