@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cem_kernels import ClassGroups
 from cem_kernels.validation import check_sizes
@@ -57,7 +61,7 @@ class Anchors(nn.Module):
         self.register_buffer("batches", torch.zeros(num_classes, dtype=torch.int64))
 
     def forward(self, rows: Tensor, groups: ClassGroups) -> tuple[Tensor, Tensor]:
-        """Move by a batch. Nothing waits for the device, if ``groups`` has a bound on its classes.
+        """Move by a batch. Nothing waits for the device.
 
         Args:
             rows: ``[B, width]``, fp32 or fp64.
@@ -69,14 +73,12 @@ class Anchors(nn.Module):
             attached to the graph, for classes without samples. A class that is not finite moves nothing of its own,
             and its variance is not finite.
         """
-        counted = groups.padding.mask[..., None]
-        padded = torch.where(counted, groups.pad(rows), 0)  # [K, L, width]
-        count = groups.counts.clamp(min=1)[:, None].to(rows.dtype)
+        labels = groups.labels
         with torch.no_grad():
-            mean = padded.sum(dim=1) / count
-            own = torch.where(counted, padded - mean[:, None], 0).square().sum(dim=1) / count
+            mean = class_means(rows, groups)
+            own = class_means((rows - mean[labels]).square(), groups)
             here = torch.where(self.batches[:, None] > 0, self.centroids.to(rows.dtype), mean)
-        around = torch.where(counted, padded - here[:, None], 0).square().sum(dim=1) / count
+        around = class_means((rows - here[labels]).square(), groups)
         with torch.no_grad():
             usable = (groups.counts > 0) & (mean.isfinite() & around.isfinite()).all(dim=1)
             first, still = 1 / (self.batches + 1), 1 - self.momentum
@@ -92,3 +94,31 @@ class Anchors(nn.Module):
         running.copy_(
             torch.where(usable[:, None], running.lerp(new.to(running.dtype), share.to(running.dtype)[:, None]), running)
         )
+
+
+def class_means(rows: Tensor, groups: ClassGroups) -> Tensor:
+    """Means ``[K, width]`` of every class's ``rows [B, width]``; 0 for classes without any.
+
+    An embedding bag adds up every class by itself and in a fixed order, needs to know no largest class, as padding
+    does, and lets what is not finite stay in its class, as a product with a mask does not.
+    """
+    means: Tensor = _ClassMeans.apply(rows, groups)
+    return means
+
+
+class _ClassMeans(torch.autograd.Function):
+    """With a backward that is a gather: the one of an embedding bag sorts again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: ClassGroups) -> Tensor:
+        ctx.groups = groups
+        if not len(rows):  # an embedding bag wants at least one row
+            return rows.new_zeros(groups.num_classes, rows.shape[1])
+        return F.embedding_bag(groups.order, rows, groups.offsets[:-1], mode="mean")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        groups: ClassGroups = ctx.groups
+        share = grad / groups.counts.clamp(min=1)[:, None].to(grad.dtype)
+        return share.index_select(0, groups.labels), None

@@ -131,7 +131,8 @@ class TrainConfig(Options):
     capture: bool = False
     """Record the attention surrogate, forward and backward, in a CUDA graph and launch it whole in every step.
     Meant for small batches and networks, where the GPU waits for the host. A last, smaller batch is launched as always.
-    Needs a CUDA device, --injection combined, and kernels for all operators of the surrogate."""
+    Needs a CUDA device, --injection combined, and a surrogate that never waits for the device: around running centroids
+    (--anchor), or with kernels for all of its operators."""
 
     epochs: int = 20
     """Passes over the training set. The learning rate falls to a fifth after each quarter of them."""
@@ -258,6 +259,11 @@ class TrainConfig(Options):
             raise ConfigError(
                 f"--capture takes --backend auto or triton, got {self.backend}: "
                 "it asks the device how large the classes of a batch are, and waits, which a CUDA graph cannot"
+            )
+        if self.measure == "slots" and not self.anchor:
+            raise ConfigError(
+                "--capture takes --measure enhanced, or --measure slots with an --anchor: the variance around slots "
+                f"has no kernel, got --measure {self.measure} and --anchor {self.anchor:g}"
             )
         if device.type != "cuda":
             raise ConfigError(f"--capture needs a CUDA device, got {device} (--device {self.device})")

@@ -133,3 +133,20 @@ def test_eager_surrogate_reads_nothing_from_the_device_under_a_static_bound(monk
         assert penalty.z_grad.shape == (B, D)
         with pytest.raises(DataDependentOutputException):
             penalty_of(surrogate(), *batch())
+
+
+def test_running_centroids_read_nothing_from_the_device_and_need_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cem_kernels.validation.values_are_checked", lambda _: False)
+    with FakeTensorMode():
+        recommended = cem.build_surrogate("attention", feature_shape=(D,), num_classes=K, noise_std=0.3)
+        assert penalty_of(recommended, *batch()).z_grad.shape == (B, D)
+
+
+def test_replays_move_running_centroids_as_the_ordinary_way_does(replays: list[int]) -> None:
+    ours, plain = (cem.build_surrogate("attention", feature_shape=(D,), num_classes=K, noise_std=0.3) for _ in range(2))
+    captured = CapturedPenalty(ours, (B, D), CPU)
+    for seed in range(3):
+        assert_same(captured(*batch(seed=seed)), penalty_of(plain, *batch(seed=seed)))
+    assert len(replays) == 3
+    for name, theirs in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], theirs, rtol=0, atol=0)

@@ -113,6 +113,17 @@ def test_replay_never_waits_for_the_device() -> None:
         captured(*arguments)
 
 
+def test_running_centroids_are_captured_without_a_bound_and_replays_move_them() -> None:
+    ours, plain = (
+        cem.build_surrogate("attention", feature_shape=(D,), num_classes=K, noise_std=0.3).to(CUDA) for _ in range(2)
+    )
+    captured = CapturedPenalty(ours, (B, D), CUDA)
+    for seed in range(3):
+        assert_same(captured(*batch(seed=seed)), penalty_of(plain, *batch(seed=seed)))
+    for name, theirs in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], theirs)
+
+
 def test_surrogate_that_waits_for_the_device_is_refused_and_the_device_goes_on() -> None:
     with pytest.raises(ConfigError, match="--capture: this surrogate waits for the device"):
         CapturedPenalty(surrogate(max_class_size=None), (B, D), CUDA)

@@ -180,6 +180,7 @@ def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: f
     [
         ({"surrogate": "gmm"}, "only the attention surrogate can be captured, got gmm"),
         ({"surrogate": "none"}, "only the attention surrogate can be captured, got none"),
+        ({"anchor": 0.0}, "takes --measure enhanced, or --measure slots with an --anchor"),
         ({"lambd": 0.0}, "without a penalty there is nothing to capture, got --lambd 0"),
         ({"injection": "two_pass"}, "takes --injection combined, got two_pass"),
         ({"backend": "eager"}, "takes --backend auto or triton, got eager: .* waits"),
