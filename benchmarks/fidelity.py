@@ -34,12 +34,15 @@ def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
     attack = json.loads((run / "attack" / "attack.json").read_text())
     options = replace(AttackConfig.from_yaml(run / "attack" / "config.yaml"), data_root=data_root)
     target = Target(run, options)
+    information = target.information(options)
     return {
         "run": run.name,
         "options": options_of(target.config),
         "test_accuracy": target.facts()["test_accuracy"],
         "test_mse": attack["test_target"]["mse"],
-        "values": target.information(options)["values"],
+        "within_variance": information["within_variance"],
+        "between_variance": information["between_variance"],
+        "values": information["values"],
     }
 
 

@@ -105,7 +105,9 @@ def information_report(
     Returns:
         Plain numbers: ``nats`` (``None`` without noise: unbounded), ``clusters`` (the ``k`` that gave it),
         ``noise_std`` (``σ/√R``), ``queries``, ``per_clusters`` (nats by ``k``; ``None`` if left out),
-        ``feature_dims``, ``image_dims``, ``relative`` (``None``, see :func:`relative_to`), ``values``, ``note``.
+        ``feature_dims``, ``image_dims``, ``relative`` (``None``, see :func:`relative_to`), ``values``, ``note``;
+        ``within_variance`` and ``between_variance``, the variance inside classes and that of their means, weighted by
+        their samples, both a mean over columns and in squared units of features: what of the features is left.
 
     Raises:
         ValueError: a shape, size or number cannot be used, or a feature is not finite.
@@ -128,7 +130,7 @@ def information_report(
     clusters = min(known, key=known.__getitem__, default=None)
     nats = None if clusters is None else known[clusters]
 
-    class_log_variance, relative_variance = _class_variances(x, labels, noise_std)
+    class_log_variance, within, between = _class_variances(x, labels, noise_std)
     penalties: dict[str, float | None] = {}
     for name, (kind, options) in MEASURED.items():
         penalties[name] = None
@@ -161,8 +163,10 @@ def information_report(
             **penalties,
             "nats": nats,
             "class_log_variance": class_log_variance,
-            "relative_variance": relative_variance,
+            "relative_variance": within / (within + between) if within + between > 0 else None,
         },
+        "within_variance": within,
+        "between_variance": between,
         "note": NOTE,
     }
 
@@ -249,8 +253,8 @@ def _bound(x: Tensor, cells: Tensor, noise_std: float) -> float:
     return total
 
 
-def _class_variances(x: Tensor, labels: Tensor, noise_std: float) -> tuple[float | None, float | None]:
-    """``class_log_variance`` and ``relative_variance``, see :func:`information_report`."""
+def _class_variances(x: Tensor, labels: Tensor, noise_std: float) -> tuple[float | None, float, float]:
+    """``class_log_variance``, ``within_variance`` and ``between_variance``, see :func:`information_report`."""
     logarithms: list[Tensor] = []
     means, shares = [], []
     within = 0.0
@@ -258,13 +262,13 @@ def _class_variances(x: Tensor, labels: Tensor, noise_std: float) -> tuple[float
         samples = x[rows].double()
         shares.append(len(rows) / len(x))
         means.append(samples.mean(0))
-        within += shares[-1] * samples.var(0, correction=0).sum().item()
+        within += shares[-1] * samples.var(0, correction=0).mean().item()
         if noise_std > 0 and len(rows) > 1:
             logarithms.append((samples.var(0) / noise_std**2 + NEGLIGIBLE).log().mean())
     overall = sum(share * mean for share, mean in zip(shares, means, strict=True))
-    between = sum(share * (mean - overall).square().sum().item() for share, mean in zip(shares, means, strict=True))
+    between = sum(share * (mean - overall).square().mean().item() for share, mean in zip(shares, means, strict=True))
     log_variance = torch.stack(logarithms).mean().item() if logarithms else None
-    return log_variance, within / (within + between) if within + between > 0 else None
+    return log_variance, within, between
 
 
 def _members(cells: Tensor) -> list[Tensor]:

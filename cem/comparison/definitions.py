@@ -45,6 +45,8 @@ SHOWN = (
     Shown("peak_memory_bytes", Column("memory [MiB]", "cost"), 2.0**-20, 0),
     Shown("nats", Column("bound [nats]", "information")),
     Shown("relative_bound", Column("error bound [×]", "information"), relative=True),
+    Shown("within_variance", Column("inside classes", "variance of features")),
+    Shown("between_variance", Column("over classes", "variance of features")),
 )
 
 CONTROLS = {"mean_image": "mean image", "class_mean": "class mean"}
@@ -100,6 +102,11 @@ DEFINITIONS = [
         "exp(−2 (I − I_none) / d), d the number of values of an image, I_none that of surrogate none at the same "
         "noise and seed. It is the factor by which the smallest mean squared error that I permits exceeds the one "
         "that I_none permits. Both may be far below what any attacker reaches, so a large factor promises nothing.",
+    ),
+    (
+        "Variance of features",
+        "Of clean features: inside classes, and of the classes' means, weighted by their samples; mean over columns. A "
+        "defence takes the one away, a collapse the other too: then accuracy goes with it.",
     ),
     (
         "Controls",

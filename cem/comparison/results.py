@@ -37,6 +37,8 @@ FIGURES = {
     "peak_memory_bytes": "most memory of the training process [bytes]; on CUDA, most memory of the device",
     "nats": "upper estimate of I(x; z) from variances inside classes and clusters [nats]",
     "relative_bound": "exp(-2 (I - I_none) / d), d values an image, I_none of surrogate none at this noise and seed",
+    "within_variance": "variance of clean features inside classes, mean over columns",
+    "between_variance": "variance of the classes' means of clean features, mean over columns",
     "accuracy_difference": "test accuracy minus that of surrogate none at this noise and seed [points]",
     "mse_ratio": "test_mse over that of surrogate none at this noise and seed",
     "mean_image_test_mse": "MSE of answering every unseen image with the mean image",
@@ -143,7 +145,8 @@ def _read(comparison: Comparison, run: Run, failure: Mapping[str, Any] | None) -
         for control in ("mean_image", "class_mean"):
             figures[f"{control}_{images}_mse"] = _number(attack, "controls", control, f"{images}_target", "mse")
     figures["white_box_decoder_test_mse"] = _number(attack, "white_box", "decoder", "test_target", "mse")
-    figures["nats"] = _number(attack, "information", "nats")
+    for name in ("nats", "within_variance", "between_variance"):
+        figures[name] = _number(attack, "information", name)
     values = (attack.get("information") or {}).get("values") or {}
     result.values = {name: _number(values, name) for name in values}
     return result

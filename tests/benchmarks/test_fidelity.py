@@ -49,6 +49,8 @@ def test_values_are_those_that_the_attack_has_written(runs):
     row = fidelity.values_of(runs[0], None)
     attack = json.loads((runs[0] / "attack" / "attack.json").read_text())
     assert row["values"] == pytest.approx(attack["information"]["values"])
+    for name in ("within_variance", "between_variance"):
+        assert row[name] == pytest.approx(attack["information"][name])
     assert row["test_mse"] == attack["test_target"]["mse"]
     assert row["options"]["cut_layer"] == 2
     assert "out" not in row["options"]

@@ -249,6 +249,13 @@ def test_relative_variance_by_hand():
     assert report(x, labels)["values"]["relative_variance"] == pytest.approx(expected)
 
 
+def test_variances_within_and_between_classes_by_hand():
+    x = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0], [4.0, 1.0], [7.0, 1.0]])
+    result = report(x, torch.tensor([0, 0, 1, 1, 1]))  # means 1 and 5; the second column does not vary
+    assert result["within_variance"] == pytest.approx(8 / 5 / 2)
+    assert result["between_variance"] == pytest.approx((2 * (1 - 3.4) ** 2 + 3 * (5 - 3.4) ** 2) / 5 / 2)
+
+
 def test_relative_variance_of_constant_features_is_undefined():
     assert report(torch.ones(20, 2))["values"]["relative_variance"] is None
 

@@ -102,7 +102,10 @@ def fake_attack(
             "class_mean": {"train_target": scores(0.051), "test_target": scores(0.052)},
         },
         "undefended": None,
-        "information": {"nats": nats, "image_dims": 64, "values": values if values is not None else {"nats": nats}},
+        "information": {
+            **{"nats": nats, "image_dims": 64, "within_variance": 0.25, "between_variance": 0.5},
+            "values": values if values is not None else {"nats": nats},
+        },
         "seconds": 64.2,
         "peak_memory_bytes": 900 * 2**20,
         "device": "cpu",

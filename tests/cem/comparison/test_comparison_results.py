@@ -69,6 +69,8 @@ def test_every_figure_is_read_from_its_file(comparison: Comparison) -> None:
             "attack_seconds": 64.2,
             "peak_memory_bytes": 700 * 2**20,
             "nats": 110.0,
+            "within_variance": 0.25,
+            "between_variance": 0.5,
             "relative_bound": 1.0,
             "accuracy_difference": 0.0,
             "mse_ratio": 1.0,
