@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cem.attacks.config import AttackConfig
 from cem.attacks.target import Target
 from cem.options import ConfigError
-from cem.training.config import TrainConfig, changed_options
-
-_NAMES = [field.name for field in fields(TrainConfig)]
-# They stand together there, before those of optimisation.
-_OF_THE_PENALTY = _NAMES[_NAMES.index("surrogate") : _NAMES.index("epochs")]
+from cem.training.config import OF_THE_PENALTY, TrainConfig, changed_options
 
 
 def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any]:
@@ -71,4 +67,4 @@ def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict
 
 def _without_penalty(config: TrainConfig) -> TrainConfig:
     defaults = TrainConfig()
-    return replace(config, **{name: getattr(defaults, name) for name in _OF_THE_PENALTY})
+    return replace(config, **{name: getattr(defaults, name) for name in OF_THE_PENALTY})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -137,7 +137,7 @@ class TrainConfig(Options):
     epochs: int = 20
     """Passes over the training set. The learning rate falls to a fifth after each quarter of them."""
     batch_size: int = 128
-    """Samples in a step. The penalty needs at least two of a class in a batch to say anything about it."""
+    """Samples in a step. Without ANCHOR the penalty says nothing about a class with fewer than two of them."""
     lr: float = 0.05
     """Learning rate of SGD in the first quarter."""
     momentum: float = 0.9
@@ -281,6 +281,14 @@ OWN_WEIGHT = {"attention": 1.0, "gmm": 16.0, "none": 0.0}
 OWN_SCHEDULE: dict[str, Literal["rising", "constant"]] = {"attention": "constant", "gmm": "rising", "none": "rising"}
 """How it changes where ``lambd_schedule`` is left to the surrogate."""
 
+_NAMES = [each.name for each in fields(TrainConfig)]
+# Options of one thing stand together.
+OF_THE_PENALTY = frozenset(_NAMES[_NAMES.index("surrogate") : _NAMES.index("epochs")])
+"""Options that say nothing where nothing is penalised."""
+_OF_ATTENTION = frozenset(_NAMES[_NAMES.index("measure") : _NAMES.index("gmm_fit")])
+NOT_OF = {"attention": {"gmm_fit"}, "gmm": _OF_ATTENTION, "none": OF_THE_PENALTY - {"surrogate"}}
+"""Options that a surrogate does not have: they change nothing."""
+
 HARMLESS_ON_RESUME = frozenset(
     {"device", "backend", "capture", "num_workers", "data_root", "download", "profile_steps"}
 )
@@ -294,6 +302,8 @@ def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
     ``out`` is left to the caller: a run directory may be moved.
     """
     ignored, reasons = HARMLESS_ON_RESUME | {"out"}, {}
+    if before.surrogate == after.surrogate:
+        ignored |= NOT_OF[after.surrogate]
     if after.augment:
         ignored -= {"num_workers"}
         reasons["num_workers"] = "; with --augment, worker processes draw other random numbers"

@@ -210,9 +210,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_options_is_refused_by_name(tmp_path: Path) -> None:
-    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", lambd=16.0))
-    with pytest.raises(ConfigError, match=r"--lambd \(was 16\.0, got 2\.0\), --lr \(was 0\.05, got 0\.1\)"):
-        resume(tmp_path / "run", lr=0.1, lambd=2.0)
+    interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none"))
+    with pytest.raises(ConfigError, match=r"--lr \(was 0\.05, got 0\.1\), --momentum \(was 0\.9, got 0\.5\)"):
+        resume(tmp_path / "run", momentum=0.5, lr=0.1)
 
 
 def test_resuming_with_an_option_that_says_where_to_compute_is_allowed(tmp_path: Path) -> None:

@@ -260,6 +260,27 @@ def test_changed_options_name_what_would_change_the_numbers() -> None:
     assert changed_options(before, replace(elsewhere, lr=0.1)) == ["--lr (was 0.05, got 0.1)"]
 
 
+@pytest.mark.parametrize(
+    ("surrogate", "options"),
+    [
+        ("none", {"measure": "enhanced", "var_threshold": 0.2, "penalty_from": 3, "gmm_fit": "full", "lambd": 2.0}),
+        ("gmm", {"measure": "enhanced", "anchor": 0.5, "num_slots": 4, "reduce_dim": 8}),
+        ("attention", {"gmm_fit": "full"}),
+    ],
+)
+def test_options_that_a_surrogate_does_not_have_change_no_numbers(surrogate: Any, options: dict[str, Any]) -> None:
+    plain = TrainConfig(surrogate=surrogate)
+    assert changed_options(plain, replace(plain, **options)) == []
+
+
+def test_options_that_a_surrogate_has_change_its_numbers() -> None:
+    for surrogate in ("gmm", "attention"):
+        plain = TrainConfig(surrogate=surrogate)
+        assert changed_options(plain, replace(plain, var_threshold=0.2)) == ["--var-threshold (was 0.1, got 0.2)"]
+        assert changed_options(plain, replace(plain, lambd=2.0)) != []
+    assert changed_options(TrainConfig(), TrainConfig(anchor=0.5)) == ["--anchor (was 0.99, got 0.5)"]
+
+
 def test_workers_change_the_numbers_of_a_run_with_augmentation_only() -> None:
     plain, augmented = TrainConfig(data="folder"), TrainConfig(data="folder", augment=True)
     assert changed_options(plain, replace(plain, num_workers=2)) == []
