@@ -5,8 +5,7 @@ Operators, each a documented function that validates its input and dispatches to
 * :func:`slot_attention`: the tokens of a class to its slots;
 * :func:`cross_attention`: every token reads its class's slots;
 * :func:`class_variance`: variance inside each class over a log threshold;
-* :func:`slot_variance`: variance inside each slot of each class, over the same, with :func:`slot_assignments`;
-* :func:`joint_entropy`: what features tell through the noise beyond these slots, all columns taken together.
+* :func:`slot_variance`: variance inside each slot of each class, over the same, with :func:`slot_assignments`.
 
 Importing this package needs neither a GPU nor Triton.
 """
@@ -15,7 +14,6 @@ from cem_kernels.backends import BACKENDS, BackendUnavailableError
 from cem_kernels.class_variance import ClassVariance, class_variance
 from cem_kernels.cross_attention import CrossAttentionWeights, cross_attention
 from cem_kernels.groups import ClassGroups
-from cem_kernels.joint_entropy import JointEntropy, joint_entropy
 from cem_kernels.slot_attention import SlotAttentionWeights, slot_assignments, slot_attention
 from cem_kernels.slot_variance import slot_variance
 from cem_kernels.validation import set_debug
@@ -26,11 +24,9 @@ __all__ = [
     "ClassGroups",
     "ClassVariance",
     "CrossAttentionWeights",
-    "JointEntropy",
     "SlotAttentionWeights",
     "class_variance",
     "cross_attention",
-    "joint_entropy",
     "set_debug",
     "slot_assignments",
     "slot_attention",

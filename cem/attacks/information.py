@@ -27,7 +27,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "slots": ("attention", _SLOTS),
     "slots_entropy": ("attention", {**_SLOTS, "penalty": "entropy"}),
     "class_hinge": ("attention", {**_SLOTS, "num_slots": 1, "gamma": 0.01}),
-    "joint_entropy": ("attention", {**_SLOTS, "num_slots": 1, "penalty": "joint_entropy"}),
+    "class_entropy": ("attention", {**_SLOTS, "num_slots": 1, "penalty": "entropy"}),
     "gmm": ("gmm", {}),
 }
 """Surrogates whose value is reported: its name there, that of the surrogate, its options."""
@@ -79,10 +79,10 @@ def information_report(
     be ranked against measured errors. More means that more of an image gets through. ``None`` without noise,
     but for the last.
 
-    * ``attention``, ``slots``, ``slots_entropy``, ``class_hinge``, ``joint_entropy``, ``gmm``: ``rob_loss`` of that
+    * ``attention``, ``slots``, ``slots_entropy``, ``class_hinge``, ``class_entropy``, ``gmm``: ``rob_loss`` of that
       surrogate at ``σ``, mean over batches of 128 at random: the original attention; ``measure="slots"`` with either
-      penalty; around one slot, the class, the hinge with the mixture's ``γ`` and the joint entropy; all with untrained
-      weights; and the mixture, refitted here;
+      penalty; the same two around one slot, the class, the hinge with the mixture's ``γ``; all with untrained weights;
+      and the mixture, refitted here;
     * ``nats``: the figure above;
     * ``class_log_variance``: mean over classes and columns of ``log(v / σ² + 1e-3)``, ``v`` the variance inside the
       class; classes with a single sample are left out;

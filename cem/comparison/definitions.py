@@ -121,7 +121,7 @@ VALUES = {
     "slots": "how far variances inside slots exceed the threshold, with untrained weights",
     "slots_entropy": "nats a column that variances inside slots let through the noise, with untrained weights",
     "class_hinge": "log-variance inside classes over the threshold, with the mixture's γ",
-    "joint_entropy": "nats a column that the covariance inside classes lets through the noise",
+    "class_entropy": "nats a column that variances inside classes let through the noise",
     "gmm": "penalty of the mixture surrogate, refitted to the trained model",
     "nats": "the information bound I",
     "class_log_variance": "mean logarithm of the variances inside classes, in units of σ²",

@@ -22,14 +22,13 @@ from cem.surrogates.threshold import (
     coupled_threshold,
     warn_if_swamped,
 )
-from cem_kernels import ClassGroups, ClassVariance, JointEntropy, backends, validation
+from cem_kernels import ClassGroups, ClassVariance, backends, validation
 from cem_kernels.class_variance import HINGES, Hinge
 from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
-from cem_kernels.joint_entropy import IMPLEMENTATIONS as JOINT_ENTROPY
 from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
 
 Measure = Literal["enhanced", "slots"]
-Penalty = Literal["hinge", "entropy", "joint_entropy"]
+Penalty = Literal["hinge", "entropy"]
 Objective = Literal["penalty", "likelihood", "reconstruction"]
 NAMES: dict[str, tuple[str, ...]] = {
     "measure": get_args(Measure),
@@ -84,8 +83,6 @@ class SlotCrossAttentionCEM(Surrogate):
             variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
             terms without a gradient. It has no threshold, and needs ``reg_strength``. Nats of the noise they are with
             ``measure="slots"`` only: ``enhanced`` measures normalised features, which the noise is not added to.
-            ``joint_entropy`` (of ``slots`` only): the same of all columns together, ``½ log det(I + Σ/σ²)`` a column,
-            which does not count twice what two columns both say, see :func:`cem_kernels.joint_entropy`.
         threshold: how the threshold moves, see :class:`~cem.surrogates.threshold.Threshold`.
         threshold_value: where ``fixed`` stands and ``ramp`` begins.
         threshold_quantile: of ``quantile``.
@@ -182,10 +179,10 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(
                 f"memory_bank must be at least 0, and needs num_classes, got {memory_bank} and {num_classes}"
             )
-        if anchor and (measure != "slots" or num_slots != 1 or penalty == "joint_entropy" or memory_bank):
+        if anchor and (measure != "slots" or num_slots != 1 or memory_bank):
             raise ValueError(
-                "anchor needs measure='slots', num_slots=1, and neither penalty='joint_entropy' nor a memory_bank, "
-                f"got measure={measure!r}, num_slots={num_slots}, penalty={penalty!r}, memory_bank={memory_bank}"
+                "anchor needs measure='slots' and num_slots=1, and no memory_bank, "
+                f"got measure={measure!r}, num_slots={num_slots}, memory_bank={memory_bank}"
             )
         if anchor and num_classes is None:
             raise ValueError("anchor needs num_classes")
@@ -199,13 +196,7 @@ class SlotCrossAttentionCEM(Surrogate):
                 "measure='slots' with num_slots=1 computes no slots: nothing is reduced, and nothing has an objective, "
                 f"got reduce_dim={reduce_dim} and objective={objective!r}"
             )
-        if penalty == "joint_entropy" and measure != "slots":
-            raise ValueError(
-                "penalty='joint_entropy' needs measure='slots': the noise is not in the unit of normalised features"
-            )
-        if penalty == "joint_entropy":
-            backends.check_available(backend, "joint_entropy", JOINT_ENTROPY)
-        elif measure == "slots":
+        if measure == "slots":
             backends.check_available(backend, "slot_variance", SLOT_VARIANCE)
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
         self.num_classes, self.max_class_size = num_classes, max_class_size
@@ -330,8 +321,7 @@ class SlotCrossAttentionCEM(Surrogate):
         result = measured(rows, groups, slot_noise, product_dtype)
         rob_loss, intra_mse = result.rob_loss, result.intra_mse
         if remembering is not None:
-            if isinstance(result, ClassVariance):
-                rob_loss, intra_mse = self._of_batch(result, labels, groups)
+            rob_loss, intra_mse = self._of_batch(result, labels, groups)
             remembering.remember(brought, labels)
         # Half a logarithm of a ratio of variances is one of deviations: nats.
         return rob_loss / 2 if self.penalty == "entropy" else rob_loss, intra_mse
@@ -348,7 +338,7 @@ class SlotCrossAttentionCEM(Surrogate):
 
     def _around_slots(
         self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
-    ) -> ClassVariance | JointEntropy:
+    ) -> ClassVariance:
         """Of features as they are, around the centroids of the slots that they belong to.
 
         Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
@@ -362,16 +352,6 @@ class SlotCrossAttentionCEM(Surrogate):
                 normal, _ = Normalised.apply(self._reduced(rows))
                 slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
                 attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
-        if self.penalty == "joint_entropy":
-            return cem_kernels.joint_entropy(
-                tokens,
-                attention,
-                groups,
-                noise_std=self.reg_strength,
-                min_samples=self.min_samples,
-                num_classes=self.num_classes,  # a memory's places that are not filled yet are classes behind these
-                backend=self.backend,
-            )
         options = self._penalised(tokens, groups)
         return cem_kernels.slot_variance(tokens, attention, groups, **options, backend=self.backend)
 

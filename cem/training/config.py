@@ -74,10 +74,9 @@ class TrainConfig(Options):
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
     their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
     say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
-    penalty: Literal["hinge", "entropy", "joint_entropy"] = "hinge"
+    penalty: Literal["hinge", "entropy"] = "hinge"
     """How a variance v becomes a penalty. hinge: log v above the log of a threshold.
-    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold. joint_entropy: the same of all
-    columns and classes together, ½ log det(I + Σ/σ²), with --measure slots."""
+    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold."""
     hinge: Literal["relu", "softplus", "identity"] = "relu"
     """What counts of log v − log threshold: what is above zero, a smooth form of that, or all of it."""
     threshold: Literal["coupled", "fixed", "ramp", "quantile"] = "coupled"
@@ -222,10 +221,10 @@ class TrainConfig(Options):
         if not 0 <= self.anchor < 1:
             raise ConfigError(f"--anchor must be at least 0 and below 1, got {self.anchor}")
         alone = self.measure == "slots" and self.num_slots == 1 and not self.memory_bank
-        if self.surrogate == "attention" and self.anchor and not (alone and self.penalty != "joint_entropy"):
+        if self.surrogate == "attention" and self.anchor and not alone:
             raise ConfigError(
-                "--anchor goes with --measure slots --num-slots 1, and with neither --memory-bank nor --penalty "
-                f"joint_entropy; for others give --anchor 0, got {self.anchor}"
+                "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; for others give "
+                f"--anchor 0, got {self.anchor}"
             )
         without = self.surrogate == "attention" and self.measure == "slots" and self.num_slots == 1
         if without and (self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim):

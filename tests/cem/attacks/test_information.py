@@ -277,11 +277,10 @@ def test_entropy_of_slots_is_half_the_mean_logarithm_of_what_crosses_the_noise()
     assert value == pytest.approx(0.5 * (x.float().var(0) / 1.5**2).log1p().mean().item(), rel=0.15)  # slots divide it
 
 
-def test_joint_entropy_counts_what_two_columns_both_say_once():
-    x = gaussian(128, 1, std=3.0).repeat(1, 2)
-    values = report(x, noise_std=1.5)["values"]
-    once = 0.5 * math.log1p(2 * x.float().var(0)[0].item() / 1.5**2)  # heard twice, over half the noise
-    assert values["joint_entropy"] == pytest.approx(once / 2, rel=1e-3)
+def test_entropy_of_classes_is_half_the_mean_logarithm_of_what_crosses_the_noise():
+    x = gaussian(128, 6, std=3.0)
+    value = report(x, noise_std=1.5)["values"]["class_entropy"]
+    assert value == pytest.approx(0.5 * (x.float().var(0) / 1.5**2).log1p().mean().item(), rel=1e-4)
 
 
 def test_class_hinge_is_how_far_the_log_variance_inside_classes_lies_above_the_threshold():

@@ -9,7 +9,6 @@ from attention_surrogates import MEASURES, batch, draw, gradient_of, slots_by_ha
 from cem.training.injection import penalty_of
 
 PENALTIES = [(measure, penalty) for measure in ("enhanced", "slots") for penalty in ("hinge", "entropy")]
-PENALTIES.append(("slots", "joint_entropy"))
 
 
 def remembering(size=6, **kwargs):

@@ -101,7 +101,7 @@ def test_slots_pass_no_gradient_to_their_parameters():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("penalty", ["hinge", "entropy", "joint_entropy"])
+@pytest.mark.parametrize("penalty", ["hinge", "entropy"])
 def test_slots_of_eager_equal_those_of_reference(training, penalty):
     features, labels = batch()
     results = []

@@ -9,7 +9,6 @@ from attention_surrogates import MEASURES, batch, gradient_of, surrogate
 
 import cem
 import cem_kernels
-from cem.surrogates.modules import Normalised
 from cem.training.injection import penalty_of
 from cem_kernels import BackendUnavailableError, ClassGroups
 
@@ -65,22 +64,10 @@ def test_entropy_has_no_floor():
         {"hinge": "identity"},
     ],
 )
-@pytest.mark.parametrize("penalty", ["entropy", "joint_entropy"])
-def test_entropy_is_refused_without_noise_and_with_what_it_does_not_have(kwargs, penalty):
-    message = f"penalty='{penalty}' needs reg_strength above 0, and has neither a threshold nor a hinge, got reg_str"
+def test_entropy_is_refused_without_noise_and_with_what_it_does_not_have(kwargs):
+    message = "penalty='entropy' needs reg_strength above 0, and has neither a threshold nor a hinge, got reg_str"
     with pytest.raises(ValueError, match=message):
-        surrogate(measure="slots", penalty=penalty, **kwargs)
-
-
-def test_joint_entropy_is_that_of_features_around_the_slots_they_belong_to():
-    features, labels = batch()
-    module = surrogate(measure="slots", penalty="joint_entropy", reg_strength=0.7).eval()
-    normal, _ = Normalised.apply(features[:, None])
-    groups = ClassGroups.from_labels(labels, 5)
-    slots = module.slot_attention(normal, groups)
-    attention = cem_kernels.slot_assignments(normal, slots, groups, module.slot_attention.weights())
-    want = cem_kernels.joint_entropy(features[:, None], attention, groups, noise_std=0.7)
-    torch.testing.assert_close(module(features, labels), tuple(want))
+        surrogate(measure="slots", penalty="entropy", **kwargs)
 
 
 def test_one_slot_is_the_class_and_has_no_parameters():
@@ -92,21 +79,11 @@ def test_one_slot_is_the_class_and_has_no_parameters():
     torch.testing.assert_close(module(features, labels), (want.rob_loss, want.intra_mse))
 
 
-def test_joint_entropy_of_normalised_features_is_refused():
-    with pytest.raises(ValueError, match="penalty='joint_entropy' needs measure='slots'"):
-        surrogate(penalty="joint_entropy")
-
-
-def test_joint_entropy_has_no_kernels():
-    with pytest.raises(cem_kernels.BackendUnavailableError, match="joint_entropy has no 'triton' backend"):
-        surrogate(measure="slots", penalty="joint_entropy", backend="triton")
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"measure": "slot"}, "measure must be one of enhanced, slots, got 'slot'"),
-        ({"penalty": "log"}, "penalty must be one of hinge, entropy, joint_entropy, got 'log'"),
+        ({"penalty": "log"}, "penalty must be one of hinge, entropy, got 'log'"),
         ({"objective": "ml"}, "objective must be one of penalty, likelihood, reconstruction, got 'ml'"),
     ],
 )
