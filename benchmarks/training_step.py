@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cem import build_surrogate
 from cem.models import build_split_model
+from cem.surrogates.build import ORIGINAL
 from cem.training.capture import CapturedPenalty
 from cem.training.injection import combined
 
@@ -53,12 +54,8 @@ def training_step(
             feature_shape=model.feature_shape,
             num_classes=CLASSES,
             noise_std=0.1,
-            measure="enhanced",  # the original: slot attention and cross attention are what is to be timed
-            num_slots=8,
-            anchor=0.0,
-            eps_var=1e-4,
-            gamma=1e-6,
             backend=backend,
+            **ORIGINAL,  # slot attention and cross attention are what is to be timed
         )
         penalty = penalty.to(device).requires_grad_(False)
     if penalty is not None and penalty.needs_refit:

@@ -34,7 +34,12 @@ def arguments(tmp_path: Path, *options: str) -> list[str]:
 def test_the_originals_experiments_are_all_asked_for(tmp_path: Path) -> None:
     comparison, _ = parse(arguments(tmp_path, "--data-root", "somewhere"))
     comparison.validate()
-    assert len(comparison.grid.runs()) == 3 * 5 * (1 + 2 + 2)  # seeds, noises; none, gmm and attention at two λ
+    # Seeds, noises; none, mixture and original attention at two λ, and what is recommended.
+    assert len(comparison.grid.runs()) == 3 * 5 * (1 + 2 + 2 + 1)
+    originals = [run for run in comparison.grid.runs() if run.setting.surrogate == "original"]
+    assert {comparison.train_config(run).measure for run in originals} == {"enhanced"}
+    thresholds = {comparison.train_config(run).var_threshold for run in comparison.grid.runs() if run.setting.lambd > 1}
+    assert thresholds == {0.125}
     assert (comparison.train.data, comparison.train.epochs, comparison.train.arch) == ("cifar10", 240, "vgg11_bn_sgm")
     assert comparison.train.data_root == Path("somewhere")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cem.surrogates import build_surrogate
+from cem.surrogates.build import ORIGINAL
 from cem.surrogates.kmeans import class_kmeans
 from cem.training.evaluation import isolated_random
 
@@ -20,10 +21,9 @@ LLOYD_STEPS = 20  # at most; any partition gives a bound, a converged one hardly
 BATCH = 128  # samples, as the surrogates see them in training by default
 NEGLIGIBLE = 1e-3  # of σ²: a column that varies by less inside a class counts as varying by so much
 
-_ORIGINAL = {"measure": "enhanced", "num_slots": 8, "anchor": 0.0, "eps_var": 1e-4, "gamma": 1e-6}
-_SLOTS = {**_ORIGINAL, "measure": "slots"}
+_SLOTS = {**ORIGINAL, "measure": "slots"}
 MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention": ("attention", _ORIGINAL),
+    "attention": ("attention", ORIGINAL),
     "slots": ("attention", _SLOTS),
     "slots_entropy": ("attention", {**_SLOTS, "penalty": "entropy"}),
     "class_hinge": ("attention", {**_SLOTS, "num_slots": 1, "gamma": 0.01}),

@@ -61,9 +61,9 @@ class GridOptions(Options):
     """Surrogates to compare: none, gmm, attention, a preset of cem.train, or one of VARIANTS. none is the control:
     every other one is set against it at the same noise and seed, so leaving it out leaves those columns empty."""
     variants: tuple[str, ...] = ()
-    """More of them, each a name and what it sets in cem.train, as YAML: "slots: {measure: slots, tokens: spatial}".
-    They are attention unless they set surrogate. One that sets lambd, a number or a list of them, is run with these
-    weights instead of LAMBDS: surrogates differ in what a weight means."""
+    """More of them, each a name and what it sets in cem.train, as YAML: "wide: {preset: seed, tokens: spatial}".
+    They are attention unless they set surrogate or preset. One that sets lambd, a number or a list of them, is run with
+    these weights instead of LAMBDS: surrogates differ in what a weight means."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
     lambds: tuple[float, ...] = ()
@@ -118,7 +118,8 @@ class GridOptions(Options):
         """
         variants = dict(map(_variant, self.variants))
         if surrogate in variants:
-            return {"surrogate": "attention", **variants[surrogate]}
+            own = dict(variants[surrogate])
+            return {"surrogate": "attention", **PRESETS.get(own.pop("preset", ""), {}), **own}
         if surrogate in SURROGATES:
             return {"surrogate": surrogate}
         if surrogate in PRESETS:
@@ -164,7 +165,11 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
             f"--variants: a name has letters, digits, _ and ., begins with a letter, and is none of "
             f"{', '.join(SURROGATES)}; got {name!r}"
         )
-    known = {each.name for each in fields(TrainConfig)} - set(NOT_OF_A_VARIANT)
+    known = {"preset", *(each.name for each in fields(TrainConfig))} - set(NOT_OF_A_VARIANT)
     if wrong := [key for key in options if key not in known]:
         raise ConfigError(f"--variants: {name} cannot set {wrong[0]!r}")
+    if "preset" in options and options["preset"] not in PRESETS:
+        raise ConfigError(
+            f"--variants: preset of {name} must be one of {', '.join(PRESETS)}, got {options['preset']!r}"
+        )
     return name, options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from cem.surrogates.attention import Measure, Objective, Penalty, SlotCrossAttentionCEM
 from cem.surrogates.base import NoSurrogate, Surrogate
@@ -13,6 +13,16 @@ from cem_kernels import BackendUnavailableError
 from cem_kernels.class_variance import Hinge
 
 SURROGATES = ("attention", "gmm", "none")
+
+ORIGINAL: dict[str, Any] = {
+    "measure": "enhanced",
+    "num_slots": 8,
+    "anchor": 0.0,
+    "penalty": "hinge",
+    "eps_var": 1e-4,
+    "gamma": 1e-6,
+}
+"""Options that make attention what it was before anything was added to it."""
 
 # Attention over flat features of width D holds some 25 D² parameters: 6.6 million at 512, 25 million at 1024.
 WIDEST_UNREDUCED = 512
@@ -27,7 +37,7 @@ def build_surrogate(
     noise_std: float,
     var_threshold: float = 0.1,
     measure: Measure = "slots",
-    penalty: Penalty = "hinge",
+    penalty: Penalty = "entropy",
     hinge: Hinge = "relu",
     threshold: Policy = "coupled",
     threshold_value: float = 0.05,

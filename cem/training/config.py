@@ -69,18 +69,19 @@ class TrainConfig(Options):
     """First epoch with the penalty. Before it, classification has the encoder to itself, as in the original:
     under a penalty from the first step on, an untrained encoder may learn to send the same for every class."""
     var_threshold: float = 0.1
-    """Variance inside a class above which features are penalised, in units of σ² (σ is NOISE_STD)."""
+    """Variance inside a class above which --penalty hinge and the mixture penalise features, in units of σ²
+    (σ is NOISE_STD)."""
     measure: Literal["enhanced", "slots"] = "slots"
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
     their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
     say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
-    penalty: Literal["hinge", "entropy"] = "hinge"
-    """How a variance v becomes a penalty. hinge: log v above the log of a threshold.
-    entropy: ½ log(1 + v/σ²), the nats that cross the noise; it needs no threshold."""
+    penalty: Literal["hinge", "entropy"] = "entropy"
+    """How a variance v becomes a penalty of the attention surrogate. entropy: ½ log(1 + v/σ²), the nats that cross the
+    noise. hinge: log v above the log of a threshold, the original's."""
     hinge: Literal["relu", "softplus", "identity"] = "relu"
-    """What counts of log v − log threshold: what is above zero, a smooth form of that, or all of it."""
+    """What --penalty hinge counts of log v − log threshold: what is above zero, a smooth form of that, or all of it."""
     threshold: Literal["coupled", "fixed", "ramp", "quantile"] = "coupled"
-    """Where the penalty begins. coupled: VAR_THRESHOLD times σ². fixed: THRESHOLD_VALUE. ramp: from THRESHOLD_VALUE
+    """Where --penalty hinge begins. coupled: VAR_THRESHOLD times σ². fixed: THRESHOLD_VALUE. ramp: from THRESHOLD_VALUE
     in the first epoch with a penalty down to the coupled one in the last: accuracy first, robustness later.
     quantile: THRESHOLD_QUANTILE of the variances that features have, never below the coupled one; not with slots."""
     threshold_value: float = 0.05
@@ -225,6 +226,12 @@ class TrainConfig(Options):
             raise ConfigError(
                 "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; for others give "
                 f"--anchor 0, got {self.anchor}"
+            )
+        entropy = self.surrogate == "attention" and self.penalised and self.penalty == "entropy"
+        if entropy and not (self.noise_std and self.threshold == "coupled" and self.hinge == "relu"):
+            raise ConfigError(
+                "--penalty entropy needs --noise-std above 0, and has neither --threshold nor --hinge; for those give "
+                f"--penalty hinge, got --noise-std {self.noise_std:g} --threshold {self.threshold} --hinge {self.hinge}"
             )
         without = self.surrogate == "attention" and self.measure == "slots" and self.num_slots == 1
         if without and (self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim):

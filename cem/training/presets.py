@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from cem.surrogates.build import ORIGINAL
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # What is recommended, and the default of every option: variance around running centroids of the classes, at a
-    # weight in proportion to classification.
+    # What is recommended, and the default of every option: the nats that variances around running centroids of the
+    # classes let through the noise, at a weight in proportion to classification.
     "attention": {
         "surrogate": "attention",
         "measure": "slots",
         "num_slots": 1,
-        "penalty": "hinge",
+        "penalty": "entropy",
         "hinge": "relu",
         "threshold": "coupled",
         "var_threshold": 0.1,
@@ -29,19 +31,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The original surrogate: flat features, nothing reduced, random weights, coupled threshold, full weight.
     "seed": {
         "surrogate": "attention",
-        "measure": "enhanced",
-        "num_slots": 8,
-        "penalty": "hinge",
+        **ORIGINAL,
         "hinge": "relu",
         "threshold": "coupled",
         "var_threshold": 0.1,
-        "eps_var": 1e-4,
-        "gamma": 1e-6,
         "surrogate_policy": "frozen",
         "surrogate_objective": "penalty",
         "tokens": "flat",
         "reduce_dim": 0,
-        "anchor": 0.0,
         "memory_bank": 0,
         "lambd": 16.0,
         "lambd_schedule": "rising",

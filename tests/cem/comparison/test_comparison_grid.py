@@ -8,6 +8,7 @@ import pytest
 
 from cem.comparison import GridOptions, Run, Setting
 from cem.options import ConfigError
+from cem.training.presets import PRESETS
 
 
 def test_surrogate_none_is_run_once_whatever_the_weights() -> None:
@@ -63,6 +64,10 @@ def test_run_is_named_after_what_varies(run: Run, name: str) -> None:
         ({"surrogates": ("gmm",), "variants": ("gmm: {}",)}, "is none of attention, gmm, none; got 'gmm'"),
         ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
         ({"surrogates": ("s",), "variants": ("s: {mesure: slots}",)}, "--variants: s cannot set 'mesure'"),
+        (
+            {"surrogates": ("s",), "variants": ("s: {preset: sed}",)},
+            "--variants: preset of s must be one of attention, seed, gmm, got 'sed'",
+        ),
     ],
 )
 def test_grid_that_cannot_be_run_is_refused(options: dict[str, Any], message: str) -> None:
@@ -78,6 +83,16 @@ def test_a_variant_sets_options_of_the_attention_surrogate() -> None:
     assert grid.options_of("s") == {"surrogate": "attention", "measure": "slots"}
     assert grid.options_of("other") == {"surrogate": "gmm"}
     assert [setting.lambd for setting in grid.settings()] == [1.0, 2.0]
+
+
+def test_a_variant_of_a_preset_has_its_options_but_for_those_that_it_sets() -> None:
+    grid = GridOptions(
+        surrogates=("wide", "mix"), variants=("wide: {preset: seed, lambd: [2, 4]}", "mix: {preset: gmm}")
+    )
+    grid.validate()
+    assert grid.options_of("wide") == PRESETS["seed"] | {"lambd": [2, 4]}
+    assert grid.options_of("mix") == PRESETS["gmm"]
+    assert [setting.lambd for setting in grid.settings()] == [2.0, 4.0, 16.0]
 
 
 def test_a_variant_or_a_preset_with_weights_of_its_own_is_run_with_those_alone() -> None:

@@ -4,9 +4,8 @@ import pytest
 from attention_surrogates import batch
 
 import cem
-from cem.surrogates.build import build_surrogate
+from cem.surrogates.build import ORIGINAL, build_surrogate
 
-ORIGINAL = {"measure": "enhanced", "num_slots": 8, "anchor": 0.0, "eps_var": 1e-4, "gamma": 1e-6}
 COMMON = {"num_classes": 5, "noise_std": 0.5, "var_threshold": 0.1}
 
 

@@ -35,7 +35,7 @@ EVERY_OPTION = TrainConfig(
     penalty_from=5,
     var_threshold=0.125,
     measure="enhanced",
-    penalty="entropy",
+    penalty="hinge",
     hinge="softplus",
     threshold="ramp",
     threshold_value=0.01,
@@ -210,6 +210,15 @@ def test_options_of_parameters_are_refused_where_there_are_none(options: dict[st
 def test_what_running_centroids_do_not_go_with_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--anchor goes with .* for others give --anchor 0, got 0\.99"):
         TrainConfig(**options).validate()
+
+
+@pytest.mark.parametrize("options", [{"noise_std": 0.0}, {"threshold": "ramp"}, {"hinge": "softplus"}])
+def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--penalty entropy needs --noise-std above 0, .* give --penalty hinge, got"):
+        TrainConfig(**options).validate()
+    TrainConfig(**options, penalty="hinge").validate()
+    TrainConfig(**options, surrogate="gmm").validate()
+    TrainConfig(**options, lambd=0.0).validate()
 
 
 def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
