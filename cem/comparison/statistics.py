@@ -44,7 +44,8 @@ class Row:
         finished: runs that were trained and attacked.
         failed: runs that were not, because a step of theirs failed.
         converged: finished runs whose strongest attacker had converged.
-        figures: by the names in :data:`~cem.comparison.results.FIGURES`, over the runs that have them.
+        figures: by the names in :data:`~cem.comparison.results.FIGURES`, over the finished runs, so that all are of the
+            same ones; before there is any, over the runs that have them.
     """
 
     setting: Setting
@@ -70,6 +71,7 @@ def summarise(results: Sequence[RunResult]) -> list[Row]:
     rows = []
     for setting, group in groupby(results, key=lambda result: result.run.setting):
         runs = list(group)
+        counted = [run for run in runs if run.status == "finished"] or runs
         rows.append(
             Row(
                 setting,
@@ -77,7 +79,7 @@ def summarise(results: Sequence[RunResult]) -> list[Row]:
                 finished=sum(run.status == "finished" for run in runs),
                 failed=sum(run.status == "failed" for run in runs),
                 converged=sum(run.converged is True for run in runs),
-                figures={name: spread(run.figures[name] for run in runs) for name in FIGURES},
+                figures={name: spread(run.figures[name] for run in counted) for name in FIGURES},
             )
         )
     return rows

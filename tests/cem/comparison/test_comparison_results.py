@@ -137,6 +137,18 @@ def test_run_whose_partner_is_missing_counts_in_means_but_in_no_pair(comparison:
     assert (figures["test_accuracy"].n, figures["accuracy_difference"].n) == (3, 2)
 
 
+def test_a_run_that_is_not_attacked_yet_counts_only_while_none_is() -> None:
+    trained = [result(GMM, seed, test_accuracy=accuracy) for seed, accuracy in enumerate((0.8, 0.6))]
+    for each in trained:
+        each.status = "unfinished"
+    attacked = result(GMM, 2, test_accuracy=0.9, test_mse=0.1)
+    (row,) = summarise(trained)
+    assert row.accuracy is not None
+    assert row.accuracy.mean == pytest.approx(0.7)
+    (row,) = summarise([*trained, attacked])
+    assert row.accuracy == Spread(0.9, None, 1)
+
+
 def test_single_run_has_no_spread() -> None:
     assert spread([0.5, None]) == Spread(0.5, None, 1)
 
