@@ -5,8 +5,8 @@
 #   examples/run_exp.sh --short              scikit-learn's digits, a few minutes on two cores
 #   examples/run_exp.sh --data-root DIR      CIFAR-10, as in the original: days without a GPU
 #
-# All other options go to `python -m cem.compare`, and override what is written here. Interrupted? The same line again:
-# what is finished is not run again.
+# All other options go to `python -m cem.compare`, and override what is written here, but for what --variants sets: give
+# that anew. Interrupted? The same line again: what is finished is not run again.
 set -euo pipefail
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
@@ -16,7 +16,7 @@ fi
 
 if [[ ${1:-} == --short ]]; then
     shift
-    exec python -m cem.compare --quick --out runs/exp-short "$@"
+    exec python -m cem.compare --quick --surrogates none gmm seed attention --out runs/exp-short "$@"
 fi
 
 model=(
@@ -27,6 +27,7 @@ model=(
 training=(
     --data cifar10 --augment
     --epochs 240 --batch-size 128 --lr 0.05
+    --var-threshold 0.125
 )
 grid=(
     --surrogates none mixture original attention    # the last one is what is recommended, at its own weight

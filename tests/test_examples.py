@@ -38,7 +38,7 @@ def test_the_originals_experiments_are_all_asked_for(tmp_path: Path) -> None:
     assert len(comparison.grid.runs()) == 3 * 5 * (1 + 2 + 2 + 1)
     originals = [run for run in comparison.grid.runs() if run.setting.surrogate == "original"]
     assert {comparison.train_config(run).measure for run in originals} == {"enhanced"}
-    thresholds = {comparison.train_config(run).var_threshold for run in comparison.grid.runs() if run.setting.lambd > 1}
+    thresholds = {comparison.train_config(run).var_threshold for run in comparison.grid.runs()}
     assert thresholds == {0.125}
     assert (comparison.train.data, comparison.train.epochs, comparison.train.arch) == ("cifar10", 240, "vgg11_bn_sgm")
     assert comparison.train.data_root == Path("somewhere")
@@ -48,4 +48,5 @@ def test_the_originals_experiments_are_all_asked_for(tmp_path: Path) -> None:
 def test_short_mode_is_the_quick_comparison(tmp_path: Path) -> None:
     comparison, _ = parse(arguments(tmp_path, "--short", "--seeds", "7"))
     comparison.validate()
+    assert comparison.grid.surrogates == ("none", "gmm", "seed", "attention")
     assert (comparison.train.data, comparison.grid.seeds, comparison.out) == ("digits", (7,), Path("runs/exp-short"))

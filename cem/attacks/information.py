@@ -136,7 +136,7 @@ def information_report(
         penalties[name] = None
         if noise_std > 0:
             with isolated_random(seed, x.device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that eps_var swamps the threshold; training has said so
+                warnings.simplefilter("ignore")  # that eps_var swamps the threshold
                 surrogate = build_surrogate(
                     kind,
                     **options,

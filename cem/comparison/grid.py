@@ -58,8 +58,9 @@ class GridOptions(Options):
     """What varies between the runs, and how many of them run at a time."""
 
     surrogates: tuple[str, ...] = ("none", "gmm", "attention")
-    """Surrogates to compare: none, gmm, attention, a preset of cem.train, or one of VARIANTS. none is the control:
-    every other one is set against it at the same noise and seed, so leaving it out leaves those columns empty."""
+    """Surrogates to compare: none, gmm, attention, seed (the preset of cem.train), or one of VARIANTS. none is the
+    control: every other one is set against it at the same noise and seed, so leaving it out leaves those columns
+    empty."""
     variants: tuple[str, ...] = ()
     """More of them, each a name and what it sets in cem.train, as YAML: "wide: {preset: seed, tokens: spatial}".
     They are attention unless they set surrogate or preset. One that sets lambd, a number or a list of them, is run with
@@ -67,8 +68,8 @@ class GridOptions(Options):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
     lambds: tuple[float, ...] = ()
-    """Weights λ of the penalty; none: that which each surrogate has in cem.train. The surrogate none has no penalty and
-    is run once, whatever is given here."""
+    """Weights λ of the penalty; none: that which each surrogate has in cem.train. Not of those that bring their own:
+    seed, and VARIANTS that set lambd or preset. The surrogate none has no penalty and is run once."""
     noise_stds: tuple[float, ...] = (0.1,)
     """Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table and
     the trade-off plot show whether a surrogate is worth more than more noise."""
@@ -155,10 +156,12 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--variants takes YAML such as 'slots: {{measure: slots}}', got {text!r}: {error}"
+            f"--variants takes YAML such as 'wide: {{preset: seed, tokens: spatial}}', got {text!r}: {error}"
         ) from error
     if not isinstance(content, dict) or len(content) != 1 or not isinstance(next(iter(content.values())), dict):
-        raise ConfigError(f"--variants takes a name and its options, such as 'slots: {{measure: slots}}', got {text!r}")
+        raise ConfigError(
+            f"--variants takes a name and its options, such as 'wide: {{preset: seed, tokens: spatial}}', got {text!r}"
+        )
     ((name, options),) = content.items()
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name) or name in SURROGATES:
         raise ConfigError(

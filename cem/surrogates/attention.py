@@ -67,17 +67,17 @@ class SlotCrossAttentionCEM(Surrogate):
         num_slots: ``S``.
         num_heads: ``H``; divides the width that attention works in.
         num_iterations: ``J``.
-        eps_var: floor of a variance; below it there is no gradient.
-        var_threshold: ``τ``.
+        eps_var: of ``penalty="hinge"``: floor of a variance; below it there is no gradient.
+        var_threshold: ``τ``, of ``penalty="hinge"``.
         reg_strength: ``σ``, the noise's standard deviation; the threshold is ``max(τσ², 1e-8)``.
         num_classes: ``K``; labels lie in ``[0, K)``. None reads the classes off the labels, which costs a host
             synchronisation a call.
         max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronisation.
         min_samples: classes with fewer samples are left out; with ``anchor`` in evaluation only, as a single sample has
             a distance to its class's running centroid.
-        gamma: ``γ``, inside both logarithms; None is 1e-6. Where a variance is well below ``γ``, its penalty is nearly
-            linear in it.
-        hinge: ``relu``, ``softplus`` or ``identity``.
+        gamma: ``γ``, inside both logarithms of ``penalty="hinge"``; None is 1e-6. Where a variance is well below ``γ``,
+            its penalty is nearly linear in it.
+        hinge: of ``penalty="hinge"``: ``relu``, ``softplus`` or ``identity``.
         measure: of which variance, ``enhanced`` or ``slots``.
         penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
             variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
@@ -110,8 +110,8 @@ class SlotCrossAttentionCEM(Surrogate):
         BackendUnavailableError: an operator does not have the backend that is asked for by name.
 
     Warns:
-        UserWarning: ``eps_var``, or the ``gamma`` that nobody chose, swamps the threshold (as they do at
-            ``reg_strength=0``, the default).
+        UserWarning: with ``penalty="hinge"``, ``eps_var``, or the ``gamma`` that nobody chose, swamps the threshold (as
+            they do at ``reg_strength=0``, the default).
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class SlotCrossAttentionCEM(Surrogate):
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
         if penalty != "hinge" and (reg_strength <= 0 or threshold != "coupled" or hinge != "relu"):
             raise ValueError(
-                f"penalty={penalty!r} needs reg_strength above 0, and has neither a threshold nor a hinge, "
-                f"got reg_strength={reg_strength}, threshold={threshold!r} and hinge={hinge!r}"
+                f"penalty={penalty!r} needs reg_strength above 0, and has neither a threshold nor a hinge: with them "
+                f"give penalty='hinge'; got reg_strength={reg_strength}, threshold={threshold!r} and hinge={hinge!r}"
             )
         if memory_bank < 0 or (memory_bank and num_classes is None):
             raise ValueError(
@@ -181,14 +181,15 @@ class SlotCrossAttentionCEM(Surrogate):
             )
         if anchor and (measure != "slots" or num_slots != 1 or memory_bank):
             raise ValueError(
-                "anchor needs measure='slots' and num_slots=1, and no memory_bank, "
-                f"got measure={measure!r}, num_slots={num_slots}, memory_bank={memory_bank}"
+                "anchor needs measure='slots' and num_slots=1, and no memory_bank: with others give anchor=0; "
+                f"got {anchor=}, measure={measure!r}, num_slots={num_slots}, memory_bank={memory_bank}"
             )
         if anchor and num_classes is None:
             raise ValueError("anchor needs num_classes")
         if measure == "slots" and threshold == "quantile":
             raise ValueError(
-                "threshold='quantile' follows the variances of classes, which measure='slots' does not have"
+                "threshold='quantile' follows the variances of classes, which measure='slots' does not have; give "
+                "measure='enhanced'"
             )
         attends = measure == "enhanced" or num_slots != 1
         if not attends and (objective != "penalty" or reduce_dim is not None):
@@ -293,7 +294,8 @@ class SlotCrossAttentionCEM(Surrogate):
             slot_noise: the slots' draw ``ε [K, S, D]``, for tests and reproductions.
 
         Returns:
-            ``rob_loss`` and ``intra_mse``, 0-dim. Zero and attached to the graph where no class has ``min_samples``.
+            ``rob_loss`` and ``intra_mse``, 0-dim. Zero and attached to the graph where no class has ``min_samples``
+            (with ``anchor``, in training: where there is no sample).
 
         Raises:
             TypeError, ValueError: see :meth:`cem_kernels.ClassGroups.from_labels` and the operators.

@@ -51,7 +51,7 @@ class TrainConfig(Options):
     Server and attacker see z + σN(0, I)."""
     centralised: bool = False
     """Train the same network in one piece: no cut, so no bottleneck and no noise, but the same penalty.
-    NOISE_STD then only scales the penalty's threshold."""
+    NOISE_STD then is only the noise that the penalty reckons with."""
 
     surrogate: Literal["attention", "gmm", "none"] = "attention"
     """Stand-in for the conditional entropy H(x|z), which bounds what an attacker can reconstruct.
@@ -73,8 +73,9 @@ class TrainConfig(Options):
     (σ is NOISE_STD)."""
     measure: Literal["enhanced", "slots"] = "slots"
     """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
-    their class, the original's. slots: of the features as they are sent, around the centroids of the slots, which
-    say little before they are trained (SURROGATE_POLICY, SURROGATE_OBJECTIVE)."""
+    their class, as the original does, which as a whole is --preset seed. slots: of the features as they are sent,
+    around the centroids of the slots, which say little before they are trained (SURROGATE_POLICY,
+    SURROGATE_OBJECTIVE)."""
     penalty: Literal["hinge", "entropy"] = "entropy"
     """How a variance v becomes a penalty of the attention surrogate. entropy: ½ log(1 + v/σ²), the nats that cross the
     noise. hinge: log v above the log of a threshold, the original's."""
@@ -89,7 +90,7 @@ class TrainConfig(Options):
     threshold_quantile: float = 0.5
     """Share of all variances that `quantile` leaves alone."""
     eps_var: float = 1e-8
-    """Floor of a variance inside the attention surrogate. Below it nothing is made smaller."""
+    """Floor of a variance under --penalty hinge of the attention surrogate. Below it nothing is made smaller."""
     gamma: float = 0.01
     """Variance γ that --penalty hinge adds inside both logarithms, in the attention surrogate. Well below γ the penalty
     is nearly linear in a variance, well above it grows with the logarithm. The mixture's is 0.01."""
@@ -99,16 +100,18 @@ class TrainConfig(Options):
     0: none."""
     memory_bank: int = 0
     """Recent features of every class that the attention surrogate remembers and measures a batch with, such as 64;
-    for many classes and small batches, where most classes have no two samples. 0: none."""
+    for many classes and small batches, where most classes have no two samples. With --anchor 0, which does without.
+    0: none."""
     tokens: Literal["flat", "spatial"] = "flat"
-    """What the attention surrogate attends to. flat: a sample's features are one token.
+    """What the attention surrogate attends to, if it does (NUM_SLOTS). flat: a sample's features are one token.
     spatial: every position of the feature map is one, which needs far smaller matrices."""
     reduce: Literal["linear", "conv1x1"] = "linear"
     """What REDUCE_DIM is. linear: a width to project flat features to. conv1x1: a number of channels."""
     num_slots: int = 1
-    """Slots of every class in the attention surrogate."""
+    """Slots of every class in the attention surrogate. 1 with --measure slots is the class itself: nothing is attended
+    to, and there are no parameters. More of them go with --anchor 0."""
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
-    """What trains the surrogate's own parameters.
+    """What trains the surrogate's own parameters, if it has any (NUM_SLOTS).
     frozen: nothing; it is a fixed statistic. separate: an Adam of its own. shared: the network's SGD.
     A surrogate that minimises its own penalty can cheat and shrink its output, hence the default."""
     surrogate_objective: Literal["penalty", "likelihood", "reconstruction"] = "penalty"
@@ -118,7 +121,7 @@ class TrainConfig(Options):
     surrogate_lr: float = 1e-4
     """Learning rate of the surrogate's Adam under --surrogate-policy separate."""
     reduce_dim: int | None = None
-    """Width, or channels, to which the attention surrogate projects features first.
+    """Width, or channels, to which the attention surrogate projects features before it attends to them.
     None chooses by their size, 0 never projects."""
     gmm_fit: Literal["kmeans", "full"] = "kmeans"
     """How the gmm surrogate fits its mixtures. kmeans: k-means++ in PyTorch, on the training device.
@@ -224,20 +227,40 @@ class TrainConfig(Options):
         alone = self.measure == "slots" and self.num_slots == 1 and not self.memory_bank
         if self.surrogate == "attention" and self.anchor and not alone:
             raise ConfigError(
-                "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; for others give "
-                f"--anchor 0, got {self.anchor}"
+                "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; with more slots or a "
+                f"memory give --anchor 0, for the original --preset seed, got --anchor {self.anchor:g}"
             )
         entropy = self.surrogate == "attention" and self.penalised and self.penalty == "entropy"
-        if entropy and not (self.noise_std and self.threshold == "coupled" and self.hinge == "relu"):
+        if entropy and not self.noise_std:
             raise ConfigError(
-                "--penalty entropy needs --noise-std above 0, and has neither --threshold nor --hinge; for those give "
-                f"--penalty hinge, got --noise-std {self.noise_std:g} --threshold {self.threshold} --hinge {self.hinge}"
+                "--penalty entropy counts what crosses the noise, so --noise-std must be above 0, got 0; without noise "
+                "give --surrogate none, or --penalty hinge with --threshold fixed"
+            )
+        if entropy and (self.threshold != "coupled" or self.hinge != "relu"):
+            raise ConfigError(
+                "--penalty entropy has neither --threshold nor --hinge: give --penalty hinge with them, "
+                f"got --threshold {self.threshold} --hinge {self.hinge}"
             )
         without = self.surrogate == "attention" and self.measure == "slots" and self.num_slots == 1
-        if without and (self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim):
+        asked = self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim
+        if without and (asked or self.reduce != "linear"):
             raise ConfigError(
-                "--measure slots --num-slots 1 has no parameters: give --num-slots 8 --anchor 0, or leave out "
-                "--surrogate-policy, --surrogate-objective and --reduce-dim"
+                "--measure slots --num-slots 1 has no parameters, so neither --surrogate-policy, "
+                "--surrogate-objective, --reduce nor --reduce-dim: give --num-slots 8 --anchor 0 with them, or "
+                "--preset seed"
+            )
+        trained = self.surrogate == "attention" and self.surrogate_policy != "frozen"
+        if trained and self.measure == "slots" and self.surrogate_objective == "penalty":
+            raise ConfigError(
+                "--measure slots has no gradient for its slots: with --surrogate-policy "
+                f"{self.surrogate_policy} give --surrogate-objective likelihood or reconstruction, got penalty"
+            )
+        if self.surrogate == "attention" and self.reduce == "conv1x1" and not self.reduce_dim:
+            raise ConfigError(f"--reduce conv1x1 needs --reduce-dim, a number of channels, got {self.reduce_dim}")
+        if self.surrogate == "attention" and self.measure == "slots" and self.threshold == "quantile":
+            raise ConfigError(
+                "--threshold quantile follows the variances of classes, which --measure slots does not have; give "
+                "--measure enhanced"
             )
         if self.surrogate_objective != "penalty" and self.injection != "combined":
             raise ConfigError(
@@ -251,6 +274,11 @@ class TrainConfig(Options):
             and not backends.INTERPRETING
         ):
             raise ConfigError(f"--backend triton needs a CUDA device, got {device} (--device {self.device})")
+        if self.surrogate == "attention" and self.backend == "triton" and self.measure == "slots":
+            raise ConfigError(
+                "--backend triton has kernels for --measure enhanced (--preset seed), not for --measure slots; give "
+                "--backend auto"
+            )
         if self.capture:
             self._check_capture(device)
 
@@ -261,7 +289,7 @@ class TrainConfig(Options):
             raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.weight:g}")
         if self.injection != "combined":
             raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
-        if self.backend not in ("auto", "triton"):
+        if self.backend not in ("auto", "triton") and not self.anchor:
             raise ConfigError(
                 f"--capture takes --backend auto or triton, got {self.backend}: "
                 "it asks the device how large the classes of a batch are, and waits, which a CUDA graph cannot"
@@ -290,10 +318,11 @@ OWN_SCHEDULE: dict[str, Literal["rising", "constant"]] = {"attention": "constant
 _NAMES = [each.name for each in fields(TrainConfig)]
 # Options of one thing stand together.
 OF_THE_PENALTY = frozenset(_NAMES[_NAMES.index("surrogate") : _NAMES.index("epochs")])
-"""Options that say nothing where nothing is penalised."""
+"""Options of the defence, by which a run and the control beside it may differ."""
 _OF_ATTENTION = frozenset(_NAMES[_NAMES.index("measure") : _NAMES.index("gmm_fit")])
-NOT_OF = {"attention": {"gmm_fit"}, "gmm": _OF_ATTENTION, "none": OF_THE_PENALTY - {"surrogate"}}
-"""Options that a surrogate does not have: they change nothing."""
+NOT_OF = {"attention": {"gmm_fit"}, "gmm": _OF_ATTENTION, "none": OF_THE_PENALTY - {"surrogate", "penalty_from"}}
+"""Options that a surrogate does not have: they change nothing. (Before ``penalty_from`` no epoch is the best one,
+without a penalty either.)"""
 
 HARMLESS_ON_RESUME = frozenset(
     {"device", "backend", "capture", "num_workers", "data_root", "download", "profile_steps"}

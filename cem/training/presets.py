@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "surrogate_policy": "frozen",
         "surrogate_objective": "penalty",
         "tokens": "flat",
+        "reduce": "linear",
         "reduce_dim": None,
         "lambd": 1.0,
         "lambd_schedule": "constant",
@@ -38,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "surrogate_policy": "frozen",
         "surrogate_objective": "penalty",
         "tokens": "flat",
+        "reduce": "linear",
         "reduce_dim": 0,
         "memory_bank": 0,
         "lambd": 16.0,
@@ -52,4 +54,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambd_schedule": "rising",
     },
 }
-"""Option names to values, by the preset's name. Whatever one does not name keeps its default."""
+"""Option names to values, by the preset's name. Whatever one does not name keeps its default, or what a file says."""

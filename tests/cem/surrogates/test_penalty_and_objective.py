@@ -65,7 +65,9 @@ def test_entropy_has_no_floor():
     ],
 )
 def test_entropy_is_refused_without_noise_and_with_what_it_does_not_have(kwargs):
-    message = "penalty='entropy' needs reg_strength above 0, and has neither a threshold nor a hinge, got reg_str"
+    message = (
+        "needs reg_strength above 0, and has neither a threshold nor a hinge: with them give penalty='hinge'; got reg"
+    )
     with pytest.raises(ValueError, match=message):
         surrogate(measure="slots", penalty="entropy", **kwargs)
 

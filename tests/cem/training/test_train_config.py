@@ -13,6 +13,7 @@ import yaml
 from cem.data import DATASETS
 from cem.options import ConfigError, resolve_device
 from cem.surrogates import SURROGATES
+from cem.surrogates.build import ORIGINAL
 from cem.training.config import TrainConfig, changed_options
 from cem_kernels import BACKENDS, backends
 
@@ -183,8 +184,8 @@ def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: f
         ({"anchor": 0.0}, "takes --measure enhanced, or --measure slots with an --anchor"),
         ({"lambd": 0.0}, "without a penalty there is nothing to capture, got --lambd 0"),
         ({"injection": "two_pass"}, "takes --injection combined, got two_pass"),
-        ({"backend": "eager"}, "takes --backend auto or triton, got eager: .* waits"),
-        ({"backend": "reference"}, "takes --backend auto or triton, got reference: .* waits"),
+        ({"backend": "eager", **ORIGINAL}, "takes --backend auto or triton, got eager: .* waits"),
+        ({"backend": "reference", **ORIGINAL}, "takes --backend auto or triton, got reference: .* waits"),
         ({}, "needs a CUDA device, got cpu"),
     ],
 )
@@ -199,7 +200,13 @@ def test_an_objective_of_its_own_takes_the_combined_injection() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"surrogate_policy": "separate"}, {"surrogate_objective": "likelihood"}, {"reduce_dim": 16}]
+    "options",
+    [
+        {"surrogate_policy": "separate"},
+        {"surrogate_objective": "likelihood"},
+        {"reduce_dim": 16},
+        {"reduce": "conv1x1", "reduce_dim": 4},
+    ],
 )
 def test_options_of_parameters_are_refused_where_there_are_none(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--measure slots --num-slots 1 has no parameters"):
@@ -208,13 +215,28 @@ def test_options_of_parameters_are_refused_where_there_are_none(options: dict[st
 
 @pytest.mark.parametrize("options", [{"measure": "enhanced"}, {"num_slots": 8}, {"memory_bank": 64}])
 def test_what_running_centroids_do_not_go_with_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--anchor goes with .* for others give --anchor 0, got 0\.99"):
+    with pytest.raises(
+        ConfigError, match=r"--anchor goes with .* give --anchor 0, for the original --preset seed, got --anchor 0\.99"
+    ):
         TrainConfig(**options).validate()
 
 
-@pytest.mark.parametrize("options", [{"noise_std": 0.0}, {"threshold": "ramp"}, {"hinge": "softplus"}])
-def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--penalty entropy needs --noise-std above 0, .* give --penalty hinge, got"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"noise_std": 0.0},
+            "counts what crosses the noise, so --noise-std must be above 0, got 0; without noise give",
+        ),
+        (
+            {"threshold": "ramp"},
+            "has neither --threshold nor --hinge: give --penalty hinge with them, got --threshold ramp",
+        ),
+        ({"hinge": "softplus"}, "has neither .* got --threshold coupled --hinge softplus"),
+    ],
+)
+def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--penalty entropy {message}"):
         TrainConfig(**options).validate()
     TrainConfig(**options, penalty="hinge").validate()
     TrainConfig(**options, surrogate="gmm").validate()
@@ -222,10 +244,37 @@ def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options
 
 
 def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    TrainConfig(backend="triton", device="cpu").validate()  # the tests run Triton's interpreter
+    original = TrainConfig(backend="triton", device="cpu", **ORIGINAL)
+    original.validate()  # the tests run Triton's interpreter
     monkeypatch.setattr(backends, "INTERPRETING", False)
     with pytest.raises(ConfigError, match=r"--backend triton needs a CUDA device, got cpu"):
+        original.validate()
+
+
+def test_triton_is_refused_for_what_has_no_kernels() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--backend triton has kernels for --measure enhanced .* give --backend auto"
+    ):
         TrainConfig(backend="triton", device="cpu").validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "conv1x1"}, "--reduce conv1x1 needs --reduce-dim, a number of channels, got None"),
+        (
+            {"measure": "slots", "threshold": "quantile"},
+            "--threshold quantile follows the variances of classes, .* give --measure enhanced",
+        ),
+        (
+            {"measure": "slots", "surrogate_policy": "separate"},
+            "--surrogate-policy separate give --surrogate-objective likelihood or reconstruction, got penalty",
+        ),
+    ],
+)
+def test_what_the_surrogate_cannot_be_built_with_is_refused_by_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{**ORIGINAL, **options}).validate()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
@@ -272,7 +321,7 @@ def test_changed_options_name_what_would_change_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("surrogate", "options"),
     [
-        ("none", {"measure": "enhanced", "var_threshold": 0.2, "penalty_from": 3, "gmm_fit": "full", "lambd": 2.0}),
+        ("none", {"measure": "enhanced", "var_threshold": 0.2, "gmm_fit": "full", "lambd": 2.0}),
         ("gmm", {"measure": "enhanced", "anchor": 0.5, "num_slots": 4, "reduce_dim": 8}),
         ("attention", {"gmm_fit": "full"}),
     ],
@@ -283,6 +332,8 @@ def test_options_that_a_surrogate_does_not_have_change_no_numbers(surrogate: Any
 
 
 def test_options_that_a_surrogate_has_change_its_numbers() -> None:
+    # Before it no epoch is the best one, whatever is penalised.
+    assert changed_options(TrainConfig(surrogate="none"), TrainConfig(surrogate="none", penalty_from=3)) != []
     for surrogate in ("gmm", "attention"):
         plain = TrainConfig(surrogate=surrogate)
         assert changed_options(plain, replace(plain, var_threshold=0.2)) == ["--var-threshold (was 0.1, got 0.2)"]
