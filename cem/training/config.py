@@ -58,7 +58,7 @@ class TrainConfig(Options):
     attention: variance inside every class, around running centroids or after slot and cross attention (MEASURE).
     gmm: a Gaussian mixture, refitted after every epoch. none: no penalty, the control."""
     lambd: float | None = None
-    """Weight λ of the penalty; 0 switches it off. Without it: 1 for attention, 16 for gmm, whose penalties differ in
+    """Weight λ of the penalty; 0 switches it off. Without it: 0.5 for attention, 16 for gmm, whose penalties differ in
     scale, and in LAMBD_SCHEDULE."""
     lambd_schedule: Literal["rising", "constant"] | None = None
     """How the weight changes over a run. rising, the original's: λ · 1e-3 / learning rate, and exactly λ at rates below
@@ -310,7 +310,7 @@ _AT_LEAST = {
     **dict.fromkeys(("momentum", "weight_decay", "warmup_epochs", "seed"), 0),
 }
 
-OWN_WEIGHT = {"attention": 1.0, "gmm": 16.0, "none": 0.0}
+OWN_WEIGHT = {"attention": 0.5, "gmm": 16.0, "none": 0.0}
 """λ where ``lambd`` is left to the surrogate."""
 OWN_SCHEDULE: dict[str, Literal["rising", "constant"]] = {"attention": "constant", "gmm": "rising", "none": "rising"}
 """How it changes where ``lambd_schedule`` is left to the surrogate."""

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokens": "flat",
         "reduce": "linear",
         "reduce_dim": None,
-        "lambd": 1.0,
+        "lambd": 0.5,
         "lambd_schedule": "constant",
     },
     # The original surrogate: flat features, nothing reduced, random weights, coupled threshold, full weight.
