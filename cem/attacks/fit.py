@@ -90,6 +90,8 @@ def fit_decoder(
         shuffle=True,
         generator=torch.Generator().manual_seed(config.seed),
     )
+    if config.amp:  # the layout for which processors have fast bfloat16 convolutions
+        decoder = decoder.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr)
     # Never longer than the bound, so that a tiny one still ends its cosine.
     first = min(config.cycle_epochs, config.max_epochs)

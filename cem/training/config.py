@@ -149,6 +149,9 @@ class TrainConfig(Options):
     """L2 penalty on everything that SGD trains."""
     warmup_epochs: float = 1.0
     """Epochs, fractions allowed, over which the learning rate rises step by step to its full value."""
+    amp: bool = False
+    """Compute encoder and server under bfloat16 autocast while training: faster where the processor has the
+    instructions. Features at the cut, losses, the penalty and all weights stay fp32, and so does every evaluation."""
     init_from: Path | None = None
     """Start from the weights of this run directory or .pt file; the penalty then applies in full at once.
     To continue an interrupted run, use --resume instead."""

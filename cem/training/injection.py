@@ -90,6 +90,7 @@ def combined(
     lambda_eff: float,
     clock: AbstractContextManager[object] | None = None,
     penalise: Callable[[Tensor, Tensor], Penalty] | None = None,
+    amp: bool = False,
 ) -> Step:
     """Compute the gradients of one step with a single backward of the encoder.
 
@@ -108,15 +109,18 @@ def combined(
         lambda_eff: weight of the penalty, see :func:`cem.training.schedule.lambda_eff`.
         clock: entered around the work that the penalty causes.
         penalise: ``(z, labels)`` → what :func:`penalty_of` gives for ``surrogate``, computed in another way.
+        amp: encoder and server compute under bfloat16 autocast. What crosses the cut, the losses and the surrogate
+            are fp32 all the same.
     """
     with record_function("encoder forward"):
-        z = model.encoder(images)
+        z = _encode(model, images, amp)
     with record_function("server"):
         server_z = z.detach().requires_grad_()
-        logits = model.server(model.defense(server_z))
+        logits = _classify(model, server_z, amp)
         cross_entropy = F.cross_entropy(logits, labels)
         cross_entropy.backward()
     z_grad, penalty = server_z.grad, None
+    assert z_grad is not None
     if surrogate is not None:
         with clock or nullcontext(), record_function("surrogate"):
             penalty = (penalise or partial(penalty_of, surrogate))(z, labels)
@@ -138,6 +142,7 @@ def two_pass(
     labels: Tensor,
     lambda_eff: float,
     clock: AbstractContextManager[object] | None = None,
+    amp: bool = False,
 ) -> Step:
     """The original procedure, kept to check :func:`combined` against; arguments and result are the same.
 
@@ -146,9 +151,9 @@ def two_pass(
     it.
     """
     with record_function("encoder forward"):
-        z = model.encoder(images)
+        z = _encode(model, images, amp)
     with record_function("server"):
-        logits = model.server(model.defense(z))
+        logits = _classify(model, z, amp)
         cross_entropy = F.cross_entropy(logits, labels)
     if surrogate is None:
         with record_function("server and encoder backward"):
@@ -173,6 +178,25 @@ def two_pass(
 
 INJECTIONS: dict[str, Callable[..., Step]] = {"combined": combined, "two_pass": two_pass}
 """The procedures by the name that ``--injection`` takes."""
+
+
+def _encode(model: SplitModel, images: Tensor, amp: bool) -> Tensor:
+    """Clean features of ``images``, fp32 and contiguous, whatever they were computed in."""
+    if not amp:
+        return model.encoder(images)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        z = model.encoder(images)
+    return z.float().contiguous()
+
+
+def _classify(model: SplitModel, z: Tensor, amp: bool) -> Tensor:
+    """Logits for features ``z``, fp32 whatever they were computed in."""
+    noisy = model.defense(z)
+    if not amp:
+        return model.server(noisy)
+    with torch.autocast(z.device.type, dtype=torch.bfloat16):
+        logits = model.server(noisy)
+    return logits.float()
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -50,6 +50,8 @@ class TrainState:
         checkpoint.seed_everything(config.seed)
         self._load_data()
         self.model = runs.build_model(config, self.data_facts).to(self.device)
+        if config.amp:  # the layout for which processors have fast bfloat16 convolutions
+            self.model = self.model.to(memory_format=torch.channels_last)
         # Before the optimisers and the first checkpoint: a surrogate that appears later is in neither.
         self.surrogate = self._build_surrogate() if config.penalised else None
         self._build_optimizers()

@@ -247,7 +247,7 @@ class Trainer:
     def _steps(self, epoch: int, weight: float, watch: Stopwatch) -> dict[str, float]:
         """The training steps of an epoch, and what they measured."""
         state = self.state
-        inject = INJECTIONS[self.config.injection]
+        inject = partial(INJECTIONS[self.config.injection], amp=self.config.amp)
         if self._captured is not None:
             inject = partial(inject, penalise=self._captured)
         surrogate = state.surrogate if weight > 0 else None

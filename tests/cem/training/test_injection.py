@@ -121,6 +121,31 @@ def test_surrogate_sees_clean_features(inject: Injection) -> None:
 
 
 @each_injection
+def test_under_amp_the_network_is_bfloat16_and_what_crosses_the_cut_is_not(inject: Injection) -> None:
+    model, surrogate = network().float(), spread().float()
+    seen: dict[str, torch.dtype] = {}
+    model.encoder[0].register_forward_hook(lambda _, __, out: seen.update(encoder=out.dtype))
+    model.server[1].register_forward_hook(lambda _, __, out: seen.update(server=out.dtype))
+    model.defense.register_forward_hook(lambda _, __, out: seen.update(defense=out.dtype))
+    images, labels = batch()
+    step = inject(model, surrogate, images.float(), labels, LAMBDA, amp=True)
+    assert seen == {"encoder": torch.bfloat16, "server": torch.bfloat16, "defense": torch.float32}
+    assert surrogate.seen[0].dtype == step.cross_entropy.dtype == step.rob_loss.dtype == torch.float32
+
+
+@each_injection
+def test_under_amp_gradients_are_near_those_of_fp32(inject: Injection) -> None:
+    images, labels = batch()
+    grads = []
+    for amp in (False, True):
+        model = network(noise_std=0.0).float()
+        inject(model, spread().float(), images.float(), labels, LAMBDA, amp=amp)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert not torch.equal(*grads)
+    assert F.cosine_similarity(*grads, dim=0) > 0.999
+
+
+@each_injection
 def test_frozen_surrogate_gets_no_gradient(inject: Injection) -> None:
     frozen = spread().requires_grad_(False)
     ours, _ = gradients(inject, frozen)

@@ -38,11 +38,11 @@ def interrupt_at(step: int, config: TrainConfig, *, resume: bool = False) -> Non
     with pytest.MonkeyPatch.context() as patch:
         inject, calls = trainer_module.INJECTIONS[config.injection], []
 
-        def interrupted(*args: Any) -> Any:
+        def interrupted(*args: Any, **options: Any) -> Any:
             calls.append(1)
             if len(calls) > step:
                 raise KeyboardInterrupt
-            return inject(*args)
+            return inject(*args, **options)
 
         patch.setitem(trainer_module.INJECTIONS, config.injection, interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -102,6 +102,7 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         SEED | {"memory_bank": 8, "threshold": "quantile"},
         SEED | {"measure": "slots", "memory_bank": 8},
         {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
+        {"surrogate": "attention", "amp": True},
     ],
     ids=[
         "none",
@@ -115,6 +116,7 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
         "memory and quantile",
         "memory of slots",
         "dropout",
+        "bfloat16",
     ],
 )
 def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:

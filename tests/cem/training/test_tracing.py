@@ -89,11 +89,11 @@ def test_resumed_run_is_traced_and_goes_on_with_the_same_numbers(
     whole, broken = train(config(tmp_path / "whole")), config(tmp_path / "broken")
     inject, calls = trainer_module.INJECTIONS["combined"], []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > STEPS_PER_EPOCH + 1:
             raise KeyboardInterrupt
-        return inject(*args)
+        return inject(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
@@ -107,11 +107,11 @@ def test_resumed_run_is_traced_and_goes_on_with_the_same_numbers(
 def test_interrupted_run_leaves_the_steps_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inject, calls = trainer_module.INJECTIONS["combined"], []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > STEPS_PER_EPOCH + 2:
             raise KeyboardInterrupt
-        return inject(*args)
+        return inject(*args, **options)
 
     monkeypatch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -62,6 +62,7 @@ EVERY_OPTION = TrainConfig(
     momentum=0.5,
     weight_decay=1e-6,
     warmup_epochs=2.5,
+    amp=True,
     init_from=Path("runs/before"),
     seed=7,
     device="cpu",

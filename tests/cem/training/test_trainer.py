@@ -258,6 +258,15 @@ def test_training_learns(make_config: MakeConfig) -> None:
     assert summary["test_accuracy"] > 0.8
 
 
+def test_training_under_amp_learns_and_its_weights_are_fp32(make_config: MakeConfig) -> None:
+    config = make_config(surrogate="none", epochs=8, train_size=400, amp=True)
+    train(config)
+    summary = read_summary(config.run_dir)
+    assert summary is not None
+    assert summary["test_accuracy"] > 0.8
+    assert not any(weight.dtype == torch.bfloat16 for weight in weights(config.run_dir, "encoder", "server"))
+
+
 def test_same_seed_gives_the_same_numbers(make_config: MakeConfig) -> None:
     for name in ("a", "b"):
         train(make_config(name, surrogate="none", epochs=2))
