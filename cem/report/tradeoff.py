@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cem.report.figure import COLOURS, new_figure, plain, save_figure
 
@@ -87,8 +88,12 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     for (name, mse), style in zip(controls.items(), (":", "--", "-."), strict=False):
         axes.axvline(mse, color="0.45", ls=style, lw=1.2, zorder=1)
         entries.append(Line2D([], [], color="0.45", ls=style, lw=1.2, label=f"control: {name}"))
-    axes.set_xlim(left=0)
-    axes.set_xlabel("MSE of the strongest attacker on unseen images (higher: more private)")
+    # Controls lie an order of magnitude beyond what is worth paying accuracy for, and what counts are ratios.
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("MSE of the strongest attacker on unseen images, logarithmic (higher: more private)")
     axes.set_ylabel("test accuracy [%]")
     plain(axes)
     figure.legend(handles=entries, frameon=False, loc="outside lower center", ncols=3)
