@@ -227,63 +227,62 @@ class TrainConfig(Options):
             raise ConfigError(f"--threshold-quantile must be between 0 and 1, got {self.threshold_quantile}")
         if not 0 <= self.anchor < 1:
             raise ConfigError(f"--anchor must be at least 0 and below 1, got {self.anchor}")
-        alone = self.measure == "slots" and self.num_slots == 1 and not self.memory_bank
-        if self.surrogate == "attention" and self.anchor and not alone:
+        device = resolve_device(self.device)
+        if self.surrogate == "attention":
+            self._check_attention(device)
+        if self.capture:
+            self._check_capture(device)
+
+    def _check_attention(self, device: torch.device) -> None:
+        """Whether the options of the attention surrogate go together."""
+        slots = self.measure == "slots"
+        if self.anchor and not (slots and self.num_slots == 1 and not self.memory_bank):
             raise ConfigError(
                 "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; with more slots or a "
                 f"memory give --anchor 0, for the original --preset seed, got --anchor {self.anchor:g}"
             )
-        entropy = self.surrogate == "attention" and self.penalised and self.penalty == "entropy"
-        if entropy and not self.noise_std:
-            raise ConfigError(
-                "--penalty entropy counts what crosses the noise, so --noise-std must be above 0, got 0; without noise "
-                "give --surrogate none, or --penalty hinge with --threshold fixed"
-            )
-        if entropy and (self.threshold != "coupled" or self.hinge != "relu"):
-            raise ConfigError(
-                "--penalty entropy has neither --threshold nor --hinge: give --penalty hinge with them, "
-                f"got --threshold {self.threshold} --hinge {self.hinge}"
-            )
-        without = self.surrogate == "attention" and self.measure == "slots" and self.num_slots == 1
-        asked = self.surrogate_policy != "frozen" or self.surrogate_objective != "penalty" or self.reduce_dim
-        if without and (asked or self.reduce != "linear"):
+        if self.penalised and self.penalty == "entropy":
+            if not self.noise_std:
+                raise ConfigError(
+                    "--penalty entropy counts what crosses the noise, so --noise-std must be above 0, got 0; without "
+                    "noise give --surrogate none, or --penalty hinge with --threshold fixed"
+                )
+            if self.threshold != "coupled" or self.hinge != "relu":
+                raise ConfigError(
+                    "--penalty entropy has neither --threshold nor --hinge: give --penalty hinge with them, "
+                    f"got --threshold {self.threshold} --hinge {self.hinge}"
+                )
+        trained = self.surrogate_policy != "frozen"
+        asked = trained or self.surrogate_objective != "penalty" or self.reduce_dim or self.reduce != "linear"
+        if slots and self.num_slots == 1 and asked:
             raise ConfigError(
                 "--measure slots --num-slots 1 has no parameters, so neither --surrogate-policy, "
                 "--surrogate-objective, --reduce nor --reduce-dim: give --num-slots 8 --anchor 0 with them, or "
                 "--preset seed"
             )
-        trained = self.surrogate == "attention" and self.surrogate_policy != "frozen"
-        if trained and self.measure == "slots" and self.surrogate_objective == "penalty":
+        if slots and trained and self.surrogate_objective == "penalty":
             raise ConfigError(
                 "--measure slots has no gradient for its slots: with --surrogate-policy "
                 f"{self.surrogate_policy} give --surrogate-objective likelihood or reconstruction, got penalty"
-            )
-        if self.surrogate == "attention" and self.reduce == "conv1x1" and not self.reduce_dim:
-            raise ConfigError(f"--reduce conv1x1 needs --reduce-dim, a number of channels, got {self.reduce_dim}")
-        if self.surrogate == "attention" and self.measure == "slots" and self.threshold == "quantile":
-            raise ConfigError(
-                "--threshold quantile follows the variances of classes, which --measure slots does not have; give "
-                "--measure enhanced"
             )
         if self.surrogate_objective != "penalty" and self.injection != "combined":
             raise ConfigError(
                 f"--surrogate-objective {self.surrogate_objective} takes --injection combined, got {self.injection}"
             )
-        device = resolve_device(self.device)
-        if (
-            self.surrogate == "attention"
-            and self.backend == "triton"
-            and device.type != "cuda"
-            and not backends.INTERPRETING
-        ):
+        if self.reduce == "conv1x1" and not self.reduce_dim:
+            raise ConfigError(f"--reduce conv1x1 needs --reduce-dim, a number of channels, got {self.reduce_dim}")
+        if slots and self.threshold == "quantile":
+            raise ConfigError(
+                "--threshold quantile follows the variances of classes, which --measure slots does not have; give "
+                "--measure enhanced"
+            )
+        if self.backend == "triton" and device.type != "cuda" and not backends.INTERPRETING:
             raise ConfigError(f"--backend triton needs a CUDA device, got {device} (--device {self.device})")
-        if self.surrogate == "attention" and self.backend == "triton" and self.measure == "slots":
+        if self.backend == "triton" and slots:
             raise ConfigError(
                 "--backend triton has kernels for --measure enhanced (--preset seed), not for --measure slots; give "
                 "--backend auto"
             )
-        if self.capture:
-            self._check_capture(device)
 
     def _check_capture(self, device: torch.device) -> None:
         if self.surrogate != "attention":
