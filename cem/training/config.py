@@ -150,8 +150,8 @@ class TrainConfig(Options):
     warmup_epochs: float = 1.0
     """Epochs, fractions allowed, over which the learning rate rises step by step to its full value."""
     amp: bool = False
-    """Compute encoder and server under bfloat16 autocast while training: faster where the processor has the
-    instructions. Features at the cut, losses, the penalty and all weights stay fp32, and so does every evaluation."""
+    """Train and validate encoder and server under bfloat16 autocast: faster where the processor has the instructions.
+    In training, features at the cut, losses, the penalty and all weights stay fp32; a refit and the test are fp32."""
     init_from: Path | None = None
     """Start from the weights of this run directory or .pt file; the penalty then applies in full at once.
     To continue an interrupted run, use --resume instead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import torch
@@ -43,7 +43,7 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches, device: torch.device, seed: int) -> float:
+def accuracy(model: nn.Module, batches: Batches, device: torch.device, seed: int, *, amp: bool = False) -> float:
     """Fraction of samples that ``model`` classifies correctly, under the defence's noise.
 
     Args:
@@ -51,6 +51,7 @@ def accuracy(model: nn.Module, batches: Batches, device: torch.device, seed: int
         batches: pairs of images and labels ``[B]``.
         device: the model's.
         seed: of the noise; the same seed sees the same noise.
+        amp: under bfloat16 autocast.
 
     Returns:
         A number in [0, 1].
@@ -59,7 +60,8 @@ def accuracy(model: nn.Module, batches: Batches, device: torch.device, seed: int
         ValueError: if there are no samples.
     """
     correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
-    with eval_mode(model), isolated_random(seed, device):
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext()
+    with eval_mode(model), isolated_random(seed, device), autocast:
         for images, labels in batches:
             logits = model(images.to(device, non_blocking=True))
             correct += (logits.argmax(dim=1) == labels.to(device, non_blocking=True)).sum()

@@ -228,7 +228,7 @@ class Trainer:
             "lambda_eff": weight,
             "train_loss": means["cross_entropy"] + weight * means["rob_loss"],
             **means,
-            "val_accuracy": accuracy(state.model, state.val, state.device, config.seed),
+            "val_accuracy": accuracy(state.model, state.val, state.device, config.seed, amp=config.amp),
             "seconds": seconds,
             "surrogate_seconds": surrogate_seconds,
         }
