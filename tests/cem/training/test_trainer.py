@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cem.models import SplitModel
 from cem.surrogates import Surrogate
 from cem.training import ConfigError, TrainConfig, Trainer, TrainingDiverged, load_run, read_summary, train
 from cem.training import checkpoint as checkpoints
@@ -239,6 +240,15 @@ def test_loaded_model_has_the_accuracy_of_the_summary(run_dir: Path) -> None:
 
 def test_tensorboard_has_every_column(run_dir: Path) -> None:
     assert set(board(run_dir)) == set(COLUMNS) - {"epoch"}
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_accuracy_is_computed_in_bfloat16_where_asked(amp: bool, dtype: torch.dtype) -> None:
+    model = SplitModel(nn.Flatten(), nn.Linear(16, 3), image_shape=(1, 4, 4))
+    seen: list[torch.dtype] = []
+    model.server.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    assert 0 <= accuracy(model, [(torch.rand(5, 1, 4, 4), torch.arange(5) % 3)], torch.device("cpu"), 0, amp=amp) <= 1
+    assert seen == [dtype]
 
 
 def test_best_epoch_has_the_best_validation_accuracy_among_equally_penalised(make_config: MakeConfig) -> None:
