@@ -42,7 +42,8 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     surrogate and noise by λ.
 
     Args:
-        points: one a run; surrogates are coloured in the order in which they come.
+        points: one a run; surrogates are coloured in the order in which they come, and numbered where there are
+            more of them than colours.
         controls: errors of answers that need no features, by name, drawn as vertical lines.
         path: the PNG to write.
 
@@ -56,8 +57,11 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     noises = sorted({point.noise_std for point in points})
     markers = {noise: _MARKERS[index % len(_MARKERS)] for index, noise in enumerate(noises)}
     entries: list[Line2D] = []
-    for index, surrogate in enumerate(dict.fromkeys(point.surrogate for point in points)):
+    surrogates = list(dict.fromkeys(point.surrogate for point in points))
+    for index, surrogate in enumerate(surrogates):
         colour = COLOURS[index % len(COLOURS)]
+        # Where colours do not suffice, numbers tell surrogates apart.
+        number = f"{index + 1} " if len(surrogates) > len(COLOURS) else ""
         settings: dict[tuple[float, float], list[Point]] = {}
         for point in points:
             if point.surrogate == surrogate:
@@ -69,10 +73,8 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
             mean = means[lambd, noise] = fmean(x), fmean(y)
             axes.scatter(*mean, marker=markers[noise], s=130, facecolors="white", edgecolors=colour, lw=1.5, zorder=3)
             axes.scatter(x, y, marker=markers[noise], s=20, color=colour, alpha=0.7, linewidths=0, zorder=4)
-            if len(lambds) > 1:
-                axes.annotate(
-                    f"λ {lambd:g}", mean, (8, 6), textcoords="offset points", fontsize=8, color=colour, zorder=5
-                )
+            text = number + (f"λ {lambd:g}" if len(lambds) > 1 else "")
+            axes.annotate(text, mean, (8, 6), textcoords="offset points", fontsize=8, color=colour, zorder=5)
         for lambd in lambds:
             joined = [means[lambd, noise] for noise in noises if (lambd, noise) in means]
             axes.plot(*zip(*joined, strict=True), color=colour, lw=1.5, zorder=2)
@@ -81,7 +83,7 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
             if len(joined) > 1:
                 axes.plot(*zip(*joined, strict=True), color=colour, lw=1.2, ls=(0, (4, 3)), zorder=2)
         weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
-        entries.append(Line2D([], [], color=colour, lw=3, label=surrogate + weight))
+        entries.append(Line2D([], [], color=colour, lw=3, label=number + surrogate + weight))
     for noise in noises:
         marker = markers[noise]
         entries.append(Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white", label=f"noise σ {noise:g}"))

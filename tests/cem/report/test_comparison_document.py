@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from cem.report import tradeoff
 from cem.report.document import NOTHING, Column, Link, Picture, Report, Section, Table
 from cem.report.figure import new_figure, save_figure
 from cem.report.html import write_html
@@ -225,6 +228,20 @@ def test_tradeoff_shows_the_controls(tmp_path: Path) -> None:
     draw_tradeoff([point()], {"mean image": 0.09}, tmp_path / "with.png")
     without, drawn = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("without", "with"))
     assert not np.array_equal(without, drawn)
+
+
+@pytest.mark.parametrize(("surrogates", "numbers"), [(7, set()), (8, {"1", "2", "3", "4", "5", "6", "7", "8"})])
+def test_tradeoff_numbers_surrogates_that_colours_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surrogates: int, numbers: set[str]
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(tradeoff, "save_figure", lambda figure, path: figures.append(figure))
+    points = [replace(point(), surrogate=f"s{index}") for index in range(surrogates)]
+    draw_tradeoff(points, {}, tmp_path / "tradeoff.png")
+    (axes,) = figures[0].axes
+    assert {text.get_text().strip() for text in axes.texts} - {""} == numbers
+    labels = [text.get_text() for legend in figures[0].legends for text in legend.get_texts()]
+    assert ("8 s7 λ 16" in labels) == bool(numbers)
 
 
 def test_tradeoff_without_runs_is_refused(tmp_path: Path) -> None:
