@@ -25,6 +25,9 @@ from cem.report.numbers import figure, signed, with_spread
 from cem.report.reconstructions import Images, draw_reconstructions
 from cem.report.tradeoff import Point, draw_tradeoff
 
+MOST_NAMES = 6
+"""Surrogates that the title names; more are counted."""
+
 
 def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
     """Write ``table.csv``, ``tradeoff.png``, ``reconstructions.png``, ``report.md`` and ``report.html``.
@@ -60,7 +63,9 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
 def _title(comparison: Comparison) -> str:
     train, grid = comparison.train, comparison.grid
     seeds = "1 seed" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds"
-    return f"{', '.join(grid.surrogates)} on {train.data}: {train.arch}, {train.epochs} epochs, {seeds}"
+    names = ", ".join(grid.surrogates)
+    what = names if len(grid.surrogates) <= MOST_NAMES else f"{len(grid.surrogates)} surrogates"
+    return f"{what} on {train.data}: {train.arch}, {train.epochs} epochs, {seeds}"
 
 
 def _table_section(rows: Sequence[Row], results: Sequence[RunResult]) -> Section:

@@ -68,6 +68,14 @@ def test_report_consists_of_these_files(comparison: Comparison) -> None:
     assert files == {"compare.yaml", "table.csv", "tradeoff.png", "reconstructions.png", "report.md", "report.html"}
 
 
+@pytest.mark.parametrize(("more", "title"), [(0, "# none, gmm, attention on "), (4, "# 7 surrogates on ")])
+def test_title_names_surrogates_as_long_as_they_are_few(comparison: Comparison, more: int, title: str) -> None:
+    names = ("none", "gmm", "attention", *(f"v{index}" for index in range(more)))
+    variants = tuple(f"{name}: {{tokens: spatial}}" for name in names[3:])
+    comparison.grid = replace(comparison.grid, surrogates=names, variants=variants)
+    assert written(comparison).startswith(title)
+
+
 def test_headlines_name_the_most_private_and_the_most_accurate_setting(comparison: Comparison) -> None:
     private, accurate = lines_of(comparison)[:2]
     assert private == (
