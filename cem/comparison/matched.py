@@ -39,6 +39,19 @@ class Curve:
                 found = math.exp((1 - share) * math.log(less) + share * math.log(more))
         return found
 
+    def times(self, row: Row) -> float | None:
+        """Attack MSE of a setting over that of this curve at the setting's accuracy: above 1, it is the better buy.
+
+        ``None`` for a setting of the curve itself, at another noise, or where the curve does not come down to it.
+        """
+        setting = row.setting
+        if setting.noise_std != self.noise_std or setting.surrogate in ("none", self.surrogate):
+            return None
+        if not row.accuracy or not row.mse:
+            return None
+        here = self.mse_at(100 * (self.points[0][0] - row.accuracy.mean))
+        return None if here is None else row.mse.mean / here
+
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """The curve of every surrogate at every noise at which there is a none to begin it, in the order of ``rows``."""

@@ -48,6 +48,7 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
         _table_section(rows, results),
         _tradeoff_section(results, out),
         _matched_section(rows),
+        *_against_curves_sections(rows),
         _reconstruction_section(results, out),
         _correlation_section(results),
         Section("How the figures are defined", [LIMITS], definitions=DEFINITIONS),
@@ -148,6 +149,25 @@ def _matched_section(rows: Sequence[Row]) -> Section:
     else:
         section.paragraphs.append("No surrogate and none are finished at the same noise yet.")
     return section
+
+
+def _against_curves_sections(rows: Sequence[Row]) -> list[Section]:
+    """Every setting against the surrogates that have a curve worth the name: none, where no surrogate has one."""
+    drawn = [curve for curve in curves(rows) if len(curve.points) > 2]
+    lines: list[list[str | Link]] = []
+    for row in rows:
+        times = [curve.times(row) for curve in drawn]
+        if any(each is not None for each in times):
+            lines.append([str(row.setting), *(NOTHING if each is None else f"{each:.2f}" for each in times)])
+    if not lines:
+        return []
+    text = (
+        "MSE of a setting over that which a surrogate's line, as above, has at the setting's accuracy: above 1, the "
+        "setting is the better buy, and a smaller weight of the other surrogate would not have done as well. Of "
+        "surrogates with two weights or more; where a line does not come down to an accuracy, there is no figure."
+    )
+    heads = [Column("setting"), *(Column(f"{curve.surrogate}, σ {curve.noise_std:g}", "MSE, ×") for curve in drawn)]
+    return [Section("Against curves", [text], Table(heads, lines))]
 
 
 def _reconstruction_section(results: Sequence[RunResult], out: Path) -> Section:

@@ -44,6 +44,26 @@ def test_a_weight_that_helps_accuracy_costs_nothing_yet() -> None:
     assert rising.mse_at(0.0) == pytest.approx(math.sqrt(0.020 * 0.040))
 
 
+def test_a_setting_is_compared_with_a_curve_at_its_own_accuracy() -> None:
+    assert curve((0.90, 0.010), (0.88, 0.040)).times(row("other", 1.0, 0.89, 0.03)) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        row("gmm", 16.0, 0.89),
+        row("none", 0.0, 0.90),
+        row("other", 1.0, 0.89, noise_std=0.2),
+        row("other", 1.0, 0.87),
+        row("other", 1.0, 0.91),
+        row("other", 1.0, None),
+    ],
+    ids=["its own", "none", "another noise", "less accurate", "more accurate", "not finished"],
+)
+def test_a_setting_that_a_curve_says_nothing_about(other: Row) -> None:
+    assert curve((0.90, 0.010), (0.88, 0.040)).times(other) is None
+
+
 def test_a_curve_begins_at_none_and_follows_the_weight() -> None:
     rows = [row("gmm", 64.0, 0.7, 0.03), row("none", 0.0, 0.9), row("gmm", 16.0, 0.8, 0.02), row("gmm", 256.0, None)]
     (found,) = curves(rows)

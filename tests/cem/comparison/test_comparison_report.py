@@ -168,6 +168,26 @@ def test_curves_are_read_at_equal_accuracy(comparison: Comparison) -> None:
 
 
 @pytest.mark.usefixtures("_quick_pictures")
+def test_settings_are_set_against_curves_of_two_weights(tmp_path: Path) -> None:
+    comparison = Comparison(GridOptions(surrogates=("none", "gmm", "attention"), seeds=(0,)), out=tmp_path)
+    figures = {("none", 0.0): (0.90, 0.010), ("gmm", 4.0): (0.89, 0.015), ("gmm", 16.0): (0.88, 0.020)}
+    figures["attention", 2.0] = (0.88, 0.030)
+    for (surrogate, lambd), (accuracy, mse) in figures.items():
+        run = Run(Setting(surrogate, lambd, 0.1), 0)
+        fake_training(comparison, run, accuracy=accuracy)
+        fake_attack(comparison, run, mse=mse)
+    comparison.grid = replace(comparison.grid, lambds=(2.0, 4.0, 16.0))
+    head, *rows = table(written(comparison), "Against curves")
+    assert head == ["setting", "MSE, ×: gmm, σ 0.1"]
+    assert rows == [["attention λ 2, σ 0.1", "1.50"]]
+
+
+@pytest.mark.usefixtures("_quick_pictures")
+def test_without_two_weights_there_are_no_curves_to_be_set_against(comparison: Comparison) -> None:
+    assert "## Against curves" not in written(comparison)
+
+
+@pytest.mark.usefixtures("_quick_pictures")
 def test_correlations_are_listed_for_all_runs_and_every_noise(comparison: Comparison) -> None:
     _, *rows = table(written(comparison), "Do the surrogates' values say what leaks?")
     assert [row[:3] for row in rows] == [
