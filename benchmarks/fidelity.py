@@ -1,8 +1,8 @@
 """``python -m benchmarks.fidelity RUN... [--out FILE]``: whose value tells what an attacker will reconstruct?
 
-Takes directories of runs that were trained and attacked, with their weights. What each surrogate says of a run's
-features is worked out anew, so that runs attacked by an older release count too; the attackers' error is that of the
-run's ``attack/attack.json``. Spearman's rank correlation with a bootstrap interval says how well the two orders agree:
+Takes directories of runs that were trained and attacked. The attackers' error is that of the run's
+``attack/attack.json``, and so is what each surrogate says of its features; of a run attacked by an older release, which
+lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says how well the two orders agree:
 -1 is best, for what a surrogate says falls as the attackers' error grows.
 """
 
@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from benchmarks.gpu.report import write_json
 from cem.attacks import AttackConfig
+from cem.attacks.information import MEASURED
 from cem.attacks.target import Target
 from cem.comparison.correlation import RESAMPLES, spearman
 from cem.training import TrainConfig
 
+VALUES = {*MEASURED, "nats", "class_log_variance", "relative_variance"}
 OUT = Path(__file__).parent / "results" / "fidelity.json"
 
 
@@ -29,16 +31,18 @@ def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
     """One run: its options, the error of the strongest attacker on unseen images, and what the surrogates say.
 
     Raises:
-        FileNotFoundError: the run was not attacked, or its weights are not there.
+        FileNotFoundError: the run was not attacked.
+        CheckpointError: its weights are needed and not there.
     """
     attack = json.loads((run / "attack" / "attack.json").read_text())
-    options = replace(AttackConfig.from_yaml(run / "attack" / "config.yaml"), data_root=data_root)
-    target = Target(run, options)
-    information = target.information(options)
+    information = attack["information"]
+    if "within_variance" not in information or not VALUES <= information["values"].keys():
+        options = replace(AttackConfig.from_yaml(run / "attack" / "config.yaml"), data_root=data_root)
+        information = Target(run, options).information(options)
     return {
         "run": run.name,
-        "options": options_of(target.config),
-        "test_accuracy": target.facts()["test_accuracy"],
+        "options": options_of(TrainConfig.from_yaml(run / "config.yaml")),
+        "test_accuracy": attack["run"]["test_accuracy"],
         "test_mse": attack["test_target"]["mse"],
         "within_variance": information["within_variance"],
         "between_variance": information["between_variance"],
@@ -63,8 +67,10 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, with weights and attack/attack.json")
-    parser.add_argument("--data-root", type=Path, help="where the data set is, if not where the runs found it")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, with attack/attack.json")
+    parser.add_argument(
+        "--data-root", type=Path, help="where the data set is, if not where the runs found it; for older runs"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write (default: %(default)s)")
     arguments = parser.parse_args()
 

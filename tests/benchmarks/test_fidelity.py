@@ -8,6 +8,7 @@ import pytest
 from benchmarks import fidelity
 from cem.attacks import Attack, AttackConfig
 from cem.training import TrainConfig, train
+from cem.training.checkpoint import CheckpointError
 
 ATTACK = AttackConfig(
     attackers=("deconvC4",),
@@ -41,12 +42,20 @@ def runs(tmp_path_factory):
         (copy / "config.yaml").write_text(options.replace("noise_std: 0.1\n", f"noise_std: {noise_std}\n"))
         attack = json.loads((copy / "attack" / "attack.json").read_text())
         attack["test_target"]["mse"] += i
+        del attack["information"]["values"]["class_entropy"]  # as if by an older release
         (copy / "attack" / "attack.json").write_text(json.dumps(attack))
     return [folder / f"noise{i}" for i in range(4)]
 
 
-def test_values_are_those_that_the_attack_has_written(runs):
-    row = fidelity.values_of(runs[0], None)
+@pytest.mark.parametrize("missing", ["", "best.pt", "attack"], ids=["all there", "no weights", "an older release"])
+def test_values_are_those_that_the_attack_has_written_or_would_write(runs, tmp_path, missing):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run, ignore=shutil.ignore_patterns("best.pt") if missing == "best.pt" else None)
+    if missing == "attack":
+        content = json.loads((run / "attack" / "attack.json").read_text())
+        del content["information"]["within_variance"]
+        (run / "attack" / "attack.json").write_text(json.dumps(content))
+    row = fidelity.values_of(run, None)
     attack = json.loads((runs[0] / "attack" / "attack.json").read_text())
     assert row["values"] == pytest.approx(attack["information"]["values"])
     for name in ("within_variance", "between_variance"):
@@ -66,6 +75,13 @@ def test_command_writes_and_prints_how_well_each_value_ranks_the_errors(runs, tm
     assert content["spearman"]["nats"] == {"rho": -1.0, "low": -1.0, "high": -1.0, "runs": 4, "note": ""}
     assert content["spearman"]["relative_variance"]["note"] == "the value is the same in all runs"
     assert "nats                 -1.000  [-1.000, -1.000]  4 runs" in capsys.readouterr().out
+
+
+def test_an_older_run_without_its_weights_is_refused(runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(runs[1], copy, ignore=shutil.ignore_patterns("*.pt"))
+    with pytest.raises(CheckpointError, match=r"best\.pt"):
+        fidelity.values_of(copy, None)
 
 
 def test_a_run_that_was_not_attacked_is_refused(runs, tmp_path):
