@@ -2,8 +2,8 @@
 
 Takes directories of runs that were trained and attacked. The attackers' error is that of the run's
 ``attack/attack.json``, and so is what each surrogate says of its features; of a run attacked by an older release, which
-lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says how well the two orders agree:
--1 is best, for what a surrogate says falls as the attackers' error grows.
+lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says
+how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from benchmarks.gpu.report import write_json
 from cem.attacks import AttackConfig
 from cem.attacks.information import MEASURED
 from cem.attacks.target import Target
-from cem.comparison.correlation import RESAMPLES, spearman
+from cem.comparison.correlation import RESAMPLES, spearman, spearman_difference
 from cem.training import TrainConfig
 
 VALUES = {*MEASURED, "nats", "class_log_variance", "relative_variance"}
+RECOMMENDED = "class_entropy"
+"""The value of what ``--preset attention`` penalises."""
 OUT = Path(__file__).parent / "results" / "fidelity.json"
 
 
@@ -36,7 +38,7 @@ def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
     """
     attack = json.loads((run / "attack" / "attack.json").read_text())
     information = attack["information"]
-    if "within_variance" not in information or not VALUES <= information["values"].keys():
+    if "within_variance" not in information or not information["values"].keys() >= VALUES:
         options = replace(AttackConfig.from_yaml(run / "attack" / "config.yaml"), data_root=data_root)
         information = Target(run, options).information(options)
     return {
@@ -65,6 +67,18 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def differences(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """ρ of the recommended value minus that of each other one, over the runs that have both, with its interval."""
+    between = {}
+    for name, each in found.items():
+        pairs = [(row["values"][RECOMMENDED], row["values"][name], row["test_mse"]) for row in rows]
+        complete = [each for each in pairs if None not in each]
+        if name != RECOMMENDED and None not in (each["rho"], found[RECOMMENDED]["rho"]):
+            difference, low, high = spearman_difference(*zip(*complete, strict=True))
+            between[name] = {"difference": difference, "low": low, "high": high}
+    return between
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, with attack/attack.json")
@@ -76,12 +90,17 @@ def main() -> None:
 
     rows = [values_of(run, arguments.data_root) for run in tqdm(arguments.runs, disable=None)]
     found = correlations(rows)
-    write_json(arguments.out, {"resamples": RESAMPLES, "spearman": found, "runs": rows})
+    between = differences(rows, found)
+    write_json(arguments.out, {"resamples": RESAMPLES, "spearman": found, "of_recommended": between, "runs": rows})
     for name, each in sorted(found.items(), key=lambda item: item[1]["rho"] or 0):
         if each["rho"] is None:
             print(f"{name:20s} {each['note']}")
         else:
-            print(f"{name:20s} {each['rho']:+.3f}  [{each['low']:+.3f}, {each['high']:+.3f}]  {each['runs']} runs")
+            line = f"{name:20s} {each['rho']:+.3f}  [{each['low']:+.3f}, {each['high']:+.3f}]  {each['runs']} runs"
+            if name in between:
+                of = between[name]
+                line += f"; {RECOMMENDED} {of['difference']:+.3f} to it  [{of['low']:+.3f}, {of['high']:+.3f}]"
+            print(line)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def test_command_writes_and_prints_how_well_each_value_ranks_the_errors(runs, tm
     # The same features in more noise say less, by the nats that cross it; their relative variance does not change.
     assert content["spearman"]["nats"] == {"rho": -1.0, "low": -1.0, "high": -1.0, "runs": 4, "note": ""}
     assert content["spearman"]["relative_variance"]["note"] == "the value is the same in all runs"
-    assert "nats                 -1.000  [-1.000, -1.000]  4 runs" in capsys.readouterr().out
+    assert content["of_recommended"]["nats"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert not {"class_entropy", "relative_variance"} & content["of_recommended"].keys()
+    assert "nats                 -1.000  [-1.000, -1.000]  4 runs; class_entropy +0.000" in capsys.readouterr().out
 
 
 def test_an_older_run_without_its_weights_is_refused(runs, tmp_path):

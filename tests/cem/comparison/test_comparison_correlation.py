@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from cem.comparison import Run, RunResult, Setting
-from cem.comparison.correlation import correlate, spearman
+from cem.comparison.correlation import correlate, spearman, spearman_difference
 
 
 def result(value: float | None, mse: float | None, noise_std: float = 0.1) -> RunResult:
@@ -75,6 +75,19 @@ def test_resamples_without_a_correlation_are_left_out() -> None:
     assert low is not None
     assert high is not None
     assert -1 <= low <= high <= 1
+
+
+def test_difference_is_that_of_two_correlations() -> None:
+    rng = np.random.default_rng(1)
+    y = rng.normal(size=20)
+    good, bad = y + 0.1 * rng.normal(size=20), y + rng.normal(size=20)
+    difference, low, high = spearman_difference(good, bad, y)
+    assert difference == pytest.approx(spearman(good, y)[0] - spearman(bad, y)[0])
+    assert 0 < low < difference < high
+
+
+def test_a_value_and_itself_differ_by_nothing_at_all() -> None:
+    assert spearman_difference([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == (0.0, 0.0, 0.0)
 
 
 def test_correlations_are_over_all_runs_and_within_every_noise_level() -> None:
