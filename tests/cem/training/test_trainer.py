@@ -305,7 +305,7 @@ def test_training_without_evaluation_gives_the_same_weights(
 ) -> None:
     train(make_config("a", surrogate="none", epochs=2))
 
-    monkeypatch.setattr(trainer_module, "accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(trainer_module, "accuracy", lambda *_, **__: 0.5)
     train(make_config("b", surrogate="none", epochs=2))
     a, b = (make_config(name).run_dir for name in ("a", "b"))
     assert all(map(torch.equal, weights(a, "encoder", "server"), weights(b, "encoder", "server")))
@@ -482,8 +482,8 @@ def test_diverged_training_says_so_and_keeps_the_last_good_epoch(
     trainer = Trainer(make_config(surrogate="none", epochs=2))
     combined = trainer_module.INJECTIONS["combined"]
 
-    def diverge(*args: Any) -> Any:
-        step = combined(*args)
+    def diverge(*args: Any, **options: Any) -> Any:
+        step = combined(*args, **options)
         return replace(step, cross_entropy=step.cross_entropy * torch.nan) if trainer.state.history else step
 
     monkeypatch.setitem(trainer_module.INJECTIONS, "combined", diverge)
@@ -501,8 +501,8 @@ def test_model_that_blew_up_in_its_last_step_is_not_saved(
     name, tensor = next(item for item in trainer.state.model.state_dict().items() if item[0].endswith(broken))
     steps: list[int] = []
 
-    def blow_up(*args: Any) -> Any:
-        step = combined(*args)
+    def blow_up(*args: Any, **options: Any) -> Any:
+        step = combined(*args, **options)
         steps.append(1)
         if len(steps) == 6:  # the last of epoch 2, whose cross-entropy is finite
             tensor.fill_(torch.inf)
@@ -540,7 +540,7 @@ def test_divergence_is_an_error_line_of_the_log(make_config: MakeConfig) -> None
 def test_other_errors_leave_their_traceback_in_the_log(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(trainer_module.INJECTIONS, "combined", fail)
