@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cem_kernels import validation
 
@@ -102,6 +104,15 @@ class ClassGroups:
             self._padding = Padding(size, row, positions[:size] < self.counts[:, None])
         return self._padding
 
+    def means(self, rows: Tensor) -> Tensor:
+        """Means ``[K, C]`` of every class's ``rows [B, C]``; 0 for classes without any. Differentiable once.
+
+        An embedding bag adds up every class by itself and in a fixed order, needs to know no largest class, as padding
+        does, and lets what is not finite stay in its class, as a product with a mask does not.
+        """
+        means: Tensor = _ClassMeans.apply(rows, self)
+        return means
+
     def pad(self, rows: Tensor) -> Tensor:
         """``[B, ...]`` in batch order to ``[K, L, ...]`` by class, zeros where a class has no more samples."""
         size, row, _ = self.padding
@@ -113,3 +124,21 @@ class ClassGroups:
     def unpad(self, padded: Tensor) -> Tensor:
         """``[K, L, ...]`` by class back to ``[B, ...]`` in batch order."""
         return padded.flatten(0, 1).index_select(0, self.padding.row)
+
+
+class _ClassMeans(torch.autograd.Function):
+    """With a backward that is a gather: the one of an embedding bag sorts again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: ClassGroups) -> Tensor:
+        ctx.groups = groups
+        if not len(rows):  # an embedding bag wants at least one row
+            return rows.new_zeros(groups.num_classes, rows.shape[1])
+        return F.embedding_bag(groups.order, rows, groups.offsets[:-1], mode="mean")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        groups: ClassGroups = ctx.groups
+        share = grad / groups.counts.clamp(min=1)[:, None].to(grad.dtype)
+        return share.index_select(0, groups.labels), None

@@ -24,7 +24,6 @@ from cem.surrogates.threshold import (
 )
 from cem_kernels import ClassGroups, ClassVariance, backends, validation
 from cem_kernels.class_variance import HINGES, Hinge
-from cem_kernels.class_variance.common import hinged, log_threshold, over_classes
 from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
 
 Measure = Literal["enhanced", "slots"]
@@ -197,7 +196,7 @@ class SlotCrossAttentionCEM(Surrogate):
                 "measure='slots' with num_slots=1 computes no slots: nothing is reduced, and nothing has an objective, "
                 f"got reduce_dim={reduce_dim} and objective={objective!r}"
             )
-        if measure == "slots":
+        if measure == "slots" and attends:
             backends.check_available(backend, "slot_variance", SLOT_VARIANCE)
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
         self.num_classes, self.max_class_size = num_classes, max_class_size
@@ -346,26 +345,17 @@ class SlotCrossAttentionCEM(Surrogate):
         Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
         """
         tokens = self._tokens(rows)
+        options = {**self._penalised(tokens, groups), "backend": self.backend}
         if self.anchors is not None and self.training:
-            return self._around_anchors(self.anchors, rows, groups)
-        attention = tokens.new_ones(*tokens.shape[:2], 1)
-        if self.slot_attention is not None:  # to a single slot everything belongs, whatever it is
-            with torch.no_grad():
-                normal, _ = Normalised.apply(self._reduced(rows))
-                slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
-                attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
-        options = self._penalised(tokens, groups)
-        return cem_kernels.slot_variance(tokens, attention, groups, **options, backend=self.backend)
-
-    def _around_anchors(self, anchors: Anchors, rows: Tensor, groups: ClassGroups) -> ClassVariance:
-        """Of features as they are, around centroids that stay where they were."""
-        with torch.autocast(rows.device.type, enabled=False):
-            options = self._penalised(rows, groups)
-            variance, mse = anchors(rows, groups)
-            gamma, threshold = options["gamma"], options["threshold"]
-            height = torch.log(variance.clamp(min=options["eps_var"]) + gamma) - log_threshold(threshold, gamma)
-            penalty = torch.where(groups.counts > 0, hinged(height, options["hinge"]).mean(dim=1), 0)
-            return ClassVariance(*over_classes(penalty, mse, groups, min_samples=1))
+            del options["min_samples"]  # a single sample has a distance to its centroid
+            return self.anchors(rows, groups, **options)
+        if self.slot_attention is None:  # to a single slot everything belongs, whatever it is
+            return cem_kernels.class_variance(tokens, groups, **options)
+        with torch.no_grad():
+            normal, _ = Normalised.apply(self._reduced(rows))
+            slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
+            attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
+        return cem_kernels.slot_variance(tokens, attention, groups, **options)
 
     def _penalised(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
         """How variances become a penalty: options of the operators."""

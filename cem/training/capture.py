@@ -92,9 +92,8 @@ def _check_never_waits(work: Callable[[], object]) -> None:
         work()
     except RuntimeError as error:
         raise ConfigError(
-            "--capture: this surrogate waits for the device in every call, which a CUDA graph cannot. Measure "
-            "around running centroids (--anchor), or let all operators run as kernels (--preset seed --backend "
-            "triton), and leave CEM_KERNELS_DEBUG unset"
+            "--capture: this surrogate waits for the device in every call, which a CUDA graph cannot. Let all of its "
+            "operators run as kernels (--backend triton) and leave CEM_KERNELS_DEBUG unset"
         ) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -134,8 +134,8 @@ class TrainConfig(Options):
     capture: bool = False
     """Record the attention surrogate, forward and backward, in a CUDA graph and launch it whole in every step.
     Meant for small batches and networks, where the GPU waits for the host. A last, smaller batch is launched as always.
-    Needs a CUDA device, --injection combined, and a surrogate that never waits for the device: around running centroids
-    (--anchor), or with kernels for all of its operators."""
+    Needs a CUDA device, --injection combined, and a surrogate that never waits for the device: with kernels for all of
+    its operators, or around running centroids (--anchor)."""
 
     epochs: int = 20
     """Passes over the training set. The learning rate falls to a fifth after each quarter of them."""
@@ -278,10 +278,10 @@ class TrainConfig(Options):
             )
         if self.backend == "triton" and device.type != "cuda" and not backends.INTERPRETING:
             raise ConfigError(f"--backend triton needs a CUDA device, got {device} (--device {self.device})")
-        if self.backend == "triton" and slots:
+        if self.backend == "triton" and slots and self.num_slots != 1:
             raise ConfigError(
-                "--backend triton has kernels for --measure enhanced (--preset seed), not for --measure slots; give "
-                "--backend auto"
+                "--backend triton has no kernel for the variance around several slots, got --measure slots and "
+                f"--num-slots {self.num_slots}; give --backend auto"
             )
 
     def _check_capture(self, device: torch.device) -> None:
@@ -291,15 +291,15 @@ class TrainConfig(Options):
             raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.weight:g}")
         if self.injection != "combined":
             raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
-        if self.backend not in ("auto", "triton") and not self.anchor:
+        if self.backend == "reference" or (self.backend == "eager" and not self.anchor):
             raise ConfigError(
                 f"--capture takes --backend auto or triton, got {self.backend}: "
                 "it asks the device how large the classes of a batch are, and waits, which a CUDA graph cannot"
             )
-        if self.measure == "slots" and not self.anchor:
+        if self.measure == "slots" and self.num_slots != 1:
             raise ConfigError(
-                "--capture takes --measure enhanced, or --measure slots with an --anchor: the variance around slots "
-                f"has no kernel, got --measure {self.measure} and --anchor {self.anchor:g}"
+                "--capture takes --measure enhanced, or --measure slots with one slot: the variance around several "
+                f"has no kernel, got --measure {self.measure} and --num-slots {self.num_slots}"
             )
         if device.type != "cuda":
             raise ConfigError(f"--capture needs a CUDA device, got {device} (--device {self.device})")

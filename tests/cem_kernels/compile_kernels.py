@@ -30,6 +30,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from cem_kernels.centroid_variance import triton as centroid_variance
 from cem_kernels.class_variance import triton as class_variance
 from cem_kernels.cross_attention import triton as cross_attention
 from cem_kernels.slot_attention import triton as slot_attention
@@ -103,6 +104,23 @@ def variance_case(
     return run
 
 
+def centroid_case(
+    dtype: torch.dtype, hinge: str, columns: int, samples: int = 64, classes: int = 4
+) -> Callable[[], None]:
+    """As training has it."""
+
+    def run() -> None:
+        x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
+        running = (torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes))
+        common = (x, order, offsets)
+        _, _, _, _, *kept = centroid_variance.centroid_variance_forward(
+            *common, *running, None, 0.1, 1e-4, 1e-6, 0.01, 0.1, hinge
+        )
+        class_variance.class_variance_backward(*common, *kept, torch.empty(()), None, None, None, 1)
+
+    return run
+
+
 def read_case(
     width: int, heads: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, dropout: float = 0.0,
     strided: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
@@ -161,6 +179,12 @@ def cases(target: str, everything: bool = False) -> Iterator[tuple[str, Callable
     yield "fp32 relu C128 split", variance_case(torch.float32, "relu", 128, samples=8192, classes=1)
     yield "fp32 relu C17", variance_case(torch.float32, "relu", 17, "all")
 
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"{name_of(dtype)} identity C392 of centroids", centroid_case(dtype, "identity", 392)
+    for hinge in ("relu", "softplus"):
+        yield f"fp32 {hinge} C8192 of centroids", centroid_case(torch.float32, hinge, 8192)
+    yield "fp32 identity C128 split of centroids", centroid_case(torch.float32, "identity", 128, 8192, 1)
+
     products = {"fp32": (torch.float32,), "tf32": (torch.float32, "high"), "bf16": (torch.bfloat16,)}
     for name, product in products.items():
         yield f"{name} D128 H4 S8", read_case(128, 4, 8, *product)
@@ -206,7 +230,7 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
             options.pop("maxnreg", None)
         compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options)))
 
-    for module in (class_variance, cross_attention, slot_attention):
+    for module in (class_variance, centroid_variance, cross_attention, slot_attention):
         module.launch = launch
     return compiled
 
@@ -228,6 +252,7 @@ def versions_as_sizes_vary(target: str) -> dict[str, int]:
     compiled = compile_only(target)
     for samples, classes, tokens in ((64, 4, 4), (1, 1, 1), (17, 3, 1), (8192, 1, 7), (4096, 100, 16), (100, 1000, 2)):
         variance_case(torch.float32, "relu", 128, samples=samples, classes=classes)()
+        centroid_case(torch.float32, "identity", 128, samples, classes)()
         read_case(128, 4, 8, torch.bfloat16, samples=samples, classes=classes, tokens=tokens)()
         for split in (False, True):
             sizes = {"samples": samples, "classes": classes, "tokens": tokens}

@@ -13,7 +13,9 @@ from torch import Tensor
 from cem_kernels import (
     ClassGroups,
     CrossAttentionWeights,
+    RunningMoments,
     SlotAttentionWeights,
+    centroid_variance,
     class_variance,
     cross_attention,
     slot_attention,
@@ -33,8 +35,9 @@ class Problem:
         with forward_under or nullcontext():
             outputs = self.run(backend, **leaves)
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
-        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+        graph = [o for o in outputs if o.requires_grad]
+        upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in graph]
+        grads = torch.autograd.grad(graph, list(leaves.values()), upstream, allow_unused=True)
         found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
             found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
@@ -143,8 +146,37 @@ def variance_problem(
     return Problem({"features": features.to(labels.device, dtype)}, run)
 
 
+def centroid_problem(
+    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, hinge="relu", momentum=0.95, batches=None
+) -> Problem:
+    """Classes that were in 0, 1, 2, ... batches before, or all of them in ``batches``."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
+    spread = torch.logspace(-3, 0.5, T * D, dtype=torch.float64)
+    features = torch.randn(len(labels), T * D, generator=generator, dtype=torch.float64) * spread + 3.0
+    counted = torch.arange(num_classes) if batches is None else torch.full((num_classes,), batches)
+    # Of classes that were in no batch it is not looked at, whatever it is.
+    centroids = torch.randn(num_classes, T * D, generator=generator, dtype=torch.float64) * spread + 3.0
+    variances = torch.rand(num_classes, T * D, generator=generator, dtype=torch.float64) * spread**2
+    variances = torch.where(counted[:, None] > 0, variances, 0)
+
+    def run(backend, features):
+        kept = torch.float64 if features.dtype == torch.float64 else torch.float32
+        # Rounded to what is kept in training, or they would not be the same for all dtypes.
+        state = (centroids.float().to(features.device, kept), variances.float().to(features.device, kept))
+        running = RunningMoments(*state, counted.to(features.device, copy=True))
+        result = centroid_variance(
+            features, groups, running, threshold=0.05, momentum=momentum, hinge=hinge, backend=backend
+        )
+        monitors = result.intra_mse, result.class_mse, *running[:2], running.batches.to(kept)
+        return result.rob_loss, *monitors, result.class_penalty
+
+    return Problem({"features": features.unflatten(1, (T, D)).to(labels.device, dtype)}, run)
+
+
 OPERATORS = {
     "slot_attention": slot_problem,
     "cross_attention": cross_problem,
     "class_variance": variance_problem,
+    "centroid_variance": centroid_problem,
 }

@@ -74,7 +74,7 @@ def test_class_variance_agrees_for_every_hinge_and_minimum(hinge, min_samples):
 )
 @settings(max_examples=80, deadline=None)
 def test_eager_equals_reference_for_any_labels_and_sizes(operator, labels, sizes, S, seed):
-    if operator != "class_variance":
+    if operator in ("slot_attention", "cross_attention"):
         sizes = {**sizes, "S": S}
     if operator == "cross_attention":
         sizes["H"] = 1 + seed % sizes["D"]
@@ -82,7 +82,7 @@ def test_eager_equals_reference_for_any_labels_and_sizes(operator, labels, sizes
     assert_agree(OPERATORS[operator](torch.tensor(labels), 6, seed=seed, **sizes))
 
 
-@every_operator
+@pytest.mark.parametrize("make", [slot_problem, cross_problem, variance_problem])
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_gradcheck_and_gradgradcheck(make, backend):
     problem = make(torch.tensor([0, 2, 2, 0, 2]), 4, D=2)

@@ -20,6 +20,7 @@ from cem_kernels import (
     launching,
     slot_attention,
 )
+from cem_kernels.centroid_variance import triton as centroid_variance_kernels
 from cem_kernels.class_variance import triton as class_variance_kernels
 from cem_kernels.cross_attention import IMPLEMENTATIONS
 from cem_kernels.cross_attention import triton as cross_attention_kernels
@@ -61,7 +62,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strides_do_not_matter(name, layout):
     problem = problem_of(OPERATORS[name])
-    leaf = "features" if name == "class_variance" else "tokens"
+    leaf = next(iter(problem.leaves))
     plain = problem.leaves[leaf]
     strided = layouts(plain)[layout]
     assert not strided.is_contiguous()
@@ -169,6 +170,8 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     forward = (x, GROUPS.order, GROUPS.offsets, None, 0.1, 1e-4, 1e-6, 2, "relu")
     kept = class_variance_kernels.class_variance_forward(*forward)[4:]
     backward = (x, GROUPS.order, GROUPS.offsets, *kept, torch.ones((), device=DEVICE), None, None, None, 2)
+    running = torch.randn(7, 40, device=DEVICE), torch.rand(7, 40, device=DEVICE), torch.arange(7, device=DEVICE)
+    around = (x, GROUPS.order, GROUPS.offsets, *running, None, 0.1, 1e-4, 1e-6, 0.01, 0.1, "relu")
     tokens, queries = torch.randn(23, 2, 32, device=DEVICE), torch.randn(7, 16, 32, device=DEVICE)
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     read = (tokens, GROUPS.order, GROUPS.offsets, queries, queries[:, :, 0].contiguous(), queries.clone(),
@@ -196,12 +199,13 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
         (slot_attention_kernels.slot_attention_backward, (*slots, *weights, *rows, initial, 1e-8)),
         (class_variance_kernels.class_variance_forward, forward),
         (class_variance_kernels.class_variance_backward, backward),
+        (centroid_variance_kernels.centroid_variance_forward, around),
         (cross_attention_kernels.gated_read_forward, (*read, 4, 0.5)),
         (cross_attention_kernels.gated_read_backward, (*read, statistics, y, 4, 0.5)),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_operators_are_registered_right(index):
     operator, args = operator_calls()[index]
     torch.library.opcheck(operator, args)
@@ -309,6 +313,7 @@ def test_fp32_products_follow_pytorchs_precision(allowed, precision):
 
 OTHER_SIZES = {
     "class_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
+    "centroid_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
     "class_variance_backward": {"BLOCK_R": 8, "num_warps": 2},
     "slot_attention_forward": {"BLOCK_D": 16, "BLOCK_K": 32},
     "slot_attention_backward": {"BLOCK_N": 32, "BLOCK_K": 16},

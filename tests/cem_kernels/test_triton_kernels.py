@@ -96,6 +96,18 @@ def test_what_does_not_count_may_be_infinite():
     assert features.grad[:3].abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of inf − inf
+@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad, hinge):
+    features = torch.randn(4, 16, device=DEVICE)
+    features[0, 3] = bad
+    groups = ClassGroups.from_labels(torch.tensor([0, 0, 1, 1], device=DEVICE), 2)
+    result = class_variance(features, groups, threshold=1e-3, hinge=hinge, backend="triton")
+    assert result.class_penalty.isfinite().tolist() == [False, True]
+    assert not result.rob_loss.isfinite()
+
+
 def test_threshold_may_be_a_tensor():
     features, groups = torch.randn(23, 16, device=DEVICE), ClassGroups.from_labels(HOLES, 7)
     number = class_variance(features, groups, threshold=0.25, backend="triton")

@@ -10,7 +10,7 @@ from torch import Tensor
 import cem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = ("slot_attention", "cross_attention", "class_variance")
+OPERATORS = ("slot_attention", "cross_attention", "class_variance", "centroid_variance")
 kernels = {name: importlib.import_module(f"cem_kernels.{name}.triton") for name in OPERATORS}
 
 
@@ -20,9 +20,9 @@ def surrogate(backend: str, feature_dim: int = 32, **options) -> cem.SlotCrossAt
     return cem.SlotCrossAttentionCEM(feature_dim, backend=backend, **options).to(DEVICE)
 
 
-def batch(samples: int = 20, width: int = 32) -> tuple[Tensor, Tensor]:
+def batch(samples: int = 20, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Features, and labels of which one class has no sample and another has one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 4, (samples,), generator=generator)
     labels[0] = 5
     return torch.randn(samples, width, generator=generator).to(DEVICE), labels.to(DEVICE)
@@ -73,6 +73,28 @@ def launches(monkeypatch: pytest.MonkeyPatch, module: cem.SlotCrossAttentionCEM,
         monkeypatch.setattr(operator, "launch", counted)
     results(module, *inputs)
     return names
+
+
+RECOMMENDED = {"measure": "slots", "num_slots": 1, "anchor": 0.95, "penalty": "entropy"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_recommended_surrogate_is_that_of_the_reference_batch_after_batch(training):
+    exact, module = surrogate("reference", **RECOMMENDED).double(), surrogate("triton", **RECOMMENDED)
+    for seed in range(3):
+        features, labels = batch(seed=seed)
+        found = results(module.train(training), features, labels)
+        want = results(exact.train(training), features.double(), labels)
+        for name, tensor in want.items():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=2e-5, atol=1e-7)
+    for name, state in exact.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name].double(), state.double(), rtol=2e-5, atol=1e-7)
+    assert bool(module.anchors.batches.any()) is training
+
+
+@pytest.mark.parametrize("anchor", [0.95, 0.0])
+def test_the_recommended_surrogate_is_two_launches(monkeypatch, anchor):
+    assert len(launches(monkeypatch, surrogate("triton", **{**RECOMMENDED, "anchor": anchor}), *batch())) == 2
 
 
 def test_forward_and_backward_are_seven_launches(monkeypatch):

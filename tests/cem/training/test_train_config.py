@@ -182,11 +182,12 @@ def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: f
     [
         ({"surrogate": "gmm"}, "only the attention surrogate can be captured, got gmm"),
         ({"surrogate": "none"}, "only the attention surrogate can be captured, got none"),
-        ({"anchor": 0.0}, "takes --measure enhanced, or --measure slots with an --anchor"),
+        ({"anchor": 0.0, "num_slots": 8}, "takes --measure enhanced, or --measure slots with one slot"),
         ({"lambd": 0.0}, "without a penalty there is nothing to capture, got --lambd 0"),
         ({"injection": "two_pass"}, "takes --injection combined, got two_pass"),
         ({"backend": "eager", **ORIGINAL}, "takes --backend auto or triton, got eager: .* waits"),
-        ({"backend": "reference", **ORIGINAL}, "takes --backend auto or triton, got reference: .* waits"),
+        ({"backend": "eager", "anchor": 0.0}, "takes --backend auto or triton, got eager: .* waits"),
+        ({"backend": "reference"}, "takes --backend auto or triton, got reference: .* waits"),
         ({}, "needs a CUDA device, got cpu"),
     ],
 )
@@ -244,19 +245,20 @@ def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options
     TrainConfig(**options, lambd=0.0).validate()
 
 
-def test_triton_on_the_cpu_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TrainConfig(backend="triton", device="cpu", **ORIGINAL)
-    original.validate()  # the tests run Triton's interpreter
+@pytest.mark.parametrize("options", [{}, ORIGINAL, {"anchor": 0.0}])
+def test_triton_on_the_cpu_is_refused_before_anything_is_built(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(backend="triton", device="cpu", **options)
+    config.validate()  # the tests run Triton's interpreter
     monkeypatch.setattr(backends, "INTERPRETING", False)
     with pytest.raises(ConfigError, match=r"--backend triton needs a CUDA device, got cpu"):
-        original.validate()
+        config.validate()
 
 
 def test_triton_is_refused_for_what_has_no_kernels() -> None:
-    with pytest.raises(
-        ConfigError, match=r"--backend triton has kernels for --measure enhanced .* give --backend auto"
-    ):
-        TrainConfig(backend="triton", device="cpu").validate()
+    with pytest.raises(ConfigError, match=r"no kernel for the variance around several slots, .* give --backend auto"):
+        TrainConfig(backend="triton", device="cpu", num_slots=8, anchor=0.0).validate()
 
 
 @pytest.mark.parametrize(

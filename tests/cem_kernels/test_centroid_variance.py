@@ -1,0 +1,330 @@
+"""Running centroids of classes, how they move, and the variance around them; on a CUDA device the kernel compiled,
+elsewhere in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from exactness import (
+    DEVICE,
+    HOLES,
+    assert_as_exact,
+    assert_close_to_exact,
+    every_labelling,
+    interpreted,
+    last_program_first,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, centroid_problem
+
+from cem_kernels import BackendUnavailableError, ClassGroups, RunningMoments, centroid_variance, class_variance
+
+every_backend = pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+SEEDS = range(4)
+MOMENTUM, OF_VARIANCES = 0.95, 0.5
+
+
+def batch(num_samples=24, width=6, num_classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, width, generator=generator) + 3.0
+    labels = torch.randint(0, num_classes, (num_samples,), generator=generator)
+    return features.to(DEVICE), labels.to(DEVICE)
+
+
+def nothing_yet(num_classes=4, width=6):
+    zeros = torch.zeros(num_classes, width, device=DEVICE)
+    return RunningMoments(zeros, zeros.clone(), torch.zeros(num_classes, dtype=torch.long, device=DEVICE))
+
+
+def measured(backend, running, features, labels, momentum=MOMENTUM, **options):
+    groups = ClassGroups.from_labels(labels, len(running.batches))
+    options = {"threshold": 1e-3, "eps_var": 1e-12, "gamma": 1e-12, "hinge": "identity", **options}
+    return centroid_variance(features, groups, running, momentum=momentum, backend=backend, **options)
+
+
+def copied(running):
+    return RunningMoments(*(each.clone() for each in running))
+
+
+# how they move
+
+
+@every_backend
+def test_the_first_batch_sets_centroids_and_variances(backend):
+    (x, labels), running = batch(), nothing_yet()
+    result = measured(backend, running, x, labels)
+    for c in range(4):
+        own = x[labels == c]
+        spread = own.var(dim=0, unbiased=False)
+        torch.testing.assert_close(running.centroids[c], own.mean(dim=0))
+        torch.testing.assert_close(running.variances[c], spread)
+        torch.testing.assert_close(result.class_penalty[c], torch.log(spread / 1e-3).mean())
+        torch.testing.assert_close(result.class_mse[c], spread.mean())
+    assert running.batches.tolist() == [1, 1, 1, 1]
+
+
+@every_backend
+def test_early_centroids_and_variances_are_means_over_batches(backend):
+    (x, labels), (y, other), running = batch(seed=1), batch(seed=2), nothing_yet()
+    measured(backend, running, x, labels)
+    result = measured(backend, running, y, other)
+    for c in range(4):
+        old, new = x[labels == c], y[other == c]
+        around = (new - old.mean(dim=0)).square().mean(dim=0)
+        torch.testing.assert_close(running.centroids[c], (old.mean(dim=0) + new.mean(dim=0)) / 2)
+        torch.testing.assert_close(running.variances[c], (old.var(dim=0, unbiased=False) + around) / 2)
+        torch.testing.assert_close(result.class_penalty[c], torch.log(running.variances[c] / 1e-3).mean())
+        torch.testing.assert_close(result.class_mse[c], new.var(dim=0, unbiased=False).mean())
+
+
+@every_backend
+def test_later_batches_move_them_by_the_momentum(backend):
+    running = nothing_yet()
+    for seed in range(25):
+        measured("eager", running, *batch(seed=seed))
+    before = copied(running)
+    x, labels = batch(seed=7)
+    measured(backend, running, x, labels)
+    for c in range(4):
+        own, old = x[labels == c], before.centroids[c]
+        around = (own - old).square().mean(dim=0)
+        torch.testing.assert_close(running.centroids[c], MOMENTUM * old + (1 - MOMENTUM) * own.mean(dim=0))
+        moved = OF_VARIANCES * before.variances[c] + (1 - OF_VARIANCES) * around
+        torch.testing.assert_close(running.variances[c], moved)
+
+
+@every_backend
+def test_variances_of_quick_centroids_are_the_batch_s(backend):
+    running = nothing_yet()
+    measured(backend, running, *batch(seed=0), momentum=0.8)
+    before = copied(running)
+    x, labels = batch(seed=7)
+    measured(backend, running, x, labels, momentum=0.8)
+    for c in range(4):
+        around = (x[labels == c] - before.centroids[c]).square().mean(dim=0)
+        torch.testing.assert_close(running.variances[c], around)
+
+
+@every_backend
+def test_a_class_without_samples_moves_nothing(backend):
+    running = nothing_yet()
+    result = measured(backend, running, batch(4)[0], torch.tensor([0, 0, 2, 2], device=DEVICE))
+    assert running.batches.tolist() == [1, 0, 1, 0]
+    for each in (running.centroids, running.variances, result.class_penalty, result.class_mse):
+        assert each[[0, 2]].any(dim=-1).all()
+        assert not each[[1, 3]].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of inf − inf
+@every_backend
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_column_that_is_not_finite_moves_nothing_of_its_own_and_is_not_hidden(backend, bad):
+    (x, labels), running = batch(), nothing_yet()
+    measured(backend, running, x, labels)
+    before = copied(running)
+    broken = x + 1
+    broken[labels == 1, 0] = bad
+    result = measured(backend, running, broken, labels)
+    assert result.class_penalty.isfinite().tolist() == [True, False, True, True]
+    assert not result.rob_loss.isfinite()
+    still = torch.zeros(4, 6, dtype=torch.bool, device=DEVICE)
+    still[1, 0] = True
+    assert torch.equal(running.centroids == before.centroids, still)
+    assert torch.equal(running.variances == before.variances, still)
+    assert running.batches.tolist() == [2, 1, 2, 2]
+
+
+@every_backend
+def test_a_class_begins_with_its_first_batch_that_is_finite(backend):
+    (x, labels), running = batch(), nothing_yet()
+    broken = x.clone()
+    broken[labels == 1, 0] = math.nan
+    measured(backend, running, broken, labels)
+    measured(backend, running, x, labels)
+    torch.testing.assert_close(running.centroids[1], x[labels == 1].mean(dim=0))
+    torch.testing.assert_close(running.variances[1], x[labels == 1].var(dim=0, unbiased=False))
+
+
+# what is measured
+
+
+@every_backend
+def test_gradients_are_those_of_the_batch_s_own_variance_around_the_centroids_of_before(backend):
+    (x, labels), (y, other), running = batch(seed=1), batch(seed=2), nothing_yet()
+    measured(backend, running, x, labels)
+    before = running.centroids.clone()
+    y.requires_grad_()
+    weight = torch.rand(4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    (found,) = torch.autograd.grad((weight * measured(backend, running, y, other).class_penalty).sum(), y)
+    per_column = weight[:, None] / 6 / running.variances / other.bincount(minlength=4)[:, None]
+    torch.testing.assert_close(found, per_column[other] * 2 * (y.detach() - before[other]))
+
+
+@every_backend
+def test_monitors_have_no_gradient(backend):
+    x, labels = batch()
+    result = measured(backend, nothing_yet(), x.requires_grad_(), labels)
+    assert (result.rob_loss.requires_grad, result.class_penalty.requires_grad) == (True, True)
+    assert (result.intra_mse.requires_grad, result.class_mse.requires_grad) == (False, False)
+
+
+@every_backend
+def test_shrinking_all_features_makes_a_batch_s_variance_smaller_and_that_around_centroids_larger(backend):
+    # Four classes far apart, and little spread inside each.
+    spread, labels = 0.1 * batch(200)[0], (torch.arange(200) % 4).to(DEVICE)
+    x, running = 10 * torch.eye(4, 6, device=DEVICE)[labels] + spread, nothing_yet()
+    before = measured(backend, running, x, labels).rob_loss.item()
+    around = measured(backend, running, 0.5 * x, labels).rob_loss.item()
+    groups = ClassGroups.from_labels(labels, 4)
+    whole, half = (class_variance(f * x, groups, threshold=1e-3).intra_mse.item() for f in (1.0, 0.5))
+    assert half == pytest.approx(0.25 * whole)
+    assert around > before + math.log(1.5)
+
+
+@every_backend
+def test_a_single_sample_is_drawn_to_the_centroid_of_its_class(backend):
+    running = nothing_yet()
+    measured(backend, running, *batch())
+    before = running.centroids[2].clone()
+    x = batch(1)[0].requires_grad_()
+    rob_loss = measured(backend, running, x, torch.tensor([2], device=DEVICE)).rob_loss
+    (gradient,) = torch.autograd.grad(rob_loss, x)
+    torch.testing.assert_close(gradient[0], 2 * (x[0].detach() - before) / running.variances[2] / 6)
+
+
+@every_backend
+def test_variances_below_the_floor_have_no_gradient(backend):
+    x, labels = batch()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(measured(backend, nothing_yet(), x, labels, eps_var=1e3).rob_loss, x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@every_backend
+def test_no_sample_gives_an_attached_zero(backend):
+    x, running = torch.zeros(0, 6, device=DEVICE, requires_grad=True), nothing_yet()
+    result = measured(backend, running, x, torch.zeros(0, dtype=torch.long, device=DEVICE))
+    (gradient,) = torch.autograd.grad(result.rob_loss, x)
+    assert (result.rob_loss.item(), result.intra_mse.item(), gradient.shape) == (0.0, 0.0, (0, 6))
+    assert not running.batches.any()
+
+
+@every_backend
+def test_every_axis_after_the_first_is_a_column(backend):
+    x, labels = batch(width=24)
+    maps, flat = nothing_yet(width=24), nothing_yet(width=24)
+    found = measured(backend, maps, x.unflatten(1, (4, 3, 2)), labels)
+    assert torch.equal(found.rob_loss, measured(backend, flat, x, labels).rob_loss)
+    assert torch.equal(maps.variances, flat.variances)
+
+
+# the kernel against the reference in fp64
+
+
+@every_labelling
+@pytest.mark.parametrize("tokens_per_sample", [1, 3])
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_the_kernel_is_as_exact_as_the_reference(labels, num_classes, tokens_per_sample):
+    assert_as_exact(centroid_problem(labels, num_classes, T=tokens_per_sample, D=12))
+
+
+@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_the_kernel_is_as_exact_for_every_hinge_and_dtype(hinge, dtype):
+    assert_as_exact(*(centroid_problem(HOLES, 7, T=5, D=37, hinge=hinge, seed=s) for s in SEEDS), dtype=dtype)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 500])
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_the_kernel_is_exact_where_a_class_is_split_and_columns_are_many(batches):
+    labels = torch.cat([torch.zeros(700, dtype=torch.long), torch.ones(90, dtype=torch.long)]).to(DEVICE)
+    assert_as_exact(centroid_problem(labels, 3, D=24, batches=batches))
+    assert_as_exact(centroid_problem(HOLES, 7, T=3, D=300, batches=batches))
+
+
+@pytest.mark.parametrize("samples", [6, 400])
+@pytest.mark.parametrize("batches", [0, 500])
+def test_variance_of_tight_classes_far_from_zero_keeps_its_digits(samples, batches):
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(samples) % 2).to(DEVICE)
+    features = (1000 + 0.01 * torch.randn(samples, 20, generator=generator, dtype=torch.float64)).float().to(DEVICE)
+    centroids = (1000 + 0.01 * torch.randn(2, 20, generator=generator, dtype=torch.float64)).float().to(DEVICE)
+    groups = ClassGroups.from_labels(labels, 2)
+
+    def run(backend, features):
+        counted = torch.full((2,), batches, device=DEVICE)
+        variances = torch.full((2, 20), 1e-4, dtype=features.dtype, device=DEVICE)
+        running = RunningMoments(centroids.to(features.dtype, copy=True), variances, counted)
+        result = centroid_variance(
+            features, groups, running, threshold=1e-6, eps_var=1e-8, momentum=0.95, backend=backend
+        )
+        return result.rob_loss, result.class_penalty
+
+    assert_as_exact(Problem({"features": features.double()}, run))
+
+
+@interpreted
+def test_the_order_in_which_programs_arrive_changes_no_bit(monkeypatch):
+    problem = centroid_problem(torch.arange(700, device=DEVICE) % 3, 4, D=200)
+    leaves = {name: leaf.float() for name, leaf in problem.leaves.items()}
+    forwards = problem.results("triton", **leaves)
+    last_program_first(monkeypatch)
+    backwards = problem.results("triton", **leaves)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+@settings(max_examples=20, deadline=None)
+@given(labels=st.lists(st.integers(0, 6), max_size=40), T=st.integers(1, 3), D=st.integers(1, 40))
+def test_the_kernel_is_as_exact_for_any_labels(labels, T, D):
+    labels = torch.tensor(labels, dtype=torch.long, device=DEVICE)
+    assert_close_to_exact(centroid_problem(labels, 7, T=T, D=D))
+
+
+def test_threshold_may_be_a_tensor():
+    x, labels = batch()
+    number, tensor = (
+        measured("triton", nothing_yet(), x, labels, threshold=threshold).class_penalty
+        for threshold in (0.25, torch.tensor(0.25))
+    )
+    assert torch.equal(number, tensor)
+
+
+# refusals
+
+
+def running_with(**replaced):
+    return nothing_yet()._replace(**replaced)
+
+
+BAD_VALUES = [
+    ({"running": running_with(centroids=torch.zeros(3, 6))}, r"running.centroids must have shape \[K=4, C=6\], got"),
+    ({"running": running_with(variances=torch.zeros(4, 5))}, r"running.variances must have shape \[K=4, C=6\], got"),
+    ({"running": running_with(batches=torch.zeros(4, 1))}, r"running.batches must have shape \[K=4\], got \[4, 1\]"),
+    ({"running": running_with(batches=torch.zeros(4, device="meta"))}, "batches must be on the features' device"),
+    ({"momentum": 1.0}, "momentum must lie between 0 and 1, got 1.0"),
+    ({"momentum": math.nan}, "momentum must lie between 0 and 1, got nan"),
+    ({"threshold": 0.0}, "threshold must be finite and positive, got 0.0"),
+    ({"threshold": torch.tensor(0.1, requires_grad=True)}, "threshold takes no gradient here"),
+    ({"gamma": 0.0}, "gamma must be finite and positive, got 0.0"),
+    ({"hinge": "elu"}, "hinge must be one of relu, softplus, identity, got 'elu'"),
+    ({"backend": "cuda"}, "backend must be one of auto, triton, eager, reference, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_VALUES, ids=[message for _, message in BAD_VALUES])
+def test_bad_values_are_refused(options, message):
+    x, labels = batch()
+    with pytest.raises(ValueError, match=message):
+        measured(**{"backend": "eager", "running": nothing_yet(), "features": x, "labels": labels, **options})
+
+
+@pytest.mark.parametrize(
+    "centroids", [torch.zeros(4, 6, dtype=torch.float64), torch.zeros(6, 4).T], ids=["fp64", "transposed"]
+)
+def test_running_moments_that_kernels_do_not_take_are_refused_by_name(centroids):
+    x, labels = batch()
+    running = running_with(centroids=centroids.to(DEVICE))
+    with pytest.raises(BackendUnavailableError, match="kernels take running moments that are fp32 and contiguous"):
+        measured("triton", running, x, labels)
