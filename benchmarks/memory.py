@@ -42,7 +42,7 @@ OUT = Path(__file__).parent / "results" / "memory.json"
 def no_kernels() -> Iterator[None]:
     """Launches allocate what they allocate and run nothing: interpreted, kernels would take hours at these sizes."""
     launching = importlib.import_module("cem_kernels.launching")
-    for operator in ("class_variance", "cross_attention", "slot_attention"):
+    for operator in ("class_variance", "centroid_variance", "cross_attention", "slot_attention"):
         importlib.import_module(f"cem_kernels.{operator}.triton")
     launch = launching.launch
     spaces = [vars(module) for name, module in sys.modules.items() if name.startswith("cem_kernels.")]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels import CrossAttentionWeights, SlotAttentionWeights
+from cem_kernels import CrossAttentionWeights, RunningMoments, SlotAttentionWeights
 
 
 @dataclass(eq=False)
@@ -81,29 +81,29 @@ class Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy(0, index, grad), None
 
 
-# Class variance: features [B, C] to the sum of squared deviations of every class and column, fp32 [K, C].
+# Variances: features [B, C] to the means and the sums of squared deviations of every class and column, fp32 [K, C].
 
-Squares = Callable[[Tensor, Classes], Tensor]
+Moments = Callable[[Tensor, Classes], tuple[Tensor, Tensor]]
 
 
-def padded_squares(features: Tensor, classes: Classes) -> Tensor:
+def padded_moments(features: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """A class-padded batch ``[K, L, C]``, masked. Compiled, the padding is a gather inside the two reductions."""
     padded = Gather.apply(features, classes.fill, classes.row).unflatten(0, classes.mask.shape)
     mask = classes.mask[:, :, None]
     wide = torch.where(mask, padded, 0).float()
     mean = wide.sum(dim=1) / classes.counts.clamp(min=1)[:, None]
-    return torch.where(mask, wide - mean[:, None], 0).square().sum(dim=1)
+    return mean, torch.where(mask, wide - mean[:, None], 0).square().sum(dim=1)
 
 
-def index_add_squares(features: Tensor, classes: Classes) -> Tensor:
+def index_add_moments(features: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """Two passes of ``index_add``: float atomics, so that two calls may differ in their last bits."""
     wide = features.float()
     zeros = wide.new_zeros(len(classes.counts), wide.shape[1])
     mean = zeros.index_add(0, classes.labels, wide) / classes.counts.clamp(min=1)[:, None]
-    return zeros.index_add(0, classes.labels, (wide - mean.index_select(0, classes.labels)).square())
+    return mean, zeros.index_add(0, classes.labels, (wide - mean.index_select(0, classes.labels)).square())
 
 
-def segment_reduce_squares(features: Tensor, classes: Classes) -> Tensor:
+def segment_reduce_moments(features: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """Two passes of ``torch.segment_reduce`` over a copy sorted by class."""
 
     def total(rows: Tensor) -> Tensor:
@@ -111,7 +111,14 @@ def segment_reduce_squares(features: Tensor, classes: Classes) -> Tensor:
 
     wide = Gather.apply(features, classes.order, classes.rank).float()
     mean = total(wide) / classes.counts.clamp(min=1)[:, None]
-    return total((wide - mean.index_select(0, classes.labels[classes.order])).square())
+    return mean, total((wide - mean.index_select(0, classes.labels[classes.order])).square())
+
+
+MOMENTS: dict[str, Moments] = {
+    "padded": padded_moments,
+    "index-add": index_add_moments,
+    "segment-reduce": segment_reduce_moments,
+}
 
 
 def variance_losses(
@@ -124,6 +131,27 @@ def variance_losses(
     weight = torch.where(classes.counts >= 2, classes.counts, 0).to(squares.dtype)
     weight = weight / weight.sum().clamp(min=1)
     return (weight * penalty).sum(), (weight * (squares / counts.clamp(min=1)).mean(dim=1)).sum()
+
+
+def running_loss(
+    mean: Tensor, squares: Tensor, classes: Classes, running: RunningMoments, shares: tuple[float, float],
+    threshold: float, eps_var: float, gamma: float,
+) -> Tensor:  # fmt: skip
+    """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, which move by ``shares`` at least."""
+    counts = classes.counts[:, None].to(squares.dtype)
+    centroids = torch.where(running.batches[:, None] > 0, running.centroids, mean.detach())
+    around = squares / counts.clamp(min=1) + (mean - centroids).square()
+    first = 1 / (running.batches[:, None] + 1)
+    moved = torch.lerp(centroids, mean.detach(), first.clamp(min=shares[0]))
+    variance = torch.lerp(running.variances, around.detach(), first.clamp(min=shares[1]))
+    moves = (counts > 0) & moved.isfinite() & variance.isfinite()
+    running.centroids.copy_(torch.where(moves, moved, running.centroids))
+    running.variances.copy_(torch.where(moves, variance, running.variances))
+    running.batches.add_(moves.all(dim=1))
+    value = (variance + (around - around.detach())).clamp(min=eps_var)
+    penalty = F.relu(torch.log(value + gamma) - math.log(threshold + gamma)).mean(dim=1)
+    weight = counts[:, 0] / counts.sum().clamp(min=1)
+    return (weight * penalty).sum()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

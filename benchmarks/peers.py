@@ -89,5 +89,5 @@ class PaddedBatch(Peer):
         tokens, initial = self.tokens(features), self.slots(slot_noise, features.dtype)
         slots = peers.padded_slots(tokens, initial, slot_weights, a.num_iterations, a.eps, classes)
         y = peers.padded_read(tokens, slots, cross_weights, num_heads, classes)
-        squares = peers.padded_squares(peers.feed_forward(y, cross_weights).flatten(1), classes)
+        _, squares = peers.padded_moments(peers.feed_forward(y, cross_weights).flatten(1), classes)
         return peers.variance_losses(squares, classes, m.threshold.lowest, m.eps_var, m.gamma)

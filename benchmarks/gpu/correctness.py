@@ -20,6 +20,10 @@ def variance(**sizes: Any) -> Spec:
     return Spec("class_variance", **sizes)
 
 
+def centroid(**sizes: Any) -> Spec:
+    return Spec("centroid_variance", **sizes)
+
+
 def slot(**sizes: Any) -> Spec:
     return Spec("slot_attention", **sizes)
 
@@ -36,6 +40,7 @@ def whole(**sizes: Any) -> Spec:
 # then so many that programs share them.
 SPECS = [
     *spread([variance(B=300, K=10, T=5, D=72, labels="holes")]),
+    *spread([centroid(B=300, K=10, T=5, D=72, labels="holes")]),
     *spread([slot(B=96, K=7, T=3, D=128, labels="holes")]),
     *spread([slot(B=64, K=3, T=48, D=128, labels="holes")]),
     *spread([read(B=96, K=7, T=16, D=128, labels="holes")]),
@@ -46,6 +51,9 @@ SPECS = [
     *(slot(B=40, K=5, T=6, D=32, layout=layout) for layout in ("strided", "expanded")),
     *(read(B=40, K=5, T=6, D=32, H=2, layout=layout) for layout in ("strided", "expanded")),
     *spread([Spec("cross_attention", B=48, K=6, T=4, D=64, labels="holes")], ("fp32", "bf16")),
+    *(centroid(B=64, K=5, T=6, D=24, layout=layout) for layout in ("strided", "expanded")),
+    centroid(B=128, K=10, T=1, D=392, hinge="identity"),
+    centroid(B=3000, K=4, T=1, D=96, labels="one"),
     variance(B=3000, K=4, T=1, D=96, labels="one"),
     variance(B=512, K=100, T=1, D=128),
     variance(B=37, K=40, T=1, D=1),

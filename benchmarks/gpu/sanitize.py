@@ -26,6 +26,8 @@ FOUND = 86  # exit status by which the tool says that it found something
 SPECS = [
     Spec("class_variance", B=40, K=5, T=3, D=24, labels="holes"),
     Spec("class_variance", B=300, K=2, T=1, D=40, dtype="bf16", labels="one"),
+    Spec("centroid_variance", B=40, K=5, T=3, D=24, labels="holes"),
+    Spec("centroid_variance", B=300, K=2, T=1, D=40, dtype="bf16", labels="one"),
     Spec("slot_attention", B=24, K=5, T=3, D=64, labels="holes"),
     Spec("slot_attention", B=24, K=2, T=48, D=64),
     Spec("gated_read", B=24, K=5, T=3, D=64, labels="holes"),

@@ -16,6 +16,7 @@ from benchmarks.interleaved import in_turns, quartiles
 from benchmarks.training_step import training_step
 from cem_kernels import BackendUnavailableError
 
+SURROGATES = ("recommended", "attention")
 BATCH, IMAGE_SHAPE = 512, (3, 32, 32)
 NAME = f"training step vgg11_bn C8S1 B{BATCH} 3x32x32"
 STEPS = 10  # between two looks at the clock
@@ -36,7 +37,8 @@ def pytorch_defaults() -> Iterator[None]:
 def measure_training(
     device: str, rounds: int, *, batch: int = BATCH, image_shape: tuple[int, int, int] = IMAGE_SHAPE, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Seconds of a step without a surrogate, with it, and with it replayed from a CUDA graph, timed turn by turn.
+    """Seconds of a step without a surrogate, with the default and with the original, and with each replayed from a CUDA
+    graph, timed turn by turn.
 
     ``added`` is over the step without one, quartiles of neighbouring rounds; ``absent`` says what could not run.
     """
@@ -45,16 +47,17 @@ def measure_training(
     absent: dict[str, str] = {}
     with pytorch_defaults():
         calls = {"none": step_of("none")}
-        try:
-            calls["attention"] = checked(step_of("attention", backend="triton"))
-        except BackendUnavailableError as error:
-            absent["triton"] = describe(error)
-            record["backend"] = "eager"
-            calls["attention"] = checked(step_of("attention", backend="eager"))
-        try:
-            calls["attention captured"] = checked(step_of("attention", backend=record["backend"], captured=True))
-        except Exception as error:
-            absent["attention captured"] = describe(error)
+        for name in SURROGATES:
+            try:
+                calls[name] = checked(step_of(name, backend=record["backend"]))
+            except BackendUnavailableError as error:
+                absent["triton"] = describe(error)
+                record["backend"] = "eager"
+                calls[name] = checked(step_of(name, backend="eager"))
+            try:
+                calls[f"{name} captured"] = checked(step_of(name, backend=record["backend"], captured=True))
+            except Exception as error:
+                absent[f"{name} captured"] = describe(error)
         found = in_turns({name: awaited(call, steps, device) for name, call in calls.items()}, 1, rounds)
     times = {name: [seconds / steps for seconds in samples] for name, samples in found.items()}
     added = {

@@ -1,6 +1,7 @@
 """The operators that are benchmarked, and the surrogate that they make: one case class each."""
 
 from benchmarks.operators.base import DIRECTIONS, OWN, Call, Case, Cost, Spec, Verdict
+from benchmarks.operators.centroid_variance import CentroidVarianceCase
 from benchmarks.operators.class_variance import ClassVarianceCase
 from benchmarks.operators.cross_attention import CrossAttentionCase, GatedReadCase
 from benchmarks.operators.slot_attention import SlotAttentionCase
@@ -8,6 +9,7 @@ from benchmarks.operators.surrogate import SurrogateCase
 
 CASES: dict[str, type[Case]] = {
     "class_variance": ClassVarianceCase,
+    "centroid_variance": CentroidVarianceCase,
     "slot_attention": SlotAttentionCase,
     "gated_read": GatedReadCase,
     "cross_attention": CrossAttentionCase,

@@ -54,7 +54,11 @@ class Spec:
         return DTYPES[self.dtype].itemsize
 
 
-LETTERS = {"class_variance": "BKTD", "slot_attention": "BKTDS"}  # of operators that do not have them all
+LETTERS = {  # of operators that do not have them all
+    "class_variance": "BKTD",
+    "centroid_variance": "BKTD",
+    "slot_attention": "BKTDS",
+}
 USUAL = ("spread", "dense", "relu")
 
 

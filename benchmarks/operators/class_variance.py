@@ -11,12 +11,6 @@ from cem_kernels import class_variance
 
 THRESHOLD, EPS_VAR, GAMMA = 0.05, 1e-4, 1e-6
 
-SQUARES: dict[str, peers.Squares] = {
-    "padded": peers.padded_squares,
-    "index-add": peers.index_add_squares,
-    "segment-reduce": peers.segment_reduce_squares,
-}
-
 
 class ClassVarianceCase(Case):
     """Features ``[B, T, D]`` to ``rob_loss`` and ``intra_mse``; ``C = T · D`` columns."""
@@ -65,10 +59,14 @@ class ClassVarianceCase(Case):
             return call
         if variant == "loop":
             return self.public("reference")
-        squares, classes = SQUARES[variant], self.classes
+        return self.peer(peers.MOMENTS[variant])
+
+    def peer(self, moments: peers.Moments) -> Call:
+        classes = self.classes
 
         def peer(features: Tensor) -> tuple[Tensor, ...]:
-            return peers.variance_losses(squares(features.flatten(1), classes), classes, THRESHOLD, EPS_VAR, GAMMA)
+            _, squares = moments(features.flatten(1), classes)
+            return peers.variance_losses(squares, classes, THRESHOLD, EPS_VAR, GAMMA)
 
         return peer
 

@@ -78,8 +78,8 @@ def centroid_variance(
 
     Raises:
         TypeError: features or running moments are not floating-point.
-        ValueError: shapes or devices do not fit; threshold, eps_var or gamma is not finite and positive; momentum out of
-            range; a threshold that takes a gradient; unknown hinge or backend.
+        ValueError: shapes or devices do not fit; threshold, eps_var or gamma is not finite and positive; momentum out
+            of range; a threshold that takes a gradient; unknown hinge or backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
 
     Source: the centres of Wen et al. 2016, "A Discriminative Feature Learning Approach for Deep Face Recognition".

@@ -9,8 +9,8 @@ from torch import Tensor
 VARIANCES_FASTER = 10
 """How many times shorter running variances look back than running centroids.
 
-Centroids are to stand still, so that shrinking shows. Variances are only to be less noisy than a batch's: what they were
-long ago would hide what was achieved since.
+Centroids are to stand still, so that shrinking shows. Variances are only to be less noisy than a batch's: what they
+were long ago would hide what was achieved since.
 """
 
 

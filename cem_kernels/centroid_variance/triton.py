@@ -128,8 +128,8 @@ def centroid_variance_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``centre, slope, low [K, C]``.
 
-    ``centroids, variances [K, C]`` and ``batches [K]`` are moved. The threshold is read from ``threshold_at`` where that
-    is given.
+    ``centroids, variances [K, C]`` and ``batches [K]`` are moved. The threshold is read from ``threshold_at`` where
+    that is given.
     """
     result = _forward_shapes(x, order, offsets, centroids)
     rob, intra, penalty, mse, weight, centre, slope, low = result

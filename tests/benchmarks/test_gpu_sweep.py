@@ -95,18 +95,20 @@ def fake_steps(monkeypatch, **broken):
 def test_training_steps_are_timed_without_with_and_captured(monkeypatch):
     fake_steps(monkeypatch)
     record = training.measure_training("cpu", rounds=3)
-    assert list(record["step_seconds"]) == ["none", "attention", "attention captured"]
-    assert list(record["added"]) == ["attention", "attention captured"]
+    each = ["recommended", "recommended captured", "attention", "attention captured"]
+    assert list(record["step_seconds"]) == ["none", *each]
+    assert list(record["added"]) == each
     assert (record["backend"], record["absent"]) == ("triton", {})
 
 
 def test_training_says_what_could_not_run(monkeypatch):
     fake_steps(monkeypatch, triton=BackendUnavailableError("no kernels"), captured=RuntimeError("no graph"))
     record = training.measure_training("cpu", rounds=3)
-    assert list(record["step_seconds"]) == ["none", "attention"]
+    assert list(record["step_seconds"]) == ["none", "recommended", "attention"]
     assert record["backend"] == "eager"
     assert record["absent"] == {
         "triton": "BackendUnavailableError: no kernels",
+        "recommended captured": "RuntimeError: no graph",
         "attention captured": "RuntimeError: no graph",
     }
 
