@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cem_kernels import validation
 
@@ -105,7 +104,7 @@ class ClassGroups:
         return self._padding
 
     def means(self, rows: Tensor) -> Tensor:
-        """Means ``[K, C]`` of every class's ``rows [B, C]``; 0 for classes without any. Differentiable once.
+        """Means ``[K, C]`` of every class's ``rows [B, C]``; 0 for classes without any.
 
         An embedding bag adds up every class by itself and in a fixed order, needs to know no largest class, as padding
         does, and lets what is not finite stay in its class, as a product with a mask does not.
@@ -137,7 +136,6 @@ class _ClassMeans(torch.autograd.Function):
         return F.embedding_bag(groups.order, rows, groups.offsets[:-1], mode="mean")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         groups: ClassGroups = ctx.groups
         share = grad / groups.counts.clamp(min=1)[:, None].to(grad.dtype)

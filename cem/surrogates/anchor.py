@@ -15,6 +15,8 @@ from cem_kernels.validation import check_sizes
 class Anchors(nn.Module):
     """The running moments of :func:`cem_kernels.centroid_variance`, as part of a module's state.
 
+    A call moves them, and what it measures depends on them: one call a step, and no activation checkpointing around it.
+
     Args:
         num_classes: ``K``.
         width: numbers of one sample's features.

@@ -24,6 +24,7 @@ from cem.surrogates.threshold import (
 )
 from cem_kernels import ClassGroups, ClassVariance, backends, validation
 from cem_kernels.class_variance import HINGES, Hinge
+from cem_kernels.class_variance import IMPLEMENTATIONS as CLASS_VARIANCE
 from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
 
 Measure = Literal["enhanced", "slots"]
@@ -196,8 +197,9 @@ class SlotCrossAttentionCEM(Surrogate):
                 "measure='slots' with num_slots=1 computes no slots: nothing is reduced, and nothing has an objective, "
                 f"got reduce_dim={reduce_dim} and objective={objective!r}"
             )
-        if measure == "slots" and attends:
-            backends.check_available(backend, "slot_variance", SLOT_VARIANCE)
+        if measure == "slots":
+            operator, available = ("slot_variance", SLOT_VARIANCE) if attends else ("class_variance", CLASS_VARIANCE)
+            backends.check_available(backend, operator, available)
         self.feature_dim, self.feature_shape = feature_dim, feature_shape
         self.num_classes, self.max_class_size = num_classes, max_class_size
         self.eps_var, self.gamma, self.min_samples = eps_var, gamma, min_samples

@@ -292,8 +292,9 @@ class TrainConfig(Options):
         if self.injection != "combined":
             raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
         if self.backend == "reference" or (self.backend == "eager" and not self.anchor):
+            takes = "auto, triton or eager" if self.anchor else "auto or triton"
             raise ConfigError(
-                f"--capture takes --backend auto or triton, got {self.backend}: "
+                f"--capture takes --backend {takes}, got {self.backend}: "
                 "it asks the device how large the classes of a batch are, and waits, which a CUDA graph cannot"
             )
         if self.measure == "slots" and self.num_slots != 1:

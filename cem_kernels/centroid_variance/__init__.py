@@ -64,22 +64,23 @@ def centroid_variance(
         features: ``[B, ...]``, fp16, bf16, fp32 or fp64; any strides. Every axis after the first is a column axis.
         groups: the batch's classes, ``B`` samples.
         running: moved in place, once a call. Columns that would come to be NaN or infinite do not move, and a class
-            with such a column does not count the batch.
+            with such a column does not count the batch. What a call measures depends on it, gradients included: it must
+            not be called twice for one step, as activation checkpointing would.
         threshold: see :func:`cem_kernels.class_variance`; it takes no gradient.
         momentum: in (0, 1). ``1 / (1 − momentum)`` batches is how far centroids look back; variances, a tenth of that.
         eps_var: floor of the variance. Below it a column has no gradient.
         gamma: ``γ``, added inside both logarithms.
         hinge: ``relu`` (subgradient 0 at 0), ``softplus`` or ``identity``.
         backend: see :mod:`cem_kernels.backends`. ``triton`` takes fp32, bf16 and fp16, with ``running`` in fp32 and
-            contiguous, and at most 65,535 classes. ``eager`` waits for no device. Differentiable once.
+            contiguous, and at most 65,535 classes; it is differentiable once. ``eager`` waits for no device.
 
     Returns:
         :class:`ClassVariance`. Where there is no sample the losses are zero and attached to the graph.
 
     Raises:
-        TypeError: features or running moments are not floating-point.
+        TypeError: features, centroids or variances are not floating-point, or batches are not int64.
         ValueError: shapes or devices do not fit; threshold, eps_var or gamma is not finite and positive; momentum out
-            of range; a threshold that takes a gradient; unknown hinge or backend.
+            of range; a threshold or running moments that take a gradient; unknown hinge or backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
 
     Source: the centres of Wen et al. 2016, "A Discriminative Feature Learning Approach for Deep Face Recognition".
@@ -94,8 +95,13 @@ def centroid_variance(
         moments = getattr(running, name)
         validation.check_float(f"running.{name}", moments)
         validation.check_shape(f"running.{name}", moments, sizes)
+        if moments.requires_grad:
+            raise ValueError(f"running.{name} takes no gradient: it is moved in place")
+    if running.batches.dtype != torch.int64:
+        raise TypeError(f"running.batches must be torch.int64, got {running.batches.dtype}")
     validation.check_shape("running.batches", running.batches, {"K": groups.num_classes})
-    for name, tensor in (("groups", groups.order), *running._asdict().items()):
+    placed = {"groups": groups.order, **{f"running.{name}": each for name, each in running._asdict().items()}}
+    for name, tensor in placed.items():
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on the features' device {features.device}, got {tensor.device}")
     validation.check_positive(eps_var=eps_var, gamma=gamma)
@@ -105,14 +111,15 @@ def centroid_variance(
         raise ValueError(f"hinge must be one of {', '.join(HINGES)}, got {hinge!r}")
     if isinstance(threshold, Tensor):
         validation.check_shape("threshold", threshold, {})
-        threshold = threshold.to(features.device, torch.promote_types(features.dtype, torch.float32))
         if threshold.requires_grad:
             raise ValueError("threshold takes no gradient here")
+        threshold = threshold.to(features.device, torch.promote_types(features.dtype, torch.float32))
     else:
         validation.check_positive(threshold=threshold)
 
     objection = None
-    if any(moments.dtype != torch.float32 or not moments.is_contiguous() for moments in running[:2]):
+    fp32 = running.centroids.dtype == running.variances.dtype == torch.float32
+    if not fp32 or not all(each.is_contiguous() for each in running):
         objection = "kernels take running moments that are fp32 and contiguous"
     if groups.num_classes > MOST_CLASSES:
         objection = f"kernels take at most {MOST_CLASSES} classes, got {groups.num_classes}"

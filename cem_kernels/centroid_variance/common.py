@@ -15,7 +15,8 @@ were long ago would hide what was achieved since.
 
 
 class RunningMoments(NamedTuple):
-    """What :func:`cem_kernels.centroid_variance` remembers of the batches before. Zeros to begin with.
+    """What :func:`cem_kernels.centroid_variance` remembers of the batches before: zeros to begin with, each tensor with
+    memory of its own.
 
     Letters: ``K`` classes, ``C`` columns.
     """

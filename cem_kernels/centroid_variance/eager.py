@@ -31,11 +31,12 @@ def centroid_variance(
     with torch.no_grad():
         first = 1 / (running.batches[:, None] + 1).to(x.dtype)
         of_centroid, of_variance = (first.clamp(min=least) for least in least_shares(momentum))
-        moved = torch.lerp(centroids, mean, of_centroid)
         variance = torch.lerp(running.variances.to(x.dtype), around, of_variance)
-        moves = present[:, None] & moved.isfinite() & variance.isfinite()
-        running.centroids.copy_(torch.where(moves, moved.to(running.centroids.dtype), running.centroids))
-        running.variances.copy_(torch.where(moves, variance.to(running.variances.dtype), running.variances))
+        centroids = torch.lerp(centroids, mean, of_centroid).to(running.centroids.dtype)
+        variances = variance.to(running.variances.dtype)
+        moves = present[:, None] & centroids.isfinite() & variances.isfinite()
+        running.centroids.copy_(torch.where(moves, centroids, running.centroids))
+        running.variances.copy_(torch.where(moves, variances, running.variances))
         running.batches.add_(moves.all(dim=1))
     value = variance + (around - around.detach())  # of the one, with the gradient of the other
     height = torch.log(torch.clamp(value, min=eps_var) + gamma) - log_threshold(threshold, gamma)

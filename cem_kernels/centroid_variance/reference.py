@@ -36,11 +36,12 @@ def centroid_variance(
         around = (x - centroid).square().mean(dim=0)
 
         of_centroid, of_variance = (max(1 / (batches + 1), least) for least in least_shares(momentum))
-        moved = torch.lerp(centroid, mean, of_centroid)
         variance = torch.lerp(running.variances[c].to(x.dtype), around.detach(), of_variance)
-        moves = moved.isfinite() & variance.isfinite()
-        running.centroids[c] = torch.where(moves, moved.to(running.centroids.dtype), running.centroids[c])
-        running.variances[c] = torch.where(moves, variance.to(running.variances.dtype), running.variances[c])
+        moved = torch.lerp(centroid, mean, of_centroid).to(running.centroids.dtype)
+        spread = variance.to(running.variances.dtype)
+        moves = moved.isfinite() & spread.isfinite()
+        running.centroids[c] = torch.where(moves, moved, running.centroids[c])
+        running.variances[c] = torch.where(moves, spread, running.variances[c])
         running.batches[c] += int(moves.all())
 
         value = variance + (around - around.detach())  # of the one, with the gradient of the other

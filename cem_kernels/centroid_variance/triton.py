@@ -150,6 +150,8 @@ def centroid_variance_forward(
         *x.stride(), columns, parts, eps_var, gamma, threshold, least_of_centroid, least_of_variance,
         HINGE=hinge, BLOCK_P=4, BLOCK_K=64, **sizes._asdict(), **ALL_REGISTERS,
     )  # fmt: skip
+    for moved in (centroids, variances, batches):
+        torch.autograd.graph.increment_version(moved)  # autograd does not see what a kernel writes
     return result
 
 

@@ -49,6 +49,26 @@ def test_pad_puts_every_sample_in_its_class_and_unpad_takes_it_back(labels, slac
     assert torch.equal(groups.unpad(padded), rows)
 
 
+def test_means_are_those_of_the_class_and_zero_where_there_is_no_sample():
+    groups, rows = ClassGroups.from_labels(LABELS, 6), torch.randn(6, 3, dtype=torch.float64)
+    means = groups.means(rows)
+    for c in range(6):
+        members = rows[c == LABELS]
+        torch.testing.assert_close(means[c], members.mean(dim=0) if len(members) else torch.zeros(3).double())
+
+
+def test_means_keep_what_is_not_finite_in_its_class():
+    rows = torch.randn(6, 3)
+    rows[3] = float("nan")
+    assert ClassGroups.from_labels(LABELS, 6).means(rows).isfinite().all(dim=1).tolist() == [True] * 4 + [False, True]
+
+
+def test_means_are_differentiable_twice():
+    groups, rows = ClassGroups.from_labels(LABELS, 6), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(groups.means, rows)
+    assert torch.autograd.gradgradcheck(groups.means, rows)
+
+
 def test_grouping_reads_no_value_on_the_host():
     # Values do not exist on the meta device, so any .item(), .tolist(), unique or boolean mask would raise.
     labels = torch.zeros(5, dtype=torch.long, device="meta")

@@ -94,6 +94,11 @@ def test_unknown_name_is_refused_with_the_choices(kwargs, message):
         surrogate(**kwargs)
 
 
+def test_one_slot_refuses_an_unknown_backend_when_it_is_built():
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cuda'"):
+        surrogate(measure="slots", num_slots=1, backend="cuda")
+
+
 def test_slots_refuse_a_backend_that_they_do_not_have():
     with pytest.raises(BackendUnavailableError, match="slot_variance has no 'triton' backend"):
         surrogate(measure="slots", backend="triton")

@@ -113,10 +113,10 @@ def test_replay_never_waits_for_the_device() -> None:
         captured(*arguments)
 
 
-def test_running_centroids_are_captured_without_a_bound_and_replays_move_them() -> None:
-    ours, plain = (
-        cem.build_surrogate("attention", feature_shape=(D,), num_classes=K, noise_std=0.3).to(CUDA) for _ in range(2)
-    )
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_running_centroids_are_captured_without_a_bound_and_replays_move_them(backend: str) -> None:
+    options = {"feature_shape": (D,), "num_classes": K, "noise_std": 0.3, "backend": backend}
+    ours, plain = (cem.build_surrogate("attention", **options).to(CUDA) for _ in range(2))
     captured = CapturedPenalty(ours, (B, D), CUDA)
     for seed in range(3):
         assert_same(captured(*batch(seed=seed)), penalty_of(plain, *batch(seed=seed)))
