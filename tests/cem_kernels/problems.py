@@ -88,7 +88,7 @@ def random_cross_weights(width: int, generator: torch.Generator, dtype: torch.dt
     )  # fmt: skip
 
 
-def slot_problem(labels, num_classes, *, T=1, D=8, S=4, J=3, bound=None, seed=0, dtype=torch.float64) -> Problem:
+def slot_problem(labels, num_classes, *, T=1, D=8, S=4, J=2, bound=None, seed=0, dtype=torch.float64) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
     leaves = {

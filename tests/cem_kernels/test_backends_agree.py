@@ -48,7 +48,7 @@ def test_eager_equals_reference_under_a_static_bound(make):
 
 @pytest.mark.parametrize("S", [1, 3, 8])
 @pytest.mark.parametrize("D", [1, 5, 16])
-@pytest.mark.parametrize("J", [1, 2])
+@pytest.mark.parametrize("J", [1, 3])
 def test_slot_attention_agrees_for_odd_sizes(S, D, J):
     assert_agree(slot_problem(labels_with_holes(12, 5), 5, S=S, D=D, J=J))
 
