@@ -3,7 +3,8 @@
 Takes directories of runs that were trained and attacked. The attackers' error is that of the run's
 ``attack/attack.json``, and so is what each surrogate says of its features; of a run attacked by an older release, which
 lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says
-how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows.
+how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows. Runs that differ
+in nothing but the seed are drawn together.
 """
 
 from __future__ import annotations
@@ -61,20 +62,27 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Spearman's ρ of every value with the error, its 95 % interval, and of how many runs."""
     found = {}
     for name in rows[0]["values"]:
-        pairs = [(row["values"][name], row["test_mse"]) for row in rows if row["values"][name] is not None]
-        rho, low, high, note = spearman([value for value, _ in pairs], [mse for _, mse in pairs])
-        found[name] = {"rho": rho, "low": low, "high": high, "runs": len(pairs), "note": note}
+        known = [row for row in rows if row["values"][name] is not None]
+        values, errors = [row["values"][name] for row in known], [row["test_mse"] for row in known]
+        rho, low, high, note = spearman(values, errors, settings=[setting_of(row) for row in known])
+        found[name] = {"rho": rho, "low": low, "high": high, "runs": len(known), "note": note}
     return found
+
+
+def setting_of(row: dict[str, Any]) -> str:
+    """All options but the seed: runs that differ in nothing else are drawn together when intervals are made."""
+    return json.dumps({name: value for name, value in row["options"].items() if name != "seed"})
 
 
 def differences(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """ρ of the recommended value minus that of each other one, over the runs that have both, with its interval."""
     between = {}
     for name, each in found.items():
-        pairs = [(row["values"][RECOMMENDED], row["values"][name], row["test_mse"]) for row in rows]
-        complete = [each for each in pairs if None not in each]
+        known = [row for row in rows if None not in (row["values"][RECOMMENDED], row["values"][name])]
+        triples = [(row["values"][RECOMMENDED], row["values"][name], row["test_mse"]) for row in known]
         if name != RECOMMENDED and None not in (each["rho"], found[RECOMMENDED]["rho"]):
-            difference, low, high = spearman_difference(*zip(*complete, strict=True))
+            settings = [setting_of(row) for row in known]
+            difference, low, high = spearman_difference(*zip(*triples, strict=True), settings=settings)
             between[name] = {"difference": difference, "low": low, "high": high}
     return between
 

@@ -86,6 +86,26 @@ def test_difference_is_that_of_two_correlations() -> None:
     assert 0 < low < difference < high
 
 
+def test_seeds_of_a_setting_that_say_the_same_make_no_interval_narrower() -> None:
+    rng = np.random.default_rng(2)
+    y = rng.normal(size=9)
+    x, other, settings = y + rng.normal(size=9), rng.normal(size=9), range(9)
+    thrice = [np.repeat(each, 3) for each in (x, other, y)]
+    assert spearman(thrice[0], thrice[2], settings=np.repeat(settings, 3).tolist()) == pytest.approx(spearman(x, y))
+    found = spearman_difference(*thrice, settings=np.repeat(settings, 3).tolist())
+    assert found == pytest.approx(spearman_difference(x, other, y))
+    assert np.subtract(*spearman(thrice[0], thrice[2])[1:3]) > np.subtract(
+        *spearman(x, y)[1:3]
+    )  # were they independent
+
+
+def test_settings_may_have_different_numbers_of_seeds() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=7)
+    rho, low, high, _ = spearman(x, x + rng.normal(size=7), settings=["a", "a", "a", "b", "c", "c", "d"])
+    assert -1 <= low <= rho <= high <= 1
+
+
 def test_a_value_and_itself_differ_by_nothing_at_all() -> None:
     assert spearman_difference([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == (0.0, 0.0, 0.0)
 
