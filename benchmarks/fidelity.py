@@ -3,8 +3,8 @@
 Takes directories of runs that were trained and attacked. The attackers' error is that of the run's
 ``attack/attack.json``, and so is what each surrogate says of its features; of a run attacked by an older release, which
 lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says
-how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows. Runs that differ
-in nothing but the seed are drawn together.
+how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows. Runs that
+differ in nothing but the seed are drawn together.
 """
 
 from __future__ import annotations
