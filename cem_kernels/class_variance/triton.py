@@ -80,7 +80,7 @@ def variance_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_parts", "stride_penalty", "stride_mse"])
+@triton.jit(do_not_specialize=["num_parts", "stride_penalty", "stride_mse", "min_samples"])
 def variance_backward_kernel(
     x, order, offsets, mean, low, slope, weight, grad_rob, grad_intra, grad_penalty, grad_mse, dx,
     stride_row, stride_col, stride_penalty, stride_mse, C, num_parts, min_samples,

@@ -126,7 +126,7 @@ def test_results_are_fp32_and_gradients_in_the_dtype_of_their_leaf(make):
 @pytest.mark.parametrize(
     ("make", "operator", "weights_of"),
     [
-        (slot_problem, slot_attention, SlotAttentionWeights),
+        (partial(slot_problem, J=3), slot_attention, SlotAttentionWeights),
         (cross_problem, partial(cross_attention, num_heads=2), CrossAttentionWeights),
     ],
     ids=["slot_attention", "cross_attention"],
