@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 
 setup(
     name="cem-kernels",
