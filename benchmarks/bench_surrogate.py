@@ -1,7 +1,7 @@
 """The whole attention surrogate, forward and backward, against the ways to do it without this library.
 
 ``pytest benchmarks/ --benchmark-only`` times, in one run and for each shape: the loop over classes, as first published,
-a class-padded batch with keys and values materialised, and this library, with a static bound on the class size; all but
+a class-padded batch with keys and values materialized, and this library, with a static bound on the class size; all but
 the loop also under ``torch.compile``, and on a CUDA device this library's kernels. Gradients go to the features and to
 every parameter. Each is checked against the reference in fp64 before it is timed. The figures to quote are the ratios
 in ``extra_info``, timed turn by turn, because the medians of the table are minutes apart and machines are noisy.

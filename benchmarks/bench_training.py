@@ -1,4 +1,4 @@
-"""What each surrogate adds to a training step of VGG-11: 28×28 grey images, batch 128. See ``training_step.py``."""
+"""What each surrogate adds to a training step of VGG-11: 28×28 gray images, batch 128. See ``training_step.py``."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from cem.training import TrainConfig
 
 VALUES = {*MEASURED, "nats", "class_log_variance", "relative_variance"}
 RECOMMENDED = "class_entropy"
-"""The value of what ``--preset attention`` penalises."""
+"""The value of what ``--preset attention`` penalizes."""
 OUT = Path(__file__).parent / "results" / "fidelity.json"
 
 

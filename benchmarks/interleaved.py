@@ -30,6 +30,6 @@ def quartiles(samples: Sequence[float]) -> dict[str, float]:
 def times_slower(
     peer: Callable[[], object], call: Callable[[], object], iterations: int, rounds: int = 9
 ) -> dict[str, float]:
-    """How many times the seconds of ``call`` the ``peer`` takes: quartiles of the ratios of neighbouring rounds."""
+    """How many times the seconds of ``call`` the ``peer`` takes: quartiles of the ratios of neighboring rounds."""
     found = in_turns({"peer": peer, "call": call}, iterations, rounds)
     return quartiles([slow / fast for slow, fast in zip(found["peer"], found["call"], strict=True)])

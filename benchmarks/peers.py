@@ -27,7 +27,7 @@ class Peer(nn.Module):
         self.surrogate = surrogate
 
     def tokens(self, features: Tensor) -> Tensor:
-        """``[B, D]`` or ``[B, D, H, W]`` to ``[B, T, D]``, normalised."""
+        """``[B, D]`` or ``[B, D, H, W]`` to ``[B, T, D]``, normalized."""
         tokens = features[:, None] if features.dim() == 2 else features.flatten(2).mT.contiguous()
         return F.layer_norm(tokens, tokens.shape[2:])
 
@@ -40,7 +40,7 @@ class Peer(nn.Module):
 
 
 class PerClassLoop(Peer):
-    """One Python loop over classes with boolean masks and keys and values materialised, as first published."""
+    """One Python loop over classes with boolean masks and keys and values materialized, as first published."""
 
     def forward(self, features: Tensor, labels: Tensor, slot_noise: Tensor) -> tuple[Tensor, Tensor]:
         """``features [B, D]`` or ``[B, D, H, W]``, ``labels [B]``, ``slot_noise [K, S, D]`` to the two losses."""
@@ -70,10 +70,10 @@ class PerClassLoop(Peer):
 
 
 class PaddedBatch(Peer):
-    """All classes at once the usual way: padded to ``max_class_size`` and masked, keys and values materialised.
+    """All classes at once the usual way: padded to ``max_class_size`` and masked, keys and values materialized.
 
     Only what needs classes side by side is padded, three times for that reason: keys and values, queries, and what
-    variances are taken of. The feed-forward network and every normalisation see no padding.
+    variances are taken of. The feed-forward network and every normalization see no padding.
     """
 
     def __init__(self, surrogate: SlotCrossAttentionCEM, max_class_size: int) -> None:

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from cem.report.figure import COLOURS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, new_figure, plain, save_figure
 
-STYLES = {"bf16": (COLOURS[0], "s"), "fp32": (COLOURS[1], "o")}  # by the roof that holds: colour, marker
+STYLES = {"bf16": (COLORS[0], "s"), "fp32": (COLORS[1], "o")}  # by the roof that holds: color, marker
 WIDTH = 9  # inches: a point of text is 1.4 pixels where the picture is 900 wide
 SMALL = 8.5  # points
 
@@ -94,10 +94,10 @@ def draw_roofs(axes: Axes, rates: Mapping[str, float]) -> None:
     low, high = axes.get_xlim()
     ridges = {name: rates[name] / rates["copy"] for name in STYLES}
     common: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL, "va": "center"}
-    for name, (colour, _) in STYLES.items():
-        axes.plot([ridges[name], high], [rates[name]] * 2, color=colour, lw=1.5, alpha=0.6, zorder=1)
+    for name, (color, _) in STYLES.items():
+        axes.plot([ridges[name], high], [rates[name]] * 2, color=color, lw=1.5, alpha=0.6, zorder=1)
         text = f"{name} {rates[name] / 1e12:.3g} T/s"
-        axes.annotate(text, (ridges[name], rates[name]), (-8, 3), ha="right", color=colour, **common)
+        axes.annotate(text, (ridges[name], rates[name]), (-8, 3), ha="right", color=color, **common)
     end = max(ridges.values())
     axes.plot([low, end], [low * rates["copy"], end * rates["copy"]], color="0.6", lw=1.5, zorder=1)
     middle = (low * min(ridges.values())) ** 0.5
@@ -106,11 +106,11 @@ def draw_roofs(axes: Axes, rates: Mapping[str, float]) -> None:
 
 
 def draw_point(axes: Axes, point: Point) -> None:
-    colour, marker = STYLES[point.roof]
-    common: dict[str, Any] = {"color": colour, "marker": marker, "ms": 7, "zorder": 3}
+    color, marker = STYLES[point.roof]
+    common: dict[str, Any] = {"color": color, "marker": marker, "ms": 7, "zorder": 3}
     axes.plot(point.intensity, point.attainable, mfc="white", mew=1.5, **common)
     if point.reached is not None:
-        axes.plot([point.intensity] * 2, [point.attainable, point.reached], color=colour, lw=1, ls=":", zorder=2)
+        axes.plot([point.intensity] * 2, [point.attainable, point.reached], color=color, lw=1, ls=":", zorder=2)
         axes.plot(point.intensity, point.reached, mec="white", mew=0.5, **common)
 
 
@@ -129,8 +129,8 @@ def draw_labels(axes: Axes, points: Sequence[Point]) -> None:
 
 def legend(measured: bool) -> list[Line2D]:
     entries = []
-    for name, (colour, marker) in STYLES.items():
-        common: dict[str, Any] = {"color": colour, "marker": marker, "lw": 0, "ms": 7}
+    for name, (color, marker) in STYLES.items():
+        common: dict[str, Any] = {"color": color, "marker": marker, "lw": 0, "ms": 7}
         entries.append(Line2D([], [], mfc="white", mew=1.5, label=f"{name}, at the floor", **common))
         if measured:
             entries.append(Line2D([], [], label=f"{name}, measured (share of the roof)", **common))

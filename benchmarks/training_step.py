@@ -1,6 +1,6 @@
 """One training step of a split model, as ``python -m cem.train`` takes it, under any surrogate and on any device.
 
-VGG-11 with batch normalisation, cut after its second pooling, bottleneck ``C8S1``, the ``combined`` gradient injection,
+VGG-11 with batch normalization, cut after its second pooling, bottleneck ``C8S1``, the ``combined`` gradient injection,
 surrogates frozen. ``attention`` is the original, slot and cross attention; ``recommended`` is the default, which has
 neither. The batch is random: a step costs the same whatever the images show. The mixture's refit after every
 epoch comes on top.
@@ -63,14 +63,14 @@ def training_step(
         with torch.no_grad():
             features = torch.cat([model.encoder(torch.rand_like(images)) for _ in range(4)])
         penalty.refit(features, torch.randint(0, CLASSES, (len(features),), device=device))
-    penalise = None
+    penalize = None
     if captured and penalty is not None:
-        penalise = CapturedPenalty(penalty, (batch, *model.feature_shape), torch.device(device))
+        penalize = CapturedPenalty(penalty, (batch, *model.feature_shape), torch.device(device))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        taken = combined(model, penalty, images, labels, 0.1, penalise=penalise)
+        taken = combined(model, penalty, images, labels, 0.1, penalize=penalize)
         optimizer.step()
         return taken.skipped
 

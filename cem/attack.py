@@ -22,7 +22,7 @@ from cem.training import CheckpointError
 DESCRIPTION = """Try to invert what a trained run's client sends. RUN is a directory that python -m cem.train left.
 
 The attacker has images of the same kind that the target never trained on, may send them through the client as often
-as it likes, knows the defence, and trains decoders from noisy features back to images until twice the training gains
+as it likes, knows the defense, and trains decoders from noisy features back to images until twice the training gains
 next to nothing. The decoder that does best on the attacker's own validation images is the one that counts, on images
 that nobody has seen (they choose nothing) and on images that the target was trained on. Beside it: a white-box
 attack that knows the encoder's weights; guessing the mean image, or the mean image of the right class; an undefended

@@ -23,7 +23,7 @@ DESCRIPTION = """Train and attack every surrogate with every seed, at equal epoc
 costs in accuracy and time, and what it buys against the attacker.
 
 Start with --quick. A comparison to rely on takes --seeds 0 1 2 or more, --noise-stds with several levels, because
-more noise is a defence too, and a --train-size that leaves images for the attackers to learn from: without it
+more noise is a defense too, and a --train-size that leaves images for the attackers to learn from: without it
 they have no more than the validation images.
 
 Every run has a directory in --out, named after what varies, such as gmm-lambd16-noise0.1-seed0, as cem.train

@@ -23,7 +23,7 @@ DESCRIPTION = """Train a network that is split between a client and a server so 
 hard to invert. Without options: scikit-learn's digits, attention surrogate, about a minute on two cores.
 
 The client computes features z of an image, adds noise, and sends them; the server classifies. Besides the
-cross-entropy, training minimises a surrogate of how much z varies inside each class, which bounds what an
+cross-entropy, training minimizes a surrogate of how much z varies inside each class, which bounds what an
 attacker can reconstruct.
 
 Everything about a run lies in its directory: config.yaml, metrics.csv, summary.json, curves.png, tsne.png,
@@ -35,7 +35,7 @@ class CommandLine(TrainConfig):
     """The options of a run, and where to take them from."""
 
     preset: Literal["attention", "seed", "gmm"] | None = None
-    """Set the options of a defence at once; other options override it, and it overrides CONFIG.
+    """Set the options of a defense at once; other options override it, and it overrides CONFIG.
     attention: what is recommended, and the default anyway.
     seed: the original attention surrogate, of flat features, frozen, at full weight.
     gmm: the mixture of the CEM paper."""

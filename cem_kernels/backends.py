@@ -3,7 +3,7 @@
 ``reference``
     The definition: one class at a time, plain PyTorch.
 ``eager``
-    Vectorised over classes with the projections absorbed; any device, any dtype, twice differentiable.
+    Vectorized over classes with the projections absorbed; any device, any dtype, twice differentiable.
 ``triton``
     Fused kernels for CUDA tensors.
 ``auto``

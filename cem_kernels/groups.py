@@ -1,4 +1,4 @@
-"""Samples grouped by class, on the labels' device and without a host synchronisation."""
+"""Samples grouped by class, on the labels' device and without a host synchronization."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class ClassGroups:
             labels: ``[B]`` integer class of each sample, in ``[0, num_classes)``.
             num_classes: ``K``, static.
             max_class_size: a static bound on the samples of any class. The eager backend pads classes to it and
-                then needs no host synchronisation; without it, eager reads the largest count once.
+                then needs no host synchronization; without it, eager reads the largest count once.
 
         Raises:
             TypeError: labels are not an integer tensor.
             ValueError: labels are not of rank 1, ``num_classes`` or ``max_class_size`` is not positive, a label is
-                out of range, or a class is larger than ``max_class_size``. The last two cost a synchronisation:
+                out of range, or a class is larger than ``max_class_size``. The last two cost a synchronization:
                 they are checked on the CPU, and on CUDA only under :func:`cem_kernels.set_debug`. Without the check
                 either of them trips a device assertion in eager: no class takes another's rows. Kernels know no bound
                 on the class size; a sample whose label is out of range is in no class, and its row of a result is

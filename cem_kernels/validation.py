@@ -17,7 +17,7 @@ _debug = os.environ.get("CEM_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check values on every device, at the price of host synchronisations.
+    """Check values on every device, at the price of host synchronizations.
 
     In debug mode :meth:`cem_kernels.ClassGroups.from_labels` checks label ranges and class bounds on CUDA too, and
     every operator refuses tokens that hold NaN or infinity. The environment variable ``CEM_KERNELS_DEBUG=1`` switches

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of the original code's run_exp.sh, on this library: train a split VGG-11 without a defence, with the
+# The experiments of the original code's run_exp.sh, on this library: train a split VGG-11 without a defense, with the
 # Gaussian mixture and with attention, over several noise levels and weights; invert every one; put it in one table.
 #
 #   examples/run_exp.sh --short              scikit-learn's digits, a few minutes on two cores

@@ -24,7 +24,7 @@ def test_every_option_in_the_table_exists_with_the_default_it_says():
     options = CommandLine()
     for name, default in rows:
         value = getattr(options, name.replace("-", "_"))
-        if name not in ("data-root", "centralised", "amp"):  # described in words
+        if name not in ("data-root", "centralized", "amp"):  # described in words
             assert f"{value:g}" == default if isinstance(value, float) else str(value) == default, name
 
 

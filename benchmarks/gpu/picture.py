@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cem.report.figure import COLOURS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, new_figure, plain, save_figure
 
 
 def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -27,9 +27,9 @@ def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = new_figure(4.5 * len(axes_names), 3.6)
     for panel, axis in zip(figure.subplots(1, len(axes_names), squeeze=False).flat, axes_names, strict=True):
         chosen = [point for point in points if point["axis"] == axis]
-        for colour, variant in zip(COLOURS, dict.fromkeys(point["variant"] for point in chosen), strict=False):
+        for color, variant in zip(COLORS, dict.fromkeys(point["variant"] for point in chosen), strict=False):
             line = sorted((size_of(point), 1e6 * point["seconds"]) for point in chosen if point["variant"] == variant)
-            panel.plot(*zip(*line, strict=True), color=colour, marker="o", ms=5, label=variant)
+            panel.plot(*zip(*line, strict=True), color=color, marker="o", ms=5, label=variant)
         ends = sorted((size_of(point), 1e6 * point["seconds"]) for point in chosen)
         (first, _), (last, longest) = ends[0], ends[-1]
         panel.plot([first, last], [longest * first / last, longest], color="0.5", ls="--", lw=1, label="slope 1")

@@ -11,7 +11,7 @@ from benchmarks.gpu.measure import failures_of
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all, through a neighbouring file; the folder is made."""
+    """Whole or not at all, through a neighboring file; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -110,7 +110,7 @@ class DeviceTimer:
         return float(start.elapsed_time(end)) * 1e-3
 
     def wall_time(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """Seconds of a call on the host's clock, launches included: many calls between two synchronisations."""
+        """Seconds of a call on the host's clock, launches included: many calls between two synchronizations."""
         torch.cuda.synchronize()
 
         def elapsed(rounds: int) -> float:

@@ -40,7 +40,7 @@ def measure_training(
     """Seconds of a step without a surrogate, with the default and with the original, and with each replayed from a CUDA
     graph, timed turn by turn.
 
-    ``added`` is over the step without one, quartiles of neighbouring rounds; ``absent`` says what could not run.
+    ``added`` is over the step without one, quartiles of neighboring rounds; ``absent`` says what could not run.
     """
     step_of = partial(training_step, batch=batch, image_shape=image_shape, device=device)
     record: dict[str, Any] = {"name": NAME, "batch": batch, "image_shape": list(image_shape), "backend": "triton"}

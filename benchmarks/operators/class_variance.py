@@ -74,7 +74,7 @@ class ClassVarianceCase(Case):
     def cost(spec: Spec, direction: str) -> Cost:
         """Forward reads the features; backward reads them again and writes their gradient.
 
-        Every element is added, centred and squared and added; and once more centred and scaled. Class statistics
+        Every element is added, centered and squared and added; and once more centered and scaled. Class statistics
         ``[K, C]`` that travel from forward to backward are not counted: they could be computed again.
         """
         if direction == "both":

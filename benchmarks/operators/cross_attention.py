@@ -110,11 +110,11 @@ class CrossAttentionCase(Case):
 
     @classmethod
     def of_read(cls, spec: Spec) -> tuple[float, float]:
-        """Weights and forward operations of the read: the cheaper of absorbed and materialised projections."""
+        """Weights and forward operations of the read: the cheaper of absorbed and materialized projections."""
         tokens, slots, d = spec.B * spec.T, spec.K * spec.S, spec.D
         absorbed = 4 * tokens * d * spec.H * spec.S + 8 * slots * d * d
-        materialised = 4 * tokens * d * d + 4 * tokens * spec.S * d + 4 * slots * d * d
-        return 4 * d * d + 5 * d + 1, min(absorbed, materialised)
+        materialized = 4 * tokens * d * d + 4 * tokens * spec.S * d + 4 * slots * d * d
+        return 4 * d * d + 5 * d + 1, min(absorbed, materialized)
 
     @staticmethod
     def cost(spec: Spec, direction: str) -> Cost:

@@ -1,4 +1,4 @@
-"""Slot attention: the loop, a padded batch with keys and values materialised, and this library."""
+"""Slot attention: the loop, a padded batch with keys and values materialized, and this library."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class AttackConfig(Options):
     deconvC64 has transposed convolutions only. Losses: mse (default), l1, ssim (1 − SSIM + MSE)."""
     queries: int = 1
     """The attacker sees every image this many times and averages: independent noise falls to σ²/QUERIES.
-    A defence that is noise alone gives way; one that keeps little of the image does not."""
+    A defense that is noise alone gives way; one that keeps little of the image does not."""
     aux_size: int | None = None
     """The attacker's own training images; without it, all that the target's training left unused."""
     score_size: int | None = None
@@ -51,7 +51,7 @@ class AttackConfig(Options):
     Validation and scores are in fp32 all the same."""
 
     white_box_images: int = 16
-    """Images for the white-box attack, which knows the encoder's weights and optimises pixels; 0 skips it."""
+    """Images for the white-box attack, which knows the encoder's weights and optimizes pixels; 0 skips it."""
     white_box_steps: int = 300
     """Steps of Adam on those pixels."""
 

@@ -33,7 +33,7 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
         same_data = control["data_checksum"] == target.data_checksum
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--control {run_dir} has no finished attack: {error}") from error
-    if options.penalised:
+    if options.penalized:
         raise ConfigError(f"--control {run_dir} is no control: it was trained with a penalty, {options.surrogate}")
     if not same_data:
         raise ConfigError(f"--control {run_dir} was attacked on other images, or has another --train-size")
@@ -53,7 +53,7 @@ def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict
     Returns:
         ``None`` if there is none, or if the run has no penalty itself.
     """
-    if not target.config.penalised:
+    if not target.config.penalized:
         return None
     for config_file in sorted(target.run_dir.resolve().parent.glob("*/config.yaml")):
         try:

@@ -21,7 +21,7 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     """Build an untrained decoder, features ``[B, *feature_shape]`` → images ``[B, C, H, W]`` in [0, 1].
 
     Names are those of the original code: ``res_normN8C64`` has 8 residual blocks of 64 channels with batch
-    normalisation at the features' own resolution, then a transposed convolution for each doubling of the
+    normalization at the features' own resolution, then a transposed convolution for each doubling of the
     side. ``deconvC64`` is the transposed convolutions alone. Features may be a map or a vector, of any size:
     sides that no doubling hits are overshot and resized in the end.
 
@@ -74,7 +74,7 @@ class _Decoder(nn.Module):
         body: list[nn.Module],
     ) -> None:
         super().__init__()
-        colours, *self.size = image_shape
+        colors, *self.size = image_shape
         if len(feature_shape) == 3:
             channels_in, *side = feature_shape
             start: list[nn.Module] = []
@@ -89,14 +89,14 @@ class _Decoder(nn.Module):
         doublings = max(0, *(math.ceil(math.log2(image / own)) for image, own in zip(self.size, side, strict=True)))
         self.layers = nn.Sequential(
             *start,
-            # Channels that hardly vary must be readable too: features are standardised before anything else.
+            # Channels that hardly vary must be readable too: features are standardized before anything else.
             nn.BatchNorm2d(channels_in),
             nn.Conv2d(channels_in, channels, 3, padding=1),
             *body,
             *(layer for _ in range(doublings) for layer in _doubling(channels)),
             nn.BatchNorm2d(channels),
             nn.ReLU(),
-            nn.Conv2d(channels, colours, 3, padding=1),
+            nn.Conv2d(channels, colors, 3, padding=1),
         )
 
     def forward(self, z: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def fit_decoder(
     validation MSE by less than ``config.tolerance`` of it, or before the one that would exceed
     ``config.max_epochs``. A plateau at a constant rate would prove nothing: errors fall again when the rate does.
 
-    Every pass sees new draws of the defence. Images of ``splits.test`` and ``splits.target_train`` are not
+    Every pass sees new draws of the defense. Images of ``splits.test`` and ``splits.target_train`` are not
     touched.
 
     Args:
@@ -136,7 +136,7 @@ class _View:
         self._clean = clean_features(model, images)
 
     def __call__(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Features of ``images``, under new draws of the defence."""
+        """Features of ``images``, under new draws of the defense."""
         if self._clean is None:
             return observe(self.model, images, self.queries)
         return defended(self.model, self._clean[positions.to(self._clean.device)], self.queries)
@@ -188,7 +188,7 @@ def _mse(decoder: nn.Module, view: _View, seed: int) -> float:
 
 @torch.no_grad()
 def reconstruct(model: SplitModel, decoder: nn.Module, images: ImageSet, queries: int, seed: int) -> Tensor:
-    """What ``decoder`` makes of images after the defence: float32 ``[N, C, H, W]`` in [0, 1], on the CPU.
+    """What ``decoder`` makes of images after the defense: float32 ``[N, C, H, W]`` in [0, 1], on the CPU.
 
     The same ``seed`` draws the same noise, whatever was drawn before; the caller's random state stays.
     """

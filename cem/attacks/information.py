@@ -216,7 +216,7 @@ def _nats(x: Tensor, labels: Tensor, num_classes: int, clusters: int, noise_std:
     cells = clusters * len(labels.unique())
     if len(x) / 2 < FEWEST * cells:
         return None
-    # Neighbours in an order by class go to different halves, so each half has its share of every class.
+    # Neighbors in an order by class go to different halves, so each half has its share of every class.
     order = torch.randperm(len(x)).to(x.device)
     order = order[labels[order].argsort(stable=True)]
     halves = order[::2], order[1::2]

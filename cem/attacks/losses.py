@@ -1,4 +1,4 @@
-"""What decoders minimise."""
+"""What decoders minimize."""
 
 from __future__ import annotations
 

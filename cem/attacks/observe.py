@@ -16,7 +16,7 @@ _BATCH = 500  # images
 
 @torch.no_grad()
 def observe(model: SplitModel, images: Tensor, queries: int = 1) -> Tensor:
-    """Features of images as they cross the cut, after the defence; see :func:`defended`.
+    """Features of images as they cross the cut, after the defense; see :func:`defended`.
 
     Args:
         model: in evaluation mode, as it is in use.
@@ -31,9 +31,9 @@ def observe(model: SplitModel, images: Tensor, queries: int = 1) -> Tensor:
 
 @torch.no_grad()
 def defended(model: SplitModel, z: Tensor, queries: int = 1) -> Tensor:
-    """Clean features ``z [B, *feature_shape]`` after the defence, averaged over repeated queries.
+    """Clean features ``z [B, *feature_shape]`` after the defense, averaged over repeated queries.
 
-    The client computes the same ``z`` every time and the defence draws anew, so independent noise of variance
+    The client computes the same ``z`` every time and the defense draws anew, so independent noise of variance
     ``σ²`` falls to ``σ²/queries`` for whoever sees an image several times.
     """
     # Summed one by one: a stack of hundreds of answers would not fit.
@@ -45,7 +45,7 @@ def defended(model: SplitModel, z: Tensor, queries: int = 1) -> Tensor:
 
 @torch.no_grad()
 def clean_features(model: SplitModel, images: ImageSet) -> Tensor | None:
-    """Features ``[N, *feature_shape]`` of all images before the defence, on the model's device.
+    """Features ``[N, *feature_shape]`` of all images before the defense, on the model's device.
 
     ``None`` if they would take more than :data:`CACHE_BYTES`. The encoder is deterministic and may cost as much
     as a small decoder: computing them once can halve an attack's time.

@@ -70,14 +70,14 @@ class Target:
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on the features; a network in one piece has none."""
-        return 0.0 if self.config.centralised else self.config.noise_std
+        return 0.0 if self.config.centralized else self.config.noise_std
 
     def facts(self) -> dict[str, Any]:
         """What tells this run from others, as plain values; ``None`` for what a network in one piece does not have."""
-        names = ("data", "arch", "centralised", "cut_layer", "bottleneck", "surrogate", "lambd", "noise_std", "seed")
+        names = ("data", "arch", "centralized", "cut_layer", "bottleneck", "surrogate", "lambd", "noise_std", "seed")
         options = self.config.to_dict()
         facts = {name: options[name] for name in (*names, "epochs", "train_size")}
-        if self.config.centralised:
+        if self.config.centralized:
             facts.update(cut_layer=None, bottleneck=None, noise_std=0.0)
         return {"name": self.run_dir.resolve().name, **facts, "test_accuracy": self._test_accuracy}
 

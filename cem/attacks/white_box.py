@@ -43,7 +43,7 @@ class WhiteBoxResult(TypedDict):
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """``[N]``: sum over neighbouring pixels of their absolute difference, per pixel and channel."""
+    """``[N]``: sum over neighboring pixels of their absolute difference, per pixel and channel."""
     down = (images[:, :, 1:] - images[:, :, :-1]).abs().flatten(1).sum(1)
     right = (images[..., 1:] - images[..., :-1]).abs().flatten(1).sum(1)
     return (down + right) / math.prod(images.shape[1:])
@@ -59,7 +59,7 @@ def white_box_attack(
     tv_weight: float,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Images ``x`` in [0, 1] that minimise ``mean over features of (E(x) - observed)² + tv_weight · TV(x)``.
+    """Images ``x`` in [0, 1] that minimize ``mean over features of (E(x) - observed)² + tv_weight · TV(x)``.
 
     Adam on the pixels through the frozen encoder ``E``, in evaluation mode; after each step pixels are put back
     into the box. The rate falls along a cosine to 0 and starts again about every 100 steps: behind max-pooling

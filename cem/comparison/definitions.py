@@ -82,7 +82,7 @@ DEFINITIONS = [
     ),
     (
         "White-box MSE",
-        "An attacker who knows the encoder and optimises pixels until their features match; on few images.",
+        "An attacker who knows the encoder and optimizes pixels until their features match; on few images.",
     ),
     (
         "Against none",
@@ -106,7 +106,7 @@ DEFINITIONS = [
     (
         "Variance of features",
         "Of clean features: inside classes, and of the classes' means, weighted by their samples; mean over columns. A "
-        "defence takes the one away, a collapse the other too: then accuracy goes with it.",
+        "defense takes the one away, a collapse the other too: then accuracy goes with it.",
     ),
     (
         "Controls",

@@ -17,7 +17,7 @@ from cem.comparison.findings import LIMITS, headlines
 from cem.comparison.matched import LOSSES, curves
 from cem.comparison.plan import LOGS_DIR
 from cem.comparison.results import RunResult, write_table
-from cem.comparison.statistics import Row, Spread, spread, summarise
+from cem.comparison.statistics import Row, Spread, spread, summarize
 from cem.report.document import NOTHING, Column, Link, Picture, Report, Section, Table
 from cem.report.html import write_html
 from cem.report.markdown import write_markdown
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
     """
     out = comparison.out
     write_table(results, out / "table.csv")
-    rows = summarise(results)
+    rows = summarize(results)
     sections = [
         _table_section(rows, results),
         _tradeoff_section(results, out),

@@ -66,7 +66,7 @@ class Row:
         return self.figures["test_mse"]
 
 
-def summarise(results: Sequence[RunResult]) -> list[Row]:
+def summarize(results: Sequence[RunResult]) -> list[Row]:
     """One row a setting, in the order of ``results``, where runs of a setting lie side by side."""
     rows = []
     for setting, group in groupby(results, key=lambda result: result.run.setting):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cem.data.idx import find_idx, read_idx
 
-Labelled = tuple[Tensor, Tensor]
+Labeled = tuple[Tensor, Tensor]
 """Images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``, in the order of the file."""
 
 
@@ -28,13 +28,13 @@ class Files(NamedTuple):
         class_names: name of each label.
     """
 
-    train: Labelled
-    test: Labelled | None
+    train: Labeled
+    test: Labeled | None
     class_names: tuple[str, ...]
 
 
 def read_digits() -> Files:
-    """scikit-learn's 8x8 digits, 1797 images; their 17 grey levels are spread over 0..255."""
+    """scikit-learn's 8x8 digits, 1797 images; their 17 gray levels are spread over 0..255."""
     digits = load_digits()
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     return Files((images, torch.from_numpy(digits.target).long()), None, tuple("0123456789"))
@@ -58,7 +58,7 @@ def read_mnist(dataset: type[datasets.MNIST], root: Path, download: bool) -> Fil
             )
         return path
 
-    def read(prefix: str) -> Labelled:
+    def read(prefix: str) -> Labeled:
         images_path, labels_path = find(f"{prefix}-images-idx3-ubyte"), find(f"{prefix}-labels-idx1-ubyte")
         images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
         if len(images) != len(labels):
@@ -83,10 +83,10 @@ def read_cifar(dataset: type[datasets.CIFAR10], root: Path, download: bool) -> F
     except RuntimeError as error:
         raise _missing(root / dataset.base_folder) from error
 
-    def labelled(part: datasets.CIFAR10) -> Labelled:
+    def labeled(part: datasets.CIFAR10) -> Labeled:
         return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
 
-    return Files(labelled(train), labelled(test), tuple(train.classes))
+    return Files(labeled(train), labeled(test), tuple(train.classes))
 
 
 def read_svhn(root: Path, download: bool) -> Files:
@@ -100,10 +100,10 @@ def read_svhn(root: Path, download: bool) -> Files:
     except RuntimeError as error:
         raise _missing(root / "{train,test}_32x32.mat") from error
 
-    def labelled(part: datasets.SVHN) -> Labelled:
+    def labeled(part: datasets.SVHN) -> Labeled:
         return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
 
-    return Files(labelled(train), labelled(test), tuple("0123456789"))
+    return Files(labeled(train), labeled(test), tuple("0123456789"))
 
 
 def read_folder(root: Path, image_size: int) -> Files:
@@ -165,7 +165,7 @@ def _class_folders(directory: Path) -> list[tuple[str, int]]:
     return datasets.ImageFolder(str(directory)).samples
 
 
-def _read_images(samples: list[tuple[str, int]], image_size: int) -> Labelled:
+def _read_images(samples: list[tuple[str, int]], image_size: int) -> Labeled:
     """Read ``(path, label)`` pairs, in their order."""
     to_tensor = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
     images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)

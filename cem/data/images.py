@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset[Batch]):
-    """Labelled images in memory.
+    """Labeled images in memory.
 
     An item is ``(image, label)``: float32 ``[C, H, W]`` in [0, 1] and int64 ``[]``. A ``DataLoader`` fetches
     a whole batch by one indexing operation (``__getitems__``): see :func:`make_loader`.
@@ -70,7 +70,7 @@ class ImageSet(Dataset[Batch]):
 class LoneSampleJoins(BatchSampler):
     """Batches of ``batch_size`` positions; a last one of a single sample joins the batch before it.
 
-    Batch normalisation cannot train on one value per channel, which is what a single sample is wherever maps
+    Batch normalization cannot train on one value per channel, which is what a single sample is wherever maps
     have shrunk to one pixel.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from cem.data.files import Files, Labelled, read_cifar, read_digits, read_folder, read_mnist, read_svhn
+from cem.data.files import Files, Labeled, read_cifar, read_digits, read_folder, read_mnist, read_svhn
 from cem.data.images import ImageSet
 
 VAL_FRACTION = 0.1  # of the training file
@@ -120,8 +120,8 @@ def load_data(
     return DataSplits(train, val, test, files.class_names, mean, std)
 
 
-def _image_set(labelled: Labelled, origin: str, image_size: int | None) -> ImageSet:
-    images, labels = labelled
+def _image_set(labeled: Labeled, origin: str, image_size: int | None) -> ImageSet:
+    images, labels = labeled
     if image_size is not None:
         images = v2.functional.resize(images, [image_size, image_size], antialias=True)
     return ImageSet(images, labels, torch.arange(len(images)), origin)

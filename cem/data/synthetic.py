@@ -21,7 +21,7 @@ def make_test_images(
     image_shape: tuple[int, int, int] = (3, 32, 32),
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw stripes whose direction, width and colour tell the class, at random places and under noise.
+    """Draw stripes whose direction, width and color tell the class, at random places and under noise.
 
     All arithmetic is on integers, so that the same arguments give the same bits everywhere.
 
@@ -29,7 +29,7 @@ def make_test_images(
         num_classes: how many classes.
         samples_per_class: images of each.
         image_shape: ``(C, H, W)``.
-        seed: seed of places and noise; direction, width and colour depend on the class alone.
+        seed: seed of places and noise; direction, width and color depend on the class alone.
 
     Returns:
         Images uint8 ``[num_classes * samples_per_class, C, H, W]`` and labels int64, sorted by label.
@@ -50,10 +50,10 @@ def make_test_images(
     along = direction[:, 0, None, None] * rows + direction[:, 1, None, None] * columns + start
     stripe = (along % period < period // 2).long().unsqueeze(1)  # [N, 1, H, W], 1 on a stripe
 
-    # 37 and 101 are prime to 128: neighbouring classes and channels get colours far apart.
-    colour = 64 + (labels.view(-1, 1) * 37 + torch.arange(channels) * 101) % 128
+    # 37 and 101 are prime to 128: neighboring classes and channels get colors far apart.
+    color = 64 + (labels.view(-1, 1) * 37 + torch.arange(channels) * 101) % 128
     noise = torch.randint(-32, 33, (len(labels), *image_shape), generator=generator)
-    images = stripe * colour[:, :, None, None] + 32 + noise
+    images = stripe * color[:, :, None, None] + 32 + noise
     return images.clamp(0, 255).to(torch.uint8), labels
 
 

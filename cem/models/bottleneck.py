@@ -34,7 +34,7 @@ class Bottleneck:
         if min(self.channels, self.stride, self.kernel_size) < 1:
             raise ValueError(f"channels, stride and kernel_size must be at least 1, got {self}")
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd to keep the map centred, got {self.kernel_size}")
+            raise ValueError(f"kernel_size must be odd to keep the map centered, got {self.kernel_size}")
 
     def client(self, channels: int) -> nn.Sequential:
         """``[B, channels, H, W]`` -> ``[B, self.channels, ceil(H / stride), ceil(W / stride)]``."""

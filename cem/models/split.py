@@ -154,7 +154,7 @@ def build_split_model(
     noise_std: float = 0.0,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
-    centralised: bool = False,
+    centralized: bool = False,
 ) -> SplitModel:
     """Build one of :data:`ARCHITECTURES` and cut it.
 
@@ -166,24 +166,24 @@ def build_split_model(
         bottleneck: narrow layer at the cut, see :func:`cem.models.parse_bottleneck`.
         noise_std: standard deviation of the Gaussian noise on the features.
         mean, std: the encoder, which takes images in [0, 1], begins with ``(x - mean) / std`` per channel.
-        centralised: the network is not meant to be split: the encoder is all but the final linear layer, the
+        centralized: the network is not meant to be split: the encoder is all but the final linear layer, the
             features are that layer's input ``[B, D]``, and ``cut_layer`` is not used.
 
     Raises:
-        ValueError: an argument cannot be used (the message says what it takes), or ``centralised`` comes with
+        ValueError: an argument cannot be used (the message says what it takes), or ``centralized`` comes with
             a bottleneck or noise.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     if len(image_shape) != 3 or min(image_shape) < 1 or num_classes < 1:
         raise ValueError(f"expected positive (C, H, W) and num_classes, got {image_shape=} {num_classes=}")
-    if centralised and (bottleneck != "none" or noise_std != 0):
-        raise ValueError(f"a centralised model has no cut for {bottleneck=} or {noise_std=}")
+    if centralized and (bottleneck != "none" or noise_std != 0):
+        raise ValueError(f"a centralized model has no cut for {bottleneck=} or {noise_std=}")
     if len(mean) not in (1, image_shape[0]):
         raise ValueError(f"mean and std need 1 or C values each, got {len(mean)} for {image_shape=}")
 
     model = _BUILDERS[arch.removesuffix(_SIGMOID)](num_classes=num_classes, image_shape=image_shape)
-    if centralised:
+    if centralized:
         *stages, head = model
         assert isinstance(head, nn.Sequential)
         model = nn.Sequential(*stages, *head)

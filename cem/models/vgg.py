@@ -24,7 +24,7 @@ def vgg(depth: int, num_classes: int, image_shape: tuple[int, int, int], *, batc
         depth: 11 or 13.
         num_classes: width of the logits.
         image_shape: ``(C, H, W)`` of one image.
-        batch_norm: batch normalisation between convolution and ReLU.
+        batch_norm: batch normalization between convolution and ReLU.
 
     Returns:
         Stages ``conv1, pool1, ..., head``; the last module of ``head`` is an ``nn.Linear``.
@@ -59,11 +59,11 @@ def vgg(depth: int, num_classes: int, image_shape: tuple[int, int, int], *, batc
 
 def _convolution(in_channels: int, out_channels: int, height: int, width: int, batch_norm: bool) -> nn.Sequential:
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-    # He et al. (2015), without which ten layers do not train unless batch-normalised; but the fan-out counts only
+    # He et al. (2015), without which ten layers do not train unless batch-normalized; but the fan-out counts only
     # what falls on the map, not on its padding: on the 1x1 maps of a small image that is one weight in nine.
     # (With the fan-in, plain VGG-11 diverges at a learning rate of 0.05.)
     fan_out = out_channels * (3 - 2 / height) * (3 - 2 / width)
     nn.init.normal_(convolution.weight, std=math.sqrt(2 / fan_out))
     nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-    normalisation = [nn.BatchNorm2d(out_channels)] if batch_norm else []
-    return nn.Sequential(convolution, *normalisation, nn.ReLU(inplace=True))
+    normalization = [nn.BatchNorm2d(out_channels)] if batch_norm else []
+    return nn.Sequential(convolution, *normalization, nn.ReLU(inplace=True))

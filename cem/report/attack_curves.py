@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from cem.report.figure import COLOURS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, new_figure, plain, save_figure
 
 
 def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping[str, float], path: Path) -> None:
@@ -28,15 +28,15 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for number, attacker in enumerate(attackers):
-        colour = COLOURS[number % len(COLOURS)]
-        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        color = COLORS[number % len(COLORS)]
+        style = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
         epochs = [row["epoch"] for row in attacker["curve"]]
         errors = [row["val_mse"] for row in attacker["curve"]]
         best = attacker["best_epoch"] - 1
         label = attacker["name"] + ("" if attacker["converged"] else " (not converged)")
-        axes.plot(epochs, errors, style, color=colour, lw=1.3, label=label)
-        fill = colour if attacker["converged"] else "white"
-        axes.plot(epochs[best], errors[best], "o", color=colour, markerfacecolor=fill)
+        axes.plot(epochs, errors, style, color=color, lw=1.3, label=label)
+        fill = color if attacker["converged"] else "white"
+        axes.plot(epochs[best], errors[best], "o", color=color, markerfacecolor=fill)
     for style, (name, mse) in zip(("--", ":"), controls.items(), strict=False):
         axes.axhline(mse, color="0.5", linestyle=style, lw=1, label=name)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Training curves: what was minimised, what came of it, and under which weights."""
+"""Training curves: what was minimized, what came of it, and under which weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cem.report.figure import COLOURS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, new_figure, plain, save_figure
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path, *, best_epoch: int | None = None) -> None:
@@ -34,21 +34,21 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path, *, best_epoc
     marker = "." if len(history) <= 40 else ""
 
     weighted = [row["lambda_eff"] * row["rob_loss"] for row in history]
-    terms = {"cross-entropy": (column("cross_entropy"), COLOURS[0], "-")}
+    terms = {"cross-entropy": (column("cross_entropy"), COLORS[0], "-")}
     if any(weighted):
         terms["sum"] = (column("train_loss"), "0.2", "-")
-        terms[r"$\lambda_{\mathrm{eff}}\cdot$penalty"] = (weighted, COLOURS[1], "-")
-        terms["penalty"] = (column("rob_loss"), COLOURS[1], ":")
-    for name, (values, colour, style) in terms.items():
+        terms[r"$\lambda_{\mathrm{eff}}\cdot$penalty"] = (weighted, COLORS[1], "-")
+        terms["penalty"] = (column("rob_loss"), COLORS[1], ":")
+    for name, (values, color, style) in terms.items():
         # Terms fall by orders of magnitude; a penalty that has reached 0 leaves a log axis, and its line
         # ends.
         shown = [value if value > 0 else math.nan for value in values]
-        loss.plot(epochs, shown, color=colour, linestyle=style, marker=marker, label=name)
+        loss.plot(epochs, shown, color=color, linestyle=style, marker=marker, label=name)
     loss.set_ylabel("training loss")
     loss.set_yscale("log")
 
-    accuracy.plot(epochs, column("train_accuracy"), color=COLOURS[0], marker=marker, label="training")
-    accuracy.plot(epochs, column("val_accuracy"), color=COLOURS[2], marker=marker, label="validation")
+    accuracy.plot(epochs, column("train_accuracy"), color=COLORS[0], marker=marker, label="training")
+    accuracy.plot(epochs, column("val_accuracy"), color=COLORS[2], marker=marker, label="validation")
     accuracy.set_ylabel("accuracy")
     accuracy.set_ylim(0, 1.02)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -58,9 +58,9 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path, *, best_epoc
     schedule.set_ylabel("learning rate")
     schedule.set_yscale("log")
     weight = schedule.twinx()
-    weight.step(epochs, column("lambda_eff"), where="mid", color=COLOURS[1], label=r"$\lambda_{\mathrm{eff}}$")
-    weight.set_ylabel(r"$\lambda_{\mathrm{eff}}$", color=COLOURS[1])
-    weight.tick_params(axis="y", colors=COLOURS[1])
+    weight.step(epochs, column("lambda_eff"), where="mid", color=COLORS[1], label=r"$\lambda_{\mathrm{eff}}$")
+    weight.set_ylabel(r"$\lambda_{\mathrm{eff}}$", color=COLORS[1])
+    weight.tick_params(axis="y", colors=COLORS[1])
     weight.set_ylim(bottom=0)
     weight.spines[["top", "left"]].set_visible(False)
     schedule.set_xlabel("epoch")

@@ -31,7 +31,7 @@ class Column:
 
     Attributes:
         title: what is in the column.
-        group: what it has in common with its neighbours, or empty.
+        group: what it has in common with its neighbors, or empty.
         words: whether the column holds text rather than figures.
     """
 
@@ -53,7 +53,7 @@ class Table:
     rows: Sequence[Sequence[str | Link]]
 
     def groups(self) -> list[tuple[str, int]]:
-        """Groups of neighbouring columns and how many columns each has."""
+        """Groups of neighboring columns and how many columns each has."""
         found: list[tuple[str, int]] = []
         for column in self.columns:
             if found and column.group and found[-1][0] == column.group:

@@ -20,7 +20,7 @@ def draw_reconstructions(
     """Draw a grid: the originals, and under them a row of reconstructions for every name.
 
     Args:
-        originals: uint8 ``[n, C, H, W]``, C 1 (grey) or 3 (RGB); of more channels the first is shown.
+        originals: uint8 ``[n, C, H, W]``, C 1 (gray) or 3 (RGB); of more channels the first is shown.
         rows: name → reconstructions of the same shape and their SSIM ``[n]``, written under each; ``None``
             where SSIM is not defined.
         path: the PNG to write.

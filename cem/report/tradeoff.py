@@ -1,4 +1,4 @@
-"""What a defence costs in accuracy, and what it buys against the attacker."""
+"""What a defense costs in accuracy, and what it buys against the attacker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cem.report.figure import COLOURS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, new_figure, plain, save_figure
 
 _MARKERS = "osD^vPX"
 
@@ -20,7 +20,7 @@ class Point:
     """One run.
 
     Attributes:
-        surrogate: has a colour.
+        surrogate: has a color.
         lambd: weight λ of its penalty.
         noise_std: σ of the noise: has a marker.
         mse: of the strongest attacker on unseen images.
@@ -42,8 +42,8 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     surrogate and noise by λ.
 
     Args:
-        points: one a run; surrogates are coloured in the order in which they come, and numbered where there are
-            more of them than colours.
+        points: one a run; surrogates are colored in the order in which they come, and numbered where there are
+            more of them than colors.
         controls: errors of answers that need no features, by name, drawn as vertical lines.
         path: the PNG to write.
 
@@ -59,9 +59,9 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     entries: list[Line2D] = []
     surrogates = list(dict.fromkeys(point.surrogate for point in points))
     for index, surrogate in enumerate(surrogates):
-        colour = COLOURS[index % len(COLOURS)]
-        # Where colours do not suffice, numbers tell surrogates apart.
-        number = f"{index + 1} " if len(surrogates) > len(COLOURS) else ""
+        color = COLORS[index % len(COLORS)]
+        # Where colors do not suffice, numbers tell surrogates apart.
+        number = f"{index + 1} " if len(surrogates) > len(COLORS) else ""
         settings: dict[tuple[float, float], list[Point]] = {}
         for point in points:
             if point.surrogate == surrogate:
@@ -71,19 +71,19 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
         for (lambd, noise), runs in settings.items():
             x, y = [run.mse for run in runs], [100 * run.accuracy for run in runs]
             mean = means[lambd, noise] = fmean(x), fmean(y)
-            axes.scatter(*mean, marker=markers[noise], s=130, facecolors="white", edgecolors=colour, lw=1.5, zorder=3)
-            axes.scatter(x, y, marker=markers[noise], s=20, color=colour, alpha=0.7, linewidths=0, zorder=4)
+            axes.scatter(*mean, marker=markers[noise], s=130, facecolors="white", edgecolors=color, lw=1.5, zorder=3)
+            axes.scatter(x, y, marker=markers[noise], s=20, color=color, alpha=0.7, linewidths=0, zorder=4)
             text = number + (f"λ {lambd:g}" if len(lambds) > 1 else "")
-            axes.annotate(text, mean, (8, 6), textcoords="offset points", fontsize=8, color=colour, zorder=5)
+            axes.annotate(text, mean, (8, 6), textcoords="offset points", fontsize=8, color=color, zorder=5)
         for lambd in lambds:
             joined = [means[lambd, noise] for noise in noises if (lambd, noise) in means]
-            axes.plot(*zip(*joined, strict=True), color=colour, lw=1.5, zorder=2)
+            axes.plot(*zip(*joined, strict=True), color=color, lw=1.5, zorder=2)
         for noise in noises:
             joined = [means[lambd, noise] for lambd in lambds if (lambd, noise) in means]
             if len(joined) > 1:
-                axes.plot(*zip(*joined, strict=True), color=colour, lw=1.2, ls=(0, (4, 3)), zorder=2)
+                axes.plot(*zip(*joined, strict=True), color=color, lw=1.2, ls=(0, (4, 3)), zorder=2)
         weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
-        entries.append(Line2D([], [], color=colour, lw=3, label=number + surrogate + weight))
+        entries.append(Line2D([], [], color=color, lw=3, label=number + surrogate + weight))
     for noise in noises:
         marker = markers[noise]
         entries.append(Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white", label=f"noise σ {noise:g}"))

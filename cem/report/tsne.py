@@ -1,4 +1,4 @@
-"""A map of the features that leave the client, coloured by class."""
+"""A map of the features that leave the client, colored by class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw_tsne(features: Tensor, labels: Tensor, class_names: Sequence[str], path
     Args:
         features: ``[N, ...]``, as the server receives them; flattened.
         labels: ``[N]``, indices into ``class_names``.
-        class_names: a name per class. Up to 20 classes get a legend, more only a colour scale.
+        class_names: a name per class. Up to 20 classes get a legend, more only a color scale.
         path: the PNG to write.
         seed: of the map.
 
@@ -58,7 +58,7 @@ def draw_tsne(features: Tensor, labels: Tensor, class_names: Sequence[str], path
         drawn = axes.scatter(x, y, s=14, c=classes, cmap=palette, linewidths=0)
         figure.colorbar(drawn, ax=axes, label="class")
     axes.set_title(f"t-SNE of {len(points)} noisy features, {points.shape[1]} values each", fontsize=11)
-    # The axes of a t-SNE map have no unit and no meaning; only neighbourhoods do.
+    # The axes of a t-SNE map have no unit and no meaning; only neighborhoods do.
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_aspect("equal", adjustable="datalim")

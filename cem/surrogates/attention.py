@@ -1,4 +1,4 @@
-"""The attention surrogate: slots summarise each class, samples read them, and what still varies is penalised."""
+"""The attention surrogate: slots summarize each class, samples read them, and what still varies is penalized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import cem_kernels
 from cem.surrogates.anchor import Anchors
 from cem.surrogates.bank import MemoryBank
 from cem.surrogates.base import Surrogate
-from cem.surrogates.modules import CrossAttention, Normalised, SlotAttention
+from cem.surrogates.modules import CrossAttention, Normalized, SlotAttention
 from cem.surrogates.threshold import (
     REMEDY,
     REMEDY_OF_FIXED,
@@ -45,14 +45,14 @@ NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
 class SlotCrossAttentionCEM(Surrogate):
     """Conditional-entropy surrogate: attention per class, then class variance over a log threshold.
 
-    Every sample's features are normalised, slot attention summarises each class's samples into slots, gated cross
+    Every sample's features are normalized, slot attention summarizes each class's samples into slots, gated cross
     attention lets every sample read its class's slots, and the penalty is how far the log-variance of the result
     exceeds the threshold, inside each class. Small class variance against the noise at the cut bounds from below the
     error of every attacker who decodes the features.
 
-    That is ``measure="enhanced"``, the original. It is taken of normalised features, so that it does not know how large
+    That is ``measure="enhanced"``, the original. It is taken of normalized features, so that it does not know how large
     they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
-    together, and what is penalised is how far the features as they are sent lie from the centroids of these slots.
+    together, and what is penalized is how far the features as they are sent lie from the centroids of these slots.
     Slots say little before they are trained (``objective``): then this is nearly the variance of the class. With
     ``num_slots=1`` it is exactly that: no slot is computed, and there are no parameters.
 
@@ -71,8 +71,8 @@ class SlotCrossAttentionCEM(Surrogate):
         var_threshold: ``τ``, of ``penalty="hinge"``.
         reg_strength: ``σ``, the noise's standard deviation; the threshold is ``max(τσ², 1e-8)``.
         num_classes: ``K``; labels lie in ``[0, K)``. None reads the classes off the labels, which costs a host
-            synchronisation a call.
-        max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronisation.
+            synchronization a call.
+        max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronization.
         min_samples: classes with fewer samples are left out; with ``anchor`` in evaluation only, as a single sample has
             a distance to its class's running centroid.
         gamma: ``γ``, inside both logarithms of ``penalty="hinge"``; None is 1e-6. Where a variance is well below ``γ``,
@@ -82,12 +82,12 @@ class SlotCrossAttentionCEM(Surrogate):
         penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
             variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
             terms without a gradient. It has no threshold, and needs ``reg_strength``. Nats of the noise they are with
-            ``measure="slots"`` only: ``enhanced`` measures normalised features, which the noise is not added to.
+            ``measure="slots"`` only: ``enhanced`` measures normalized features, which the noise is not added to.
         threshold: how the threshold moves, see :class:`~cem.surrogates.threshold.Threshold`.
         threshold_value: where ``fixed`` stands and ``ramp`` begins.
         threshold_quantile: of ``quantile``.
         objective: what its own parameters are trained on, by whoever trains them (:meth:`own_loss`). ``penalty``:
-            ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centres
+            ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centers
             of a mixture. ``reconstruction``: samples from the slots that they belong to.
         anchor: measure, in training, around running centroids of classes of this momentum, such as 0.99, instead of a
             batch's own: features that all shrink are no way out then, see :class:`~cem.surrogates.anchor.Anchors`. For
@@ -290,7 +290,7 @@ class SlotCrossAttentionCEM(Surrogate):
             features: ``[B, D]`` or ``[B, C, H, W]``, clean, on the encoder's graph. Of half-precision features the
                 kernels multiply matrices in that dtype; all else is in fp32, and so are the losses.
             labels: ``[B]`` integer classes.
-            unique_labels: classes to restrict to (one host synchronisation). The original passes
+            unique_labels: classes to restrict to (one host synchronization). The original passes
                 ``torch.unique(labels)``, which is every class, and is the same as passing nothing.
             slot_noise: the slots' draw ``ε [K, S, D]``, for tests and reproductions.
 
@@ -332,12 +332,12 @@ class SlotCrossAttentionCEM(Surrogate):
     def _enhanced(
         self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
     ) -> ClassVariance:
-        """Of what samples are, normalised, after reading the slots of their class."""
-        tokens, _ = Normalised.apply(self._reduced(rows))
+        """Of what samples are, normalized, after reading the slots of their class."""
+        tokens, _ = Normalized.apply(self._reduced(rows))
         assert self.slot_attention is not None
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
-        return cem_kernels.class_variance(enhanced, groups, **self._penalised(enhanced, groups), backend=self.backend)
+        return cem_kernels.class_variance(enhanced, groups, **self._penalized(enhanced, groups), backend=self.backend)
 
     def _around_slots(
         self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
@@ -347,19 +347,19 @@ class SlotCrossAttentionCEM(Surrogate):
         Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
         """
         tokens = self._tokens(rows)
-        options = {**self._penalised(tokens, groups), "backend": self.backend}
+        options = {**self._penalized(tokens, groups), "backend": self.backend}
         if self.anchors is not None and self.training:
             del options["min_samples"]  # a single sample has a distance to its centroid
             return self.anchors(rows, groups, **options)
         if self.slot_attention is None:  # to a single slot everything belongs, whatever it is
             return cem_kernels.class_variance(tokens, groups, **options)
         with torch.no_grad():
-            normal, _ = Normalised.apply(self._reduced(rows))
+            normal, _ = Normalized.apply(self._reduced(rows))
             slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
             attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
         return cem_kernels.slot_variance(tokens, attention, groups, **options)
 
-    def _penalised(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
+    def _penalized(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
         """How variances become a penalty: options of the operators."""
         if self.penalty == "entropy":
             nothing = {"threshold": NEXT_TO_NOTHING, "eps_var": NEXT_TO_NOTHING}
@@ -393,7 +393,7 @@ class SlotCrossAttentionCEM(Surrogate):
         return (share * result.class_penalty[: len(share)]).sum(), (share * result.class_mse[: len(share)]).sum()
 
     def own_loss(self, features: Tensor, labels: Tensor) -> Tensor | None:
-        """See :class:`Surrogate`. Both losses are means over samples, tokens and columns, of normalised features.
+        """See :class:`Surrogate`. Both losses are means over samples, tokens and columns, of normalized features.
 
         ``likelihood``: ``−log Σ_s N(x; slot_s, 1) / S`` a column, without its constant; ``reconstruction``:
         ``(x − Σ_s p_s slot_s)²``. Classes of fewer than ``min_samples`` are left out here too. A reduction gets no
@@ -409,7 +409,7 @@ class SlotCrossAttentionCEM(Surrogate):
         groups = ClassGroups.from_labels(classes, num_classes, max_class_size=self.max_class_size)
         counted = (groups.counts >= self.min_samples)[groups.labels]
         rows = torch.where(counted[:, None], rows, 0)
-        tokens, _ = Normalised.apply(self._reduced(rows).detach())
+        tokens, _ = Normalized.apply(self._reduced(rows).detach())
         slots = self.slot_attention(tokens, groups)
         own = slots.index_select(0, groups.labels)[:, None]  # [B, 1, S, D]
         if self.objective == "reconstruction":

@@ -22,8 +22,8 @@ class Surrogate(nn.Module):
 
     * ``features`` ``[B, D]`` or ``[B, C, H, W]``, clean (before noise), on the encoder's graph;
     * ``labels`` ``[B]``, int64;
-    * ``rob_loss``: 0-dim, fp32 or wider, the penalty that is minimised, attached to the graph of ``features``;
-    * ``intra_mse``: 0-dim, fp32 or wider, mean squared distance to the centre; a monitor.
+    * ``rob_loss``: 0-dim, fp32 or wider, the penalty that is minimized, attached to the graph of ``features``;
+    * ``intra_mse``: 0-dim, fp32 or wider, mean squared distance to the center; a monitor.
 
     Attributes:
         needs_refit: whether the trainer must call :meth:`refit` after every epoch.

@@ -62,7 +62,7 @@ def build_surrogate(
         feature_shape: of one sample's features, ``(C, H, W)`` or ``(D,)``.
         num_classes: ``K``.
         noise_std: ``σ``, standard deviation of the noise at the cut.
-        var_threshold: ``τ``, of ``gmm`` and of ``penalty="hinge"``: features are penalised where they vary by more than
+        var_threshold: ``τ``, of ``gmm`` and of ``penalty="hinge"``: features are penalized where they vary by more than
             ``τσ²`` inside their class.
         measure, penalty, hinge, threshold, threshold_value, threshold_quantile, eps_var, gamma, objective,
             anchor, memory_bank, num_slots, tokens, reduce: of ``attention``, see

@@ -37,7 +37,7 @@ def class_kmeans(features: Tensor, labels: Tensor, centroids: Tensor, cold: Tens
     num_classes, num_clusters, _ = centroids.shape
     order = labels.argsort(stable=True)
     labels, x = labels[order], features[order]
-    # Centred per class: distances are about to be taken from inner products, which lose the small differences
+    # Centered per class: distances are about to be taken from inner products, which lose the small differences
     # between clusters when the class lies far from the origin (all the more in TF32).
     class_means, class_counts = _segment_mean(x, labels, num_classes)
     x_of_class = x.split(class_counts.tolist())

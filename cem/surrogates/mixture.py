@@ -15,7 +15,7 @@ from cem_kernels.validation import check_float, check_labels, check_not_negative
 
 
 class GaussianMixtureCEM(Surrogate):
-    """Penalises the variance of features around the mixture components of their own class.
+    """Penalizes the variance of features around the mixture components of their own class.
 
     :meth:`refit` fits a mixture of ``k`` components to each class's training features after every epoch. In
     a step, every sample goes to the mean of its own class that is nearest in feature space (Euclidean,
@@ -54,7 +54,7 @@ class GaussianMixtureCEM(Surrogate):
         centroids: ``[K, k, D]``, component means.
         weights: ``[K, k]``, ``pi``; each fitted class's row sums to 1.
         variances: ``[K, k]``, ``v_stored``: mean variance per column, ``trace(Sigma_j) / D``.
-        class_counts: ``[K]``, int64, ``N_c``; 0 for a class that was not fitted, which is not penalised.
+        class_counts: ``[K]``, int64, ``N_c``; 0 for a class that was not fitted, which is not penalized.
         directions, covariances: ``[K, r, D]``, ``[K, k, r, r]``, ``"full"`` only: ``Sigma_j`` is
             ``directions[c].T @ covariances[c, j] @ directions[c]``. Rows beyond a class's rank are zero.
 

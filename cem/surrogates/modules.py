@@ -29,7 +29,7 @@ def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return first.weight, first.bias, last.weight, last.bias
 
 
-class Normalised(torch.autograd.Function):
+class Normalized(torch.autograd.Function):
     """LayerNorm without an affine, which keeps its result and not its input: the result is kept by others anyway.
 
     ``x [..., D]`` to ``x̂ [..., D]`` and 1/deviation ``[..., 1]``, a result so that this is differentiable twice.
@@ -46,7 +46,7 @@ class Normalised(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, d_rstd: Tensor | None) -> Tensor:
         normal, rstd = ctx.saved_tensors
         if upstream is not None and d_rstd is None and not torch.is_grad_enabled():
-            # What is normalised already has mean 0 and deviation 1; PyTorch's kernel goes through it once.
+            # What is normalized already has mean 0 and deviation 1; PyTorch's kernel goes through it once.
             mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
             step: Tensor = torch.ops.aten.native_layer_norm_backward(
                 upstream, normal, normal.shape[-1:], mean, one, None, None, [True, False, False]

@@ -44,14 +44,14 @@ class Threshold(nn.Module):
     ``coupled``
         :func:`coupled_threshold`, the original's.
     ``fixed``
-        ``value``, whatever the noise is: the original's author suggests log 0.05 for normalised features.
+        ``value``, whatever the noise is: the original's author suggests log 0.05 for normalized features.
     ``ramp``
         From ``value`` down to the coupled one, in equal factors from epoch to epoch: accuracy first, robustness later.
         A ``value`` below the coupled one is an error.
     ``quantile``
         The ``quantile`` of the variances that the features have inside their classes (the value below it, where it
         lies between two), a running mean over steps, and never below the coupled one: always the wider columns are
-        penalised, however wide all of them are. Around slots that are trained variances are smaller than that.
+        penalized, however wide all of them are. Around slots that are trained variances are smaller than that.
 
     Args:
         policy: one of :data:`POLICIES`.

@@ -24,7 +24,7 @@ class CapturedPenalty:
     """:func:`~cem.training.injection.penalty_of` for one surrogate, replayed from a CUDA graph.
 
     Every replay draws random numbers of its own, and those that the ordinary way would have drawn: kernels in a graph
-    take their place in PyTorch's generator from the device. Parameters are read where they lie, so optimisers and
+    take their place in PyTorch's generator from the device. Parameters are read where they lie, so optimizers and
     checkpoints must write to them in place, as PyTorch's do; which of them are trained is settled by now.
 
     Construction runs the surrogate a few times, which draws random numbers too.

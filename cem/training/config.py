@@ -49,7 +49,7 @@ class TrainConfig(Options):
     noise_std: float = 0.1
     """Standard deviation σ of the Gaussian noise on z, in training and in use.
     Server and attacker see z + σN(0, I)."""
-    centralised: bool = False
+    centralized: bool = False
     """Train the same network in one piece: no cut, so no bottleneck and no noise, but the same penalty.
     NOISE_STD then is only the noise that the penalty reckons with."""
 
@@ -69,10 +69,10 @@ class TrainConfig(Options):
     """First epoch with the penalty. Before it, classification has the encoder to itself, as in the original:
     under a penalty from the first step on, an untrained encoder may learn to send the same for every class."""
     var_threshold: float = 0.1
-    """Variance inside a class above which --penalty hinge and the mixture penalise features, in units of σ²
+    """Variance inside a class above which --penalty hinge and the mixture penalize features, in units of σ²
     (σ is NOISE_STD)."""
     measure: Literal["enhanced", "slots"] = "slots"
-    """Variance that the attention surrogate penalises. enhanced: of normalised features that have read the slots of
+    """Variance that the attention surrogate penalizes. enhanced: of normalized features that have read the slots of
     their class, as the original does, which as a whole is --preset seed. slots: of the features as they are sent,
     around the centroids of the slots, which say little before they are trained (SURROGATE_POLICY,
     SURROGATE_OBJECTIVE)."""
@@ -113,10 +113,10 @@ class TrainConfig(Options):
     surrogate_policy: Literal["frozen", "separate", "shared"] = "frozen"
     """What trains the surrogate's own parameters, if it has any (NUM_SLOTS).
     frozen: nothing; it is a fixed statistic. separate: an Adam of its own. shared: the network's SGD.
-    A surrogate that minimises its own penalty can cheat and shrink its output, hence the default."""
+    A surrogate that minimizes its own penalty can cheat and shrink its output, hence the default."""
     surrogate_objective: Literal["penalty", "likelihood", "reconstruction"] = "penalty"
-    """What the attention surrogate's own parameters minimise under the policies separate and shared.
-    penalty: what the encoder minimises. likelihood: slots as centres of a mixture of their class's features.
+    """What the attention surrogate's own parameters minimize under the policies separate and shared.
+    penalty: what the encoder minimizes. likelihood: slots as centers of a mixture of their class's features.
     reconstruction: features from the slots that they belong to."""
     surrogate_lr: float = 1e-4
     """Learning rate of the surrogate's Adam under --surrogate-policy separate."""
@@ -180,7 +180,7 @@ class TrainConfig(Options):
         return replace(self, lambd=self.weight, lambd_schedule=schedule)
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         """Whether this run has a penalty at all: a surrogate, and a weight for it."""
         return self.surrogate != "none" and self.weight > 0
 
@@ -216,7 +216,7 @@ class TrainConfig(Options):
             raise ConfigError(f"--momentum must be below 1, got {self.momentum}")
         if not self.warmup_epochs <= self.epochs:
             raise ConfigError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
-        if self.penalised and self.penalty_from > self.epochs:
+        if self.penalized and self.penalty_from > self.epochs:
             raise ConfigError(
                 f"--penalty-from must be at most --epochs {self.epochs}, or no epoch has the penalty; "
                 f"got {self.penalty_from}"
@@ -241,7 +241,7 @@ class TrainConfig(Options):
                 "--anchor goes with --measure slots --num-slots 1 and without --memory-bank; with more slots or a "
                 f"memory give --anchor 0, for the original --preset seed, got --anchor {self.anchor:g}"
             )
-        if self.penalised and self.penalty == "entropy":
+        if self.penalized and self.penalty == "entropy":
             if not self.noise_std:
                 raise ConfigError(
                     "--penalty entropy counts what crosses the noise, so --noise-std must be above 0, got 0; without "
@@ -287,7 +287,7 @@ class TrainConfig(Options):
     def _check_capture(self, device: torch.device) -> None:
         if self.surrogate != "attention":
             raise ConfigError(f"--capture: only the attention surrogate can be captured, got {self.surrogate}")
-        if not self.penalised:
+        if not self.penalized:
             raise ConfigError(f"--capture: without a penalty there is nothing to capture, got --lambd {self.weight:g}")
         if self.injection != "combined":
             raise ConfigError(f"--capture takes --injection combined, got {self.injection}")
@@ -321,7 +321,7 @@ OWN_SCHEDULE: dict[str, Literal["rising", "constant"]] = {"attention": "constant
 _NAMES = [each.name for each in fields(TrainConfig)]
 # Options of one thing stand together.
 OF_THE_PENALTY = frozenset(_NAMES[_NAMES.index("surrogate") : _NAMES.index("epochs")])
-"""Options of the defence, by which a run and the control beside it may differ."""
+"""Options of the defense, by which a run and the control beside it may differ."""
 _OF_ATTENTION = frozenset(_NAMES[_NAMES.index("measure") : _NAMES.index("gmm_fit")])
 NOT_OF = {"attention": {"gmm_fit"}, "gmm": _OF_ATTENTION, "none": OF_THE_PENALTY - {"surrogate", "penalty_from"}}
 """Options that a surrogate does not have: they change nothing. (Before ``penalty_from`` no epoch is the best one,

@@ -44,7 +44,7 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches, device: torch.device, seed: int, *, amp: bool = False) -> float:
-    """Fraction of samples that ``model`` classifies correctly, under the defence's noise.
+    """Fraction of samples that ``model`` classifies correctly, under the defense's noise.
 
     Args:
         model: images ``[B, C, H, W]`` → logits ``[B, K]``.
@@ -82,7 +82,7 @@ def collect_features(
         batches: pairs of images ``[B, C, H, W]`` and labels ``[B]``.
         device: the model's; the result lies there too.
         seed: of the noise.
-        noisy: whether the features have passed the defence, as the server sees them, or are clean.
+        noisy: whether the features have passed the defense, as the server sees them, or are clean.
 
     Returns:
         Features ``[N, *feature_shape]`` and labels ``[N]``.

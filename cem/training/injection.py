@@ -2,7 +2,7 @@
 
 Both procedures leave in ``.grad`` what one backward of ``cross_entropy + lambda_eff * rob_loss`` would: they
 differ in what crosses the cut and in cost. The surrogate sees clean features, the server sees what the
-defence made of them.
+defense made of them.
 
 The names of a step's regions are those under which a trace shows them (:mod:`cem.training.tracing`).
 """
@@ -89,7 +89,7 @@ def combined(
     labels: Tensor,
     lambda_eff: float,
     clock: AbstractContextManager[object] | None = None,
-    penalise: Callable[[Tensor, Tensor], Penalty] | None = None,
+    penalize: Callable[[Tensor, Tensor], Penalty] | None = None,
     amp: bool = False,
 ) -> Step:
     """Compute the gradients of one step with a single backward of the encoder.
@@ -108,7 +108,7 @@ def combined(
         labels: ``[B]``, int64.
         lambda_eff: weight of the penalty, see :func:`cem.training.schedule.lambda_eff`.
         clock: entered around the work that the penalty causes.
-        penalise: ``(z, labels)`` → what :func:`penalty_of` gives for ``surrogate``, computed in another way.
+        penalize: ``(z, labels)`` → what :func:`penalty_of` gives for ``surrogate``, computed in another way.
         amp: encoder and server compute under bfloat16 autocast. What crosses the cut, the losses and the surrogate
             are fp32 all the same.
     """
@@ -123,7 +123,7 @@ def combined(
     assert z_grad is not None
     if surrogate is not None:
         with clock or nullcontext(), record_function("surrogate"):
-            penalty = (penalise or partial(penalty_of, surrogate))(z, labels)
+            penalty = (penalize or partial(penalty_of, surrogate))(z, labels)
             # torch.where, and not a branch: a branch would wait for the device in every step.
             z_grad = torch.where(penalty.finite, z_grad + lambda_eff * penalty.z_grad, z_grad)
             for parameter, grad in zip(_trained(surrogate), penalty.grads, strict=True):

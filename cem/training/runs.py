@@ -92,9 +92,9 @@ def build_model(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitMode
         std=data_facts["std"],
         cut_layer=config.cut_layer,
         # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the threshold.
-        bottleneck="none" if config.centralised else config.bottleneck,
-        noise_std=0.0 if config.centralised else config.noise_std,
-        centralised=config.centralised,
+        bottleneck="none" if config.centralized else config.bottleneck,
+        noise_std=0.0 if config.centralized else config.noise_std,
+        centralized=config.centralized,
     )
 
 

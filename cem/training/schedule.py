@@ -44,7 +44,7 @@ def lambda_eff(lambd: float, lr: float, warm_start: bool) -> float:
 
     ``lambd`` if ``lr < 4.1e-4`` or the run started from trained weights, else ``lambd * 1e-3 / lr``. With the
     default rates (0.05, 0.01, 0.002, 0.0004) that is 0.02, 0.1, 0.5 and 1 times ``lambd``: classification is
-    learnt first, and the penalty grows as the steps shrink.
+    learned first, and the penalty grows as the steps shrink.
 
     Args:
         lambd: λ, the weight at low learning rates.

@@ -21,7 +21,7 @@ from cem.training.schedule import lr_factor
 
 
 class TrainState:
-    """Data, model, surrogate, optimisers and counters of one run.
+    """Data, model, surrogate, optimizers and counters of one run.
 
     Attributes:
         model: the :class:`~cem.models.SplitModel`, on ``device``.
@@ -52,8 +52,8 @@ class TrainState:
         self.model = runs.build_model(config, self.data_facts).to(self.device)
         if config.amp:  # the layout for which processors have fast bfloat16 convolutions
             self.model = self.model.to(memory_format=torch.channels_last)
-        # Before the optimisers and the first checkpoint: a surrogate that appears later is in neither.
-        self.surrogate = self._build_surrogate() if config.penalised else None
+        # Before the optimizers and the first checkpoint: a surrogate that appears later is in neither.
+        self.surrogate = self._build_surrogate() if config.penalized else None
         self._build_optimizers()
         self.random = checkpoint.random_state(self._shuffle, self.device)
 

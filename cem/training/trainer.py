@@ -58,7 +58,7 @@ class Trainer:
         run_dir: where the run's files lie. Without ``config.out``: ``config.run_dir``, or, for a new run whose
             name is taken, the first free one of ``NAME-2``, ``NAME-3``, ...
         finished: content of ``summary.json`` if the run to resume had reached its end, else ``None``.
-        state: data, model, surrogate and optimisers.
+        state: data, model, surrogate and optimizers.
 
     Raises:
         ConfigError: an option cannot be used, ``config.out`` is taken, the surrogate cannot be captured, or, when
@@ -140,7 +140,7 @@ class Trainer:
             len(state.data.test),
             config.arch,
             "×".join(map(str, state.model.feature_shape)),
-            config.surrogate if config.penalised else "none",
+            config.surrogate if config.penalized else "none",
             runs.device_name(state.device),
         )
         for warning in self._warnings:
@@ -187,7 +187,7 @@ class Trainer:
         """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
         config, state = self.config, self.state
         done, per_epoch = len(state.history), len(state.train)
-        first = max(done, config.penalty_from - 1) if config.penalised else done
+        first = max(done, config.penalty_from - 1) if config.penalized else done
         return traced_steps(
             self.run_dir / "trace.json.gz",
             self._log,
@@ -249,7 +249,7 @@ class Trainer:
         state = self.state
         inject = partial(INJECTIONS[self.config.injection], amp=self.config.amp)
         if self._captured is not None:
-            inject = partial(inject, penalise=self._captured)
+            inject = partial(inject, penalize=self._captured)
         surrogate = state.surrogate if weight > 0 else None
         if surrogate is not None:
             first, last = self.config.penalty_from - 1, self.config.epochs - 1

@@ -83,7 +83,7 @@ def centroid_variance(
             of range; a threshold or running moments that take a gradient; unknown hinge or backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
 
-    Source: the centres of Wen et al. 2016, "A Discriminative Feature Learning Approach for Deep Face Recognition".
+    Source: the centers of Wen et al. 2016, "A Discriminative Feature Learning Approach for Deep Face Recognition".
     """
     backends.check_backend(backend)
     validation.check_float("features", features)

@@ -16,7 +16,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from cem_kernels.centroid_variance.common import RunningMoments, least_shares
-from cem_kernels.class_variance.kernels import add_up, moments, penalised
+from cem_kernels.class_variance.kernels import add_up, moments, penalized
 from cem_kernels.class_variance.triton import blocks, class_variance_backward, parts_of
 from cem_kernels.groups import ClassGroups
 from cem_kernels.launching import ALL_REGISTERS, launch, operator, tuned
@@ -40,7 +40,7 @@ def _is_finite(x):
 def _finish_columns(
     mean, low, squares, count, cols, c, block, num_blocks, C, eps_var, gamma, threshold, threshold_at,
     centroids, variances, batches, least_of_centroid, least_of_variance,
-    centre_out, low_out, slope_out, penalty_out, mse_out, stuck_out, HINGE: tl.constexpr,
+    center_out, low_out, slope_out, penalty_out, mse_out, stuck_out, HINGE: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of a class: its running moments moved, its share of penalty and mse, and the slope."""
     at = c.to(tl.int64) * C + cols
@@ -56,11 +56,11 @@ def _finish_columns(
     moved = _lerp(centroid, mean, tl.maximum(first, least_of_centroid))
     old = tl.load(variances + at, mask=cols < C, other=0.0)
     variance = _lerp(old, around, tl.maximum(first, least_of_variance))
-    value, slope = penalised(variance, eps_var, gamma, threshold, threshold_at, HINGE)
+    value, slope = penalized(variance, eps_var, gamma, threshold, threshold_at, HINGE)
     moves = present & _is_finite(moved) & _is_finite(variance)
     tl.store(centroids + at, moved, mask=moves)
     tl.store(variances + at, variance, mask=moves)
-    tl.store(centre_out + at, centroid, mask=cols < C)
+    tl.store(center_out + at, centroid, mask=cols < C)
     tl.store(low_out + at, remainder.to(low_out.dtype.element_ty), mask=cols < C)
     # The backward of class variance divides by n − 1.
     tl.store(slope_out + at, slope * (tl.maximum(n - 1.0, 1.0) / n), mask=cols < C)
@@ -75,7 +75,7 @@ def _finish_columns(
 def centroid_forward_kernel(
     x, order, offsets, centroids, variances, batches, threshold_at, arrived, part_mean, part_low, part_squares,
     block_penalty, block_mse, block_stuck,
-    centre_out, low_out, slope_out, penalty_out, mse_out, rob_out, intra_out, weight_out,
+    center_out, low_out, slope_out, penalty_out, mse_out, rob_out, intra_out, weight_out,
     stride_row, stride_col, C, num_parts, eps_var, gamma, threshold, least_of_centroid, least_of_variance,
     HINGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def centroid_forward_kernel(
         _finish_columns(
             mean, low, squares, count, cols, c, block, num_blocks, C, eps_var, gamma, threshold, threshold_at,
             centroids, variances, batches, least_of_centroid, least_of_variance,
-            centre_out, low_out, slope_out, block_penalty, block_mse, block_stuck, HINGE,
+            center_out, low_out, slope_out, block_penalty, block_mse, block_stuck, HINGE,
         )  # fmt: skip
         add_up(
             offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out,
@@ -126,14 +126,14 @@ def centroid_variance_forward(
     threshold_at: Tensor | None, threshold: float, eps_var: float, gamma: float, least_of_centroid: float,
     least_of_variance: float, hinge: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``centre, slope, low [K, C]``.
+    """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``center, slope, low [K, C]``.
 
     ``centroids, variances [K, C]`` and ``batches [K]`` are moved. The threshold is read from ``threshold_at`` where
     that is given.
     """
     result = _forward_shapes(x, order, offsets, centroids)
-    rob, intra, penalty, mse, weight, centre, slope, low = result
-    num_classes, columns = centre.shape
+    rob, intra, penalty, mse, weight, center, slope, low = result
+    num_classes, columns = center.shape
     sizes = tuned("centroid_variance_forward", blocks(x))
     column_blocks = triton.cdiv(columns, sizes.BLOCK_C)
     parts = parts_of(x, num_classes, column_blocks)
@@ -146,7 +146,7 @@ def centroid_variance_forward(
     launch(
         centroid_forward_kernel, (column_blocks, parts, num_classes), x.device,
         x, order, offsets, centroids, variances, batches, threshold_at, arrived, *part_moments, *of_blocks,
-        centre, low, slope, penalty, mse, rob, intra, weight,
+        center, low, slope, penalty, mse, rob, intra, weight,
         *x.stride(), columns, parts, eps_var, gamma, threshold, least_of_centroid, least_of_variance,
         HINGE=hinge, BLOCK_P=4, BLOCK_K=64, **sizes._asdict(), **ALL_REGISTERS,
     )  # fmt: skip

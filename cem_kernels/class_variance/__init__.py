@@ -65,7 +65,7 @@ def class_variance(
         features: ``[B, ...]``, fp16, bf16, fp32 or fp64; any strides. Every axis after the first is a column axis
             (``[B, T, D]`` measures position and channel apart).
         groups: the batch's classes, ``B`` samples.
-        threshold: the variance above which a column is penalised, a positive float or a 0-dim tensor (a schedule or
+        threshold: the variance above which a column is penalized, a positive float or a 0-dim tensor (a schedule or
             a captured graph can then change it in place; its value is not checked).
         eps_var: floor of the variance. Below it a column has no gradient.
         gamma: ``γ``, added inside both logarithms.

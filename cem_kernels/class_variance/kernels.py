@@ -19,7 +19,7 @@ def rows_of_part(offsets, c, part, num_parts, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def penalised(variance, eps_var, gamma, threshold, threshold_at, HINGE: tl.constexpr):
+def penalized(variance, eps_var, gamma, threshold, threshold_at, HINGE: tl.constexpr):
     """The hinge's value at ``variance``, and its slope with respect to it."""
     if threshold_at is not None:  # a tensor: it may change between two replays of a captured graph
         threshold = tl.load(threshold_at)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from cem_kernels.class_variance.kernels import add_up, moments, penalised, rows_of_part
+from cem_kernels.class_variance.kernels import add_up, moments, penalized, rows_of_part
 from cem_kernels.groups import ClassGroups
 from cem_kernels.launching import ALL_REGISTERS, launch, operator, processors, splits_per_class, tuned
 
@@ -37,7 +37,7 @@ def _finish_columns(
     live = cols < C
     n = count.to(tl.float32)
     variance = squares / tl.maximum(n - 1.0, 1.0)
-    value, slope = penalised(variance, eps_var, gamma, threshold, threshold_at, HINGE)
+    value, slope = penalized(variance, eps_var, gamma, threshold, threshold_at, HINGE)
     counts = cols < tl.where(count >= min_samples, C, 0)
     out = c.to(tl.int64) * C + cols
     tl.store(mean_out + out, mean, mask=live)
@@ -111,7 +111,7 @@ def variance_backward_kernel(
     cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
     at = c.to(tl.int64) * C + cols
     known = cols < tl.where(qualifies, C, 0)
-    centre = tl.load(mean + at, mask=known, other=0.0)
+    center = tl.load(mean + at, mask=known, other=0.0)
     remainder = tl.load(low + at, mask=known, other=0.0).to(tl.float32)
     steepness = tl.load(slope + at, mask=known, other=0.0)
     coefficient = 2.0 / C * (steepness * (penalty / tl.maximum(n - 1.0, 1.0)) + mse / tl.maximum(n, 1.0))
@@ -123,7 +123,7 @@ def variance_backward_kernel(
         # Masked, not multiplied by zero: what does not count may be infinite.
         read = (rows < end)[:, None] & known[None, :]
         features = tl.load(x + sample * stride_row + columns * stride_col, mask=read, other=0.0)
-        deviation = (features.to(tl.float32) - centre[None, :]) - remainder[None, :]
+        deviation = (features.to(tl.float32) - center[None, :]) - remainder[None, :]
         gradient = tl.where(read, deviation * coefficient[None, :], 0.0)
         tl.store(dx + sample * C + columns, gradient.to(dx.dtype.element_ty), mask=inside)
 

@@ -33,7 +33,7 @@ def gated_read(
     inputs = F.layer_norm(tokens, (width,), w.ln_q_weight, w.ln_q_bias)
     # Absorbing costs two more D × D products a slot and saves two a token. Both counts are known on the host.
     absorbing = num_samples * num_tokens >= num_classes * num_slots
-    read = read_absorbed if absorbing else read_materialised
+    read = read_absorbed if absorbing else read_materialized
     out = read(inputs, context, groups, w, num_heads) + w.proj_bias
     if keep is not None:
         out = out * keep
@@ -43,7 +43,7 @@ def gated_read(
 def read_absorbed(
     inputs: Tensor, context: Tensor, groups: ClassGroups, w: CrossAttentionWeights, num_heads: int
 ) -> Tensor:
-    """``W_p o`` of the normalised tokens ``[B, T, D]``, without queries and head outputs of the tokens."""
+    """``W_p o`` of the normalized tokens ``[B, T, D]``, without queries and head outputs of the tokens."""
     queries, outputs = absorb(context, w, num_heads)  # [K, H·S, D] each
     padded = groups.pad(inputs).flatten(1, 2)  # [K, N, D], N = L·T
     logits = (queries @ padded.mT).unflatten(1, (num_heads, -1))  # [K, H, S, N]
@@ -51,7 +51,7 @@ def read_absorbed(
     return groups.unpad((attention.mT @ outputs).unflatten(1, (-1, inputs.shape[1])))
 
 
-def read_materialised(
+def read_materialized(
     inputs: Tensor, context: Tensor, groups: ClassGroups, w: CrossAttentionWeights, num_heads: int
 ) -> Tensor:
     """The same through queries of the tokens and keys of the slots, cheaper where slots outnumber tokens."""

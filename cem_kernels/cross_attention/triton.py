@@ -2,7 +2,7 @@
 
 With the projections absorbed (``weights.absorb``), LayerNorm's affine folded into the queries and the bias into the
 outputs (``Σ_s p = 1`` in each of the ``H`` heads, so ``b / H`` in every row of ``P`` adds up to ``b``), a token ``x``
-of a class with queries ``G [H·S, D]``, shifts ``g [H·S]`` and outputs ``P [H·S, D]`` becomes, normalised to ``x̂``,
+of a class with queries ``G [H·S, D]``, shifts ``g [H·S]`` and outputs ``P [H·S, D]`` becomes, normalized to ``x̂``,
 
     l = x̂ Gᵀ + g        p = softmax of each head's slots (l)        y = x + tanh(α) · keep ∘ (p P)
 
@@ -491,7 +491,7 @@ def _read_inputs(
     queries, outputs = absorb(context, w, num_heads)
     seed = None
     if dropout > 0:
-        # Drawn on the device: no synchronisation, and another draw at every replay of a captured graph.
+        # Drawn on the device: no synchronization, and another draw at every replay of a captured graph.
         seed = torch.randint(2**31 - 1, (1,), device=tokens.device)
     shifts = queries @ w.ln_q_bias
     queries, outputs = queries * w.ln_q_weight, outputs + w.proj_bias / num_heads

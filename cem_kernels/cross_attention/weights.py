@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class CrossAttentionWeights(NamedTuple):
-    """Everything learnt in gated cross attention; ``D`` is the token width. Layouts are those of ``torch.nn``."""
+    """Everything learned in gated cross attention; ``D`` is the token width. Layouts are those of ``torch.nn``."""
 
     to_q: Tensor  # [D, D]
     to_k: Tensor  # [D, D]
@@ -42,7 +42,7 @@ def absorb(slots: Tensor, weights: CrossAttentionWeights, num_heads: int) -> tup
     Per head ``h``: ``q_h·k_h = LN_q(x)·(W_q,hᵀ k_h)`` and ``W_p,h (p v_h) = p (W_p,h v_h)``. Differentiable.
 
     Args:
-        slots: ``[K, S, D]``, normalised (``LN_kv``).
+        slots: ``[K, S, D]``, normalized (``LN_kv``).
         weights: the block's weights, in the slots' dtype.
         num_heads: ``H``, a divisor of ``D``.
 

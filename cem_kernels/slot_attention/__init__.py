@@ -41,7 +41,7 @@ def slot_attention(
     product_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Summarise the tokens of every class into that class's slots.
+    """Summarize the tokens of every class into that class's slots.
 
     Per class, with ``x`` its tokens and ``s`` its slots, ``num_iterations`` times::
 
@@ -55,7 +55,7 @@ def slot_attention(
         groups: the batch's classes, ``B`` samples and ``K`` classes.
         weights: see :class:`SlotAttentionWeights`.
         num_iterations: ``J ≥ 1``.
-        eps: added to every attention weight before it is normalised over tokens.
+        eps: added to every attention weight before it is normalized over tokens.
         product_dtype: fp32, bf16 or fp16, in which ``triton`` multiplies matrices; by default the dtype of the tokens.
             It sums in fp32, and fp32 follows :func:`torch.set_float32_matmul_precision`. The other backends compute in
             fp32 or wider, whatever the tokens are.

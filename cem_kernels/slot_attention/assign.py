@@ -14,7 +14,7 @@ from cem_kernels.slot_attention.weights import SlotAttentionWeights, absorb
 def slot_assignments(tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: SlotAttentionWeights) -> Tensor:
     """The attention ``p`` of :func:`cem_kernels.slot_attention` for the slots that it has returned.
 
-    Plain PyTorch on every device: two small products, differentiable, without a host synchronisation.
+    Plain PyTorch on every device: two small products, differentiable, without a host synchronization.
 
     Args:
         tokens: ``[B, T, D]``.

@@ -21,7 +21,7 @@ def slot_attention(
     """``tokens [B, T, D]``, ``slots [K, S, D]`` to the final slots ``[K, S, D]``.
 
     Classes are padded to ``L`` samples, ``N = L·T`` tokens. A padded row is a zero row, so it adds nothing to
-    ``Σ_n a_n x_n``; only the normaliser ``Σ_n a_n`` has to leave it out. Slots are kept as ``K·S`` rows, and attention
+    ``Σ_n a_n x_n``; only the normalizer ``Σ_n a_n`` has to leave it out. Slots are kept as ``K·S`` rows, and attention
     as ``[K, S, N]``, whose softmax over slots runs along contiguous tokens.
     """
     num_classes, num_slots, width = slots.shape
@@ -33,7 +33,7 @@ def slot_attention(
     inputs_t = inputs.mT
     mask = groups.padding.mask.to(inputs.dtype).repeat_interleave(tokens.shape[1], dim=1)[:, :, None]  # [K, N, 1]
     has_tokens = (groups.counts > 0)[:, None, None]
-    # Keeps the normaliser of an empty class off zero.
+    # Keeps the normalizer of an empty class off zero.
     no_tokens = (~has_tokens).to(inputs.dtype).expand(-1, num_slots, 1)
 
     rows = initial = slots.reshape(-1, width)  # [K·S, D]

@@ -104,7 +104,7 @@ def moments(rows, live, width, eps, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _normalise(
+def _normalize(
     rows, result, live, weight, bias, mean, rstd, width, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``result = (rows − mean) · rstd ∘ weight + bias``."""
@@ -136,7 +136,7 @@ def make_queries(
     mean, rstd = moments(slots, live, width, ln_eps, ROWS, D, BLOCK_D)
     tl.store(stats, mean, mask=live)
     tl.store(stats + 1, rstd, mask=live)
-    _normalise(slots, operands, live, own + 2 * D, own + 3 * D, mean, rstd, width, D, BLOCK_D)
+    _normalize(slots, operands, live, own + 2 * D, own + 3 * D, mean, rstd, width, D, BLOCK_D)
     tl.debug_barrier()
     shift = tl.zeros([ROWS], tl.float32)
     for first in range(0, width, BLOCK_D):
@@ -202,7 +202,7 @@ def step_slots(
     mean, rstd = moments(result, live, width, ln_eps, ROWS, D, BLOCK_D)
     tl.store(stats + 2, mean, mask=live)
     tl.store(stats + 3, rstd, mask=live)
-    _normalise(result, operands + 2 * D, live, own + 4 * D, own + 5 * D, mean, rstd, width, D, BLOCK_D)
+    _normalize(result, operands + 2 * D, live, own + 4 * D, own + 5 * D, mean, rstd, width, D, BLOCK_D)
     tl.debug_barrier()
     for first in range(0, hidden_width, BLOCK_D):
         n = first + tl.arange(0, BLOCK_D)

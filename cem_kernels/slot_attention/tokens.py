@@ -1,6 +1,6 @@
 """What kernels of slot attention do with tokens: they attend to their class's slots, and the way back.
 
-A program has ``CLASSES`` neighbouring classes and so ``ROWS = CLASSES · SLOTS`` slots. Their tokens lie side by side in
+A program has ``CLASSES`` neighboring classes and so ``ROWS = CLASSES · SLOTS`` slots. Their tokens lie side by side in
 sorted order; a tile of them meets all the rows at once, and what belongs to another class is masked. It takes every
 ``num_parts``-th tile and adds to sums of its own. Imports Triton, so only ``triton.py`` files import this module.
 """
@@ -63,7 +63,7 @@ def _softmax(logits, mine):
 
 @triton.jit
 def _normal(x_rows, d, live, mean, rstd, D: tl.constexpr, kind: tl.constexpr):
-    """Normalised tokens ``[BLOCK_N, BLOCK]``, zero where there is none."""
+    """Normalized tokens ``[BLOCK_N, BLOCK]``, zero where there is none."""
     x = load_rows(x_rows, d, live, D).to(tl.float32)
     normal = (x - mean[:, None]) * rstd[:, None]
     return tl.where(live[:, None] & (d < D)[None, :], normal, 0.0).to(kind)
@@ -151,7 +151,7 @@ def attend_backward(
 ):  # fmt: skip
     """Backward of :func:`attend` divided by its totals; adds to ``dx [B, T, D]`` what this iteration has to say.
 
-    Means over columns of the gradient of a normalised token are sums over slots: ``mean(G) · w + mean(q) · ∂l`` and
+    Means over columns of the gradient of a normalized token are sums over slots: ``mean(G) · w + mean(q) · ∂l`` and
     ``w · (x̂ G) + ∂l · (x̂ q)``, so that no pass is needed before the one that writes.
     """
     kind = operands.dtype.element_ty  # of products

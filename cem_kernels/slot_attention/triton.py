@@ -1,7 +1,7 @@
 """Slot attention over class groups in Triton: all classes and all iterations in one launch forward and one backward.
 
 With the projections absorbed (``weights.absorb``: ``M = W_qᵀ W_k``, scale included, and ``V = W_ih W_v``) and ``x̂`` the
-normalised tokens of a class, ``g, b`` the affine of their norm, an iteration is
+normalized tokens of a class, ``g, b`` the affine of their norm, an iteration is
 
     q = LN_s(s) M      l = x̂ (g ∘ q)ᵀ + q·b      p = softmax over slots (l)
     A = Σ_n (p + eps)      Û = Σ_n (p + eps) x̂ / A

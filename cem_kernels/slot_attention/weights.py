@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SlotAttentionWeights(NamedTuple):
-    """Everything learnt in slot attention; ``D`` is the token width. Layouts are those of ``torch.nn``.
+    """Everything learned in slot attention; ``D`` is the token width. Layouts are those of ``torch.nn``.
 
     Projections have no bias; the GRU is ``torch.nn.GRUCell(D, D)``; the MLP is ``D → 2D → D`` (any hidden width
     works); each norm is an affine LayerNorm over ``D``.
@@ -53,7 +53,7 @@ def absorb(weights: SlotAttentionWeights) -> tuple[Tensor, Tensor]:
     tokens never exist. Two small products, differentiable, in front of any backend.
 
     Returns:
-        ``query_map [D, D]``, applied to normalised slots as ``s @ query_map`` (scale included), and
+        ``query_map [D, D]``, applied to normalized slots as ``s @ query_map`` (scale included), and
         ``input_map [3D, D]``, which takes the GRU's input-to-hidden place.
     """
     width = weights.to_q.shape[0]

@@ -11,7 +11,7 @@ from cem.data.files import read_folder
 
 
 def garments(count: int = 41) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of one grey level each, four times their label."""
+    """Images of one gray level each, four times their label."""
     labels = torch.randint(0, 10, (count,), generator=torch.Generator().manual_seed(1))
     return (4 * labels).to(torch.uint8)[:, None, None, None].expand(-1, 1, 6, 6), labels
 

@@ -5,7 +5,7 @@
     python tests/cem_kernels/compile_kernels.py --vary-sizes sm90  # versions compiled as the batch varies: one each
 
 The launchers run as they are, on CPU tensors, with a driver that is a stub and a ``launch`` that only compiles. So what
-is compiled is the very launch that a GPU would get: signature, specialisation, tile sizes. Needs a process of its own,
+is compiled is the very launch that a GPU would get: signature, specialization, tile sizes. Needs a process of its own,
 without ``TRITON_INTERPRET``, which replaces the compiler.
 """
 

@@ -17,7 +17,7 @@ COMPILING = pytest.StashKey[dict[tuple[str, ...], "Future[Rows]"]]()
 
 
 @pytest.fixture
-def uninitialised_memory_is_nan() -> Iterator[None]:
+def uninitialized_memory_is_nan() -> Iterator[None]:
     """A kernel that reads what nobody wrote finds NaN there: PyTorch's own aid against nondeterminism."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

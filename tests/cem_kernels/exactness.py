@@ -26,7 +26,7 @@ LABEL_CASES = {
     "no sample": (torch.zeros(0, dtype=torch.long, device=DEVICE), 3),
 }
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="a device chooses the order of programs itself")
-every_labelling = pytest.mark.parametrize(("labels", "num_classes"), LABEL_CASES.values(), ids=LABEL_CASES.keys())
+every_labeling = pytest.mark.parametrize(("labels", "num_classes"), LABEL_CASES.values(), ids=LABEL_CASES.keys())
 
 
 def assert_as_exact(

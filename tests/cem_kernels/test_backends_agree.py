@@ -158,14 +158,14 @@ def test_permuting_the_samples_changes_nothing(make, backend):
         torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-12)
 
 
-def test_relabelling_classes_permutes_slots():
+def test_relabeling_classes_permutes_slots():
     labels = labels_with_holes(19, 6)
     relabel = torch.tensor([3, 0, 5, 1, 4, 2])
-    plain, relabelled = slot_problem(labels, 6), slot_problem(relabel[labels], 6)
+    plain, relabeled = slot_problem(labels, 6), slot_problem(relabel[labels], 6)
     (want,) = plain.run("eager", **plain.leaves)
     slots = torch.empty_like(plain.leaves["slots"])
     slots[relabel] = plain.leaves["slots"]
-    (found,) = relabelled.run("eager", **(plain.leaves | {"slots": slots}))
+    (found,) = relabeled.run("eager", **(plain.leaves | {"slots": slots}))
     torch.testing.assert_close(found[relabel], want, rtol=1e-12, atol=1e-12)
 
 

@@ -10,7 +10,7 @@ from exactness import (
     HOLES,
     assert_as_exact,
     assert_close_to_exact,
-    every_labelling,
+    every_labeling,
     interpreted,
     last_program_first,
 )
@@ -261,22 +261,22 @@ def test_every_axis_after_the_first_is_a_column(backend):
 # the kernel against the reference in fp64
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize("tokens_per_sample", [1, 3])
-@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 def test_the_kernel_is_as_exact_as_the_reference(labels, num_classes, tokens_per_sample):
     assert_as_exact(centroid_problem(labels, num_classes, T=tokens_per_sample, D=12))
 
 
 @pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 def test_the_kernel_is_as_exact_for_every_hinge_and_dtype(hinge, dtype):
     assert_as_exact(*(centroid_problem(HOLES, 7, T=5, D=37, hinge=hinge, seed=s) for s in SEEDS), dtype=dtype)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 500])
-@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
 def test_the_kernel_is_exact_where_a_class_is_split_and_columns_are_many(batches):
     labels = torch.cat([torch.zeros(700, dtype=torch.long), torch.ones(90, dtype=torch.long)]).to(DEVICE)
     assert_as_exact(centroid_problem(labels, 3, D=24, batches=batches))

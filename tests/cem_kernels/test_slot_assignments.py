@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exactness import every_labelling
+from exactness import every_labeling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem, random_slot_weights
@@ -39,25 +39,25 @@ def assigned(problem, **replaced):
 def unabsorbed(labels, tokens, slots, weights):
     """Softmax over the slots of a token's class of ``k·q / D^1/4``, one token at a time."""
 
-    def normalised(row, scale, shift):
-        centred = row - row.mean()
-        return centred / torch.sqrt(centred.square().mean() + 1e-5) * scale + shift
+    def normalized(row, scale, shift):
+        centered = row - row.mean()
+        return centered / torch.sqrt(centered.square().mean() + 1e-5) * scale + shift
 
     B, T, D = tokens.shape
     w = weights
     result = tokens.new_zeros(B, T, slots.shape[1])
     for n in range(B):
         queries = [
-            w.to_q @ normalised(slot, w.norm_slots_weight, w.norm_slots_bias) * D**-0.5 for slot in slots[labels[n]]
+            w.to_q @ normalized(slot, w.norm_slots_weight, w.norm_slots_bias) * D**-0.5 for slot in slots[labels[n]]
         ]
         for t in range(T):
-            key = w.to_k @ normalised(tokens[n, t], w.norm_inputs_weight, w.norm_inputs_bias)
+            key = w.to_k @ normalized(tokens[n, t], w.norm_inputs_weight, w.norm_inputs_bias)
             weight = torch.stack([key @ query / D**0.25 for query in queries]).exp()
             result[n, t] = weight / weight.sum()
     return result
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize("sizes", [{}, {"T": 1, "D": 5, "S": 1}, {"T": 3, "D": 1, "S": 4}])
 def test_assignments_are_the_attention_of_unabsorbed_projections(labels, num_classes, sizes):
     problem = assignment_problem(labels, num_classes, **sizes)

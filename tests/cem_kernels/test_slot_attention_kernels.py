@@ -8,7 +8,7 @@ from exactness import (
     HOLES,
     assert_as_exact,
     assert_close_to_exact,
-    every_labelling,
+    every_labeling,
     interpreted,
     last_program_first,
 )
@@ -20,7 +20,7 @@ from cem_kernels import ClassGroups, SlotAttentionWeights
 from cem_kernels.slot_attention import triton as kernels
 from cem_kernels.slot_attention.reference import slot_attention as reference
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 SEEDS = range(2)
 
@@ -40,7 +40,7 @@ def in_own_precision(problem: Problem, groups: ClassGroups) -> Problem:
     return Problem(problem.leaves, run)
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize(("regime", "tokens_per_sample"), [(False, 1), (True, 3)], indirect=["regime"])
 def test_as_exact_as_the_reference(regime, labels, num_classes, tokens_per_sample):
     # A third iteration would magnify rounding so much that luck decides.

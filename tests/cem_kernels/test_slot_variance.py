@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exactness import every_labelling
+from exactness import every_labeling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import assert_same, labels_with_holes
@@ -135,7 +135,7 @@ def test_variance_below_its_floor_has_no_gradient(backend):
 # ------------------------------------------------------------------------------------------------- eager and reference
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize("tokens_per_sample", [1, 3])
 @every_hinge
 def test_eager_equals_reference(labels, num_classes, tokens_per_sample, hinge):
@@ -143,7 +143,7 @@ def test_eager_equals_reference(labels, num_classes, tokens_per_sample, hinge):
     assert_same(problem.results("eager"), problem.results("reference"))
 
 
-@every_labelling
+@every_labeling
 @every_hinge
 def test_eager_equals_reference_in_single_precision(labels, num_classes, hinge):
     problem = variance_problem(labels, num_classes, T=3, hinge=hinge, dtype=torch.float32)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exactness import every_labelling
+from exactness import every_labeling
 from problems import Problem, assert_same, labels_with_holes
 from slot_variance_problems import (
     LABELS,
@@ -30,7 +30,7 @@ def hard_attention(choices, num_slots, dtype=torch.float64):
 
 
 @both_backends
-@every_labelling
+@every_labeling
 @every_hinge
 def test_uniform_attention_is_class_variance(backend, labels, num_classes, hinge):
     uniform = torch.full((len(labels), 2, 3), 1 / 3, dtype=torch.float64)

@@ -8,7 +8,7 @@ from exactness import (
     HOLES,
     assert_as_exact,
     assert_close_to_exact,
-    every_labelling,
+    every_labeling,
     interpreted,
     last_program_first,
 )
@@ -21,7 +21,7 @@ from cem_kernels.cross_attention import feed_forward
 from cem_kernels.cross_attention import triton as cross_attention_kernels
 from cem_kernels.cross_attention.reference import cross_attention as reference_cross_attention
 
-pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 SEEDS = range(4)
 
@@ -38,7 +38,7 @@ def read_in_own_precision(labels: torch.Tensor, num_classes: int, **sizes: int) 
     return problem, Problem(problem.leaves, run)
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize("tokens_per_sample", [1, 3])
 def test_class_variance_is_as_exact_as_the_reference(labels, num_classes, tokens_per_sample):
     assert_as_exact(variance_problem(labels, num_classes, T=tokens_per_sample, D=12))
@@ -127,7 +127,7 @@ def test_class_variance_is_as_exact_for_any_labels(labels, T, D, min_samples):
     assert_close_to_exact(variance_problem(labels, 7, T=T, D=D, min_samples=min_samples))
 
 
-@every_labelling
+@every_labeling
 @pytest.mark.parametrize("tokens_per_sample", [1, 3])
 def test_cross_attention_is_as_exact_as_the_reference(labels, num_classes, tokens_per_sample):
     assert_as_exact(*(cross_problem(labels, num_classes, T=tokens_per_sample, D=16, S=4, H=2, seed=s) for s in SEEDS))

@@ -339,7 +339,7 @@ def test_a_damaged_decoder_is_trained_again(runs_copy: Path, attacked: Path) -> 
 
 def test_a_network_in_one_piece_is_attacked_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
-    train(replace(TARGET, centralised=True, out=tmp_path / "run"))
+    train(replace(TARGET, centralized=True, out=tmp_path / "run"))
     result = Attack(tmp_path / "run", replace(TINY, attackers=("deconvC4",))).run()
     assert (result["run"]["noise_std"], result["run"]["bottleneck"], result["run"]["cut_layer"]) == (0.0, None, None)
     assert result["information"]["nats"] is None

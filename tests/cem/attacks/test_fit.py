@@ -119,7 +119,7 @@ def test_only_the_attackers_own_images_are_read(
     assert read == identities(splits.attacker_train) | identities(splits.attacker_val)
 
 
-def test_the_defence_draws_anew_in_every_epoch(
+def test_the_defense_draws_anew_in_every_epoch(
     model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views: list[Tensor] = []

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def a_model(image_shape=(3, 6, 8), noise_std=0.0, scale=1.0, seed=0) -> SplitModel:
-    """A wide encoder with batch normalisation that an attacker can invert."""
+    """A wide encoder with batch normalization that an attacker can invert."""
     torch.manual_seed(seed)
     channels = image_shape[0]
     encoder = nn.Sequential(nn.Conv2d(channels, 8 * channels, 3, padding=1), nn.BatchNorm2d(8 * channels), nn.ReLU())
@@ -36,7 +36,7 @@ def features(model: SplitModel, x: Tensor) -> Tensor:
         return model.encoder(x)
 
 
-def grey(image_shape=(3, 6, 8)) -> Tensor:
+def gray(image_shape=(3, 6, 8)) -> Tensor:
     return torch.full(image_shape, 0.5)
 
 
@@ -57,13 +57,13 @@ def run(model, splits, *, images=4, steps=20, queries=1, seed=0):
 def test_an_encoder_that_loses_nothing_is_inverted():
     model = a_model()
     x = images_like(model)
-    found = white_box_attack(model, features(model, x), grey(), steps=200, tv_weight=0.0)
+    found = white_box_attack(model, features(model, x), gray(), steps=200, tv_weight=0.0)
     assert (found - x).square().mean() < 1e-4
 
 
 def test_pixels_stay_between_0_and_1():
     model = a_model()
-    found = white_box_attack(model, 100 * features(model, images_like(model)), grey(), steps=20, tv_weight=0.0)
+    found = white_box_attack(model, 100 * features(model, images_like(model)), gray(), steps=20, tv_weight=0.0)
     assert found.min() >= 0
     assert found.max() <= 1
     assert ((found == 0) | (found == 1)).any()
@@ -72,11 +72,11 @@ def test_pixels_stay_between_0_and_1():
 def test_a_heavier_total_variation_gives_smoother_images():
     model = a_model()
     z = features(model, images_like(model))
-    rough, smooth = (white_box_attack(model, z, grey(), steps=60, tv_weight=weight) for weight in (0.0, 1.0))
+    rough, smooth = (white_box_attack(model, z, gray(), steps=60, tv_weight=weight) for weight in (0.0, 1.0))
     assert total_variation(smooth).mean() < 0.5 * total_variation(rough).mean()
 
 
-def test_total_variation_is_the_sum_of_steps_between_neighbours_per_pixel():
+def test_total_variation_is_the_sum_of_steps_between_neighbors_per_pixel():
     images = torch.tensor([[[[0.0, 0.5, 0.5], [0.25, 0.5, 1.0]]], [[[0.3, 0.3, 0.3], [0.3, 0.3, 0.3]]]])
     across, down = 0.5 + 0 + 0.25 + 0.5, 0.25 + 0 + 0.5
     torch.testing.assert_close(total_variation(images), torch.tensor([(across + down) / 6, 0.0]))
@@ -85,22 +85,22 @@ def test_total_variation_is_the_sum_of_steps_between_neighbours_per_pixel():
 def test_images_do_not_influence_one_another():
     model = a_model()
     z = features(model, images_like(model))
-    together = white_box_attack(model, z, grey(), steps=15, tv_weight=0.01)
-    alone = white_box_attack(model, z[1:2], grey(), steps=15, tv_weight=0.01)
+    together = white_box_attack(model, z, gray(), steps=15, tv_weight=0.01)
+    alone = white_box_attack(model, z[1:2], gray(), steps=15, tv_weight=0.01)
     torch.testing.assert_close(alone[0], together[1], rtol=0, atol=1e-3)
 
 
 def test_batches_give_what_one_batch_gives(monkeypatch):
     model = a_model()
     z = features(model, images_like(model, count=5))
-    whole = white_box_attack(model, z, grey(), steps=15, tv_weight=0.01)
+    whole = white_box_attack(model, z, gray(), steps=15, tv_weight=0.01)
     monkeypatch.setattr(white_box, "BATCH", 2)
-    torch.testing.assert_close(white_box_attack(model, z, grey(), steps=15, tv_weight=0.01), whole, rtol=0, atol=1e-3)
+    torch.testing.assert_close(white_box_attack(model, z, gray(), steps=15, tv_weight=0.01), whole, rtol=0, atol=1e-3)
 
 
 def test_a_step_that_makes_it_worse_is_not_kept():
-    model, start = a_model(), grey() + 0.01
-    found = white_box_attack(model, features(model, grey()[None]), start, steps=3, lr=100.0, tv_weight=0.0)
+    model, start = a_model(), gray() + 0.01
+    found = white_box_attack(model, features(model, gray()[None]), start, steps=3, lr=100.0, tv_weight=0.0)
     assert torch.equal(found[0], start)
 
 
@@ -109,7 +109,7 @@ def test_more_steps_never_end_at_a_higher_objective():
     z = features(model, images_like(model))
 
     def objective(steps):
-        x = white_box_attack(model, z, grey(), steps=steps, tv_weight=weight)
+        x = white_box_attack(model, z, gray(), steps=steps, tv_weight=weight)
         return (features(model, x) - z).flatten(1).square().mean(1) + weight * total_variation(x)
 
     # 100 and 200 steps begin with the same cycle.
@@ -127,7 +127,7 @@ def test_the_search_starts_at_the_start():
 def test_any_image_shape_is_searched(image_shape):
     model = a_model(image_shape)
     z = features(model, images_like(model, 2, image_shape))
-    found = white_box_attack(model, z, grey(image_shape), steps=3, tv_weight=0.1)
+    found = white_box_attack(model, z, gray(image_shape), steps=3, tv_weight=0.1)
     assert found.shape == (2, *image_shape)
     assert found.isfinite().all()
 
@@ -137,14 +137,14 @@ def test_flat_features_are_inverted_too():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 24))
     model = SplitModel(encoder, nn.Sequential(nn.Linear(24, 3)), image_shape=(1, 3, 4)).eval()
     x = images_like(model, 3, (1, 3, 4))
-    found = white_box_attack(model, features(model, x), grey((1, 3, 4)), steps=200, tv_weight=0.0)
+    found = white_box_attack(model, features(model, x), gray((1, 3, 4)), steps=200, tv_weight=0.0)
     assert (found - x).square().mean() < 1e-3
 
 
 def test_the_target_is_left_as_it_is():
     model = a_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    white_box_attack(model, torch.rand(2, *model.feature_shape), grey(), steps=2, tv_weight=0.1)
+    white_box_attack(model, torch.rand(2, *model.feature_shape), gray(), steps=2, tv_weight=0.1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert model.training
@@ -155,21 +155,21 @@ def test_it_searches_where_gradients_are_switched_off():
     model = a_model()
     x = images_like(model)
     with torch.no_grad():
-        found = white_box_attack(model, model.encoder(x), grey(), steps=30, tv_weight=0.0)
+        found = white_box_attack(model, model.encoder(x), gray(), steps=30, tv_weight=0.0)
     assert not found.requires_grad
-    assert (found - x).square().mean() < 0.5 * (grey() - x).square().mean()
+    assert (found - x).square().mean() < 0.5 * (gray() - x).square().mean()
 
 
 def test_no_features_give_no_images():
     model = a_model()
-    assert white_box_attack(model, torch.empty(0, *model.feature_shape), grey(), tv_weight=0.0).shape == (0, 3, 6, 8)
+    assert white_box_attack(model, torch.empty(0, *model.feature_shape), gray(), tv_weight=0.0).shape == (0, 3, 6, 8)
 
 
 def test_progress_hears_of_every_step_of_every_batch(monkeypatch):
     model, heard = a_model(), []
     monkeypatch.setattr(white_box, "BATCH", 2)
     z = torch.rand(3, *model.feature_shape)
-    white_box_attack(model, z, grey(), steps=3, tv_weight=0.0, progress=heard.append)
+    white_box_attack(model, z, gray(), steps=3, tv_weight=0.0, progress=heard.append)
     assert heard == [2, 2, 2, 1, 1, 1]
 
 
@@ -178,7 +178,7 @@ def test_unusable_numbers_are_refused(options):
     model = a_model()
     with pytest.raises(ValueError, match="steps must be at least 1 and tv_weight not negative"):
         white_box_attack(
-            model, torch.rand(1, *model.feature_shape), grey(), **{"steps": 1, "tv_weight": 0.0, **options}
+            model, torch.rand(1, *model.feature_shape), gray(), **{"steps": 1, "tv_weight": 0.0, **options}
         )
 
 

@@ -14,7 +14,7 @@ from fake_runs import IMAGES, fake_attack, fake_training
 
 from cem.comparison import Comparison, GridOptions, Run, Setting, read_results, report, write_report
 from cem.comparison.findings import headlines
-from cem.comparison.statistics import summarise
+from cem.comparison.statistics import summarize
 from cem.training.config import TrainConfig
 
 
@@ -51,7 +51,7 @@ def written(comparison: Comparison) -> str:
 
 def lines_of(comparison: Comparison) -> list[str]:
     results = read_results(comparison)
-    return headlines(summarise(results), results)
+    return headlines(summarize(results), results)
 
 
 def table(text: str, title: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ from fake_runs import fake_attack, fake_training
 
 from cem.comparison import Comparison, GridOptions, Run, RunResult, Setting, read_results
 from cem.comparison.results import FIGURES, write_table
-from cem.comparison.statistics import Spread, dominated, spread, summarise
+from cem.comparison.statistics import Spread, dominated, spread, summarize
 from cem.options import ConfigError
 from cem.training.config import TrainConfig
 
@@ -36,7 +36,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def rows(comparison: Comparison) -> dict[Setting, dict[str, Spread | None]]:
-    return {row.setting: row.figures for row in summarise(read_results(comparison))}
+    return {row.setting: row.figures for row in summarize(read_results(comparison))}
 
 
 def result(setting: Setting, seed: int = 0, **figures: float) -> RunResult:
@@ -142,10 +142,10 @@ def test_a_run_that_is_not_attacked_yet_counts_only_while_none_is() -> None:
     for each in trained:
         each.status = "unfinished"
     attacked = result(GMM, 2, test_accuracy=0.9, test_mse=0.1)
-    (row,) = summarise(trained)
+    (row,) = summarize(trained)
     assert row.accuracy is not None
     assert row.accuracy.mean == pytest.approx(0.7)
-    (row,) = summarise([*trained, attacked])
+    (row,) = summarize([*trained, attacked])
     assert row.accuracy == Spread(0.9, None, 1)
 
 
@@ -158,7 +158,7 @@ def test_no_run_has_no_mean() -> None:
 
 
 def test_converged_attacks_are_counted(comparison: Comparison) -> None:
-    assert [(row.converged, row.finished, row.planned) for row in summarise(read_results(comparison))] == [
+    assert [(row.converged, row.finished, row.planned) for row in summarize(read_results(comparison))] == [
         (1, 2, 2),
         (1, 2, 2),
     ]
@@ -228,9 +228,9 @@ def test_setting_is_dominated_by_a_more_private_one_that_is_no_less_accurate() -
         result(louder, test_accuracy=0.9, test_mse=0.03),
         result(GMM, test_accuracy=0.85, test_mse=0.02),
     ]
-    assert dominated(summarise(results)) == {NONE: louder, GMM: louder}
+    assert dominated(summarize(results)) == {NONE: louder, GMM: louder}
 
 
 def test_setting_that_is_more_private_or_more_accurate_is_not_dominated() -> None:
     results = [result(NONE, test_accuracy=0.9, test_mse=0.01), result(GMM, test_accuracy=0.8, test_mse=0.02)]
-    assert dominated(summarise(results)) == {}
+    assert dominated(summarize(results)) == {}

@@ -187,7 +187,7 @@ def test_torchvision_arrays_become_channels_first_images(
 def test_val_takes_the_place_of_test_when_its_classes_fit(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "train")
     write_class_folders(tmp_path / "val", count=3)
-    (tmp_path / "test" / "images").mkdir(parents=True)  # unlabelled, as in TinyImageNet
+    (tmp_path / "test" / "images").mkdir(parents=True)  # unlabeled, as in TinyImageNet
     data = load_data("folder", tmp_path)
     assert len(data.test) == 6
     assert data.test.origin == "test"
@@ -203,7 +203,7 @@ def write_tiny_imagenet(root: Path) -> Path:
             image = Image.new("RGB", (8, 8), (100 * label, number, 0))
             image.save(root / "train" / name / "images" / f"{name}_{number}.JPEG")
     (root / "val" / "images").mkdir(parents=True)
-    (root / "test" / "images").mkdir(parents=True)  # unlabelled
+    (root / "test" / "images").mkdir(parents=True)  # unlabeled
     annotations = root / "val" / "val_annotations.txt"
     with open(annotations, "w") as lines:
         for number in range(6):

@@ -44,14 +44,14 @@ def test_a_sigmoid_bounds_the_features_of_sgm_variants_only(arch: str) -> None:
 def test_the_place_of_the_cut_does_not_change_the_network(arch: str) -> None:
     x = torch.rand(2, 3, 32, 32)
     logits = [build(arch, cut_layer=cut_layer).eval()(x) for cut_layer in (1, 4)]
-    logits.append(build(arch, centralised=True).eval()(x))
+    logits.append(build(arch, centralized=True).eval()(x))
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
     torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("arch", PLAIN)
-def test_centralised_features_are_the_input_of_the_last_linear_layer(arch: str) -> None:
-    model = build(arch, centralised=True)
+def test_centralized_features_are_the_input_of_the_last_linear_layer(arch: str) -> None:
+    model = build(arch, centralized=True)
     (linear,) = model.server.stages
     assert isinstance(linear, nn.Linear)
     assert model.feature_shape == (linear.in_features,)

@@ -68,7 +68,7 @@ def test_the_server_sees_noisy_features_in_evaluation_too() -> None:
 
 def test_building_leaves_no_trace() -> None:
     model = small_network()
-    model[1].eval()  # a user's frozen batch normalisation must stay frozen
+    model[1].eval()  # a user's frozen batch normalization must stay frozen
     before = copy.deepcopy(model.state_dict())
     rng = torch.get_rng_state()
     split = SplitModel.from_sequential(model, 3, image_shape=(3, 5, 5))
@@ -88,14 +88,14 @@ def test_a_server_that_overwrites_the_features_is_refused() -> None:
         SplitModel.from_sequential(small_network(), 2, image_shape=(3, 5, 5))
 
 
-def test_normalize_standardises_each_channel() -> None:
+def test_normalize_standardizes_each_channel() -> None:
     x = torch.rand(2, 3, 4, 4)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
     expected = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     torch.testing.assert_close(Normalize(mean, std)(x), expected)
 
 
-def test_the_encoder_begins_with_normalisation_and_the_checkpoint_holds_it() -> None:
+def test_the_encoder_begins_with_normalization_and_the_checkpoint_holds_it() -> None:
     model = build_split_model(
         "resnet20",
         num_classes=2,
@@ -117,8 +117,8 @@ def test_the_encoder_begins_with_normalisation_and_the_checkpoint_holds_it() -> 
         {"image_shape": (32, 32)},
         {"image_shape": (3, 0, 32)},
         {"num_classes": 0},
-        {"centralised": True, "bottleneck": "C8S1"},
-        {"centralised": True, "noise_std": 0.1},
+        {"centralized": True, "bottleneck": "C8S1"},
+        {"centralized": True, "noise_std": 0.1},
         {"noise_std": -1.0},
         {"bottleneck": "narrow"},
     ],

@@ -51,7 +51,7 @@ def test_curves_tell_converged_decoders_from_others(tmp_path: Path, figures: lis
     assert imread(tmp_path / "curves.png").shape[0] > 100
 
 
-def test_more_attackers_than_colours_still_differ(tmp_path: Path, figures: list) -> None:
+def test_more_attackers_than_colors_still_differ(tmp_path: Path, figures: list) -> None:
     draw_attack_curves([attacker(str(n), converged=True) for n in range(9)], {}, tmp_path / "curves.png")
     lines = [line for line in figures[0].axes[0].lines if line.get_label() in list("012345678")]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9

@@ -231,7 +231,7 @@ def test_tradeoff_shows_the_controls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("surrogates", "numbers"), [(7, set()), (8, {"1", "2", "3", "4", "5", "6", "7", "8"})])
-def test_tradeoff_numbers_surrogates_that_colours_cannot_tell_apart(
+def test_tradeoff_numbers_surrogates_that_colors_cannot_tell_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surrogates: int, numbers: set[str]
 ) -> None:
     figures: list[Figure] = []

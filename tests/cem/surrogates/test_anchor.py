@@ -59,7 +59,7 @@ def test_anchors_are_part_of_the_checkpoint():
     torch.testing.assert_close(other(y, more), module(y, more), rtol=0, atol=0)
 
 
-def test_a_batch_of_one_sample_a_class_is_penalised_for_its_distance_to_the_anchors():
+def test_a_batch_of_one_sample_a_class_is_penalized_for_its_distance_to_the_anchors():
     x, labels = torch.eye(4, 6, dtype=torch.float64), torch.arange(4)
     module = surrogate().double()
     module(x, labels)
@@ -67,7 +67,7 @@ def test_a_batch_of_one_sample_a_class_is_penalised_for_its_distance_to_the_anch
     rob_loss, _ = module(away, labels)
     (gradient,) = torch.autograd.grad(rob_loss, away)
     assert rob_loss.item() > 0
-    # Back towards where it was: along the class's own axis alone.
+    # Back toward where it was: along the class's own axis alone.
     assert torch.equal(gradient > 0, x > 0)
 
 

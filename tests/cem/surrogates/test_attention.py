@@ -8,7 +8,7 @@ import torch
 
 import cem
 from cem.surrogates.build import build_surrogate
-from cem.surrogates.modules import Normalised
+from cem.surrogates.modules import Normalized
 from cem_kernels import BackendUnavailableError
 
 SEED_STATE = [
@@ -332,8 +332,8 @@ def test_slot_noise_of_wrong_shape_is_refused():
 @pytest.mark.parametrize("kwargs", [{}, {"reduce_dim": 8}])
 def test_bf16_features_keep_their_spread(kwargs):
     features, labels = batch(200)
-    centre = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-    narrow = (centre[labels] + 0.05 * features).bfloat16()  # what is left inside a class when training succeeds
+    center = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    narrow = (center[labels] + 0.05 * features).bfloat16()  # what is left inside a class when training succeeds
     module = surrogate(hinge="identity", **kwargs).eval()
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -466,9 +466,9 @@ def test_spatial_tokens_after_conv1x1_are_as_wide_as_its_channels():
     assert all(loss.isfinite() for loss in module(features, labels))
 
 
-def test_normalisation_is_layer_norm_and_its_derivatives():
+def test_normalization_is_layer_norm_and_its_derivatives():
     x = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mT.requires_grad_()
-    torch.testing.assert_close(Normalised.apply(x)[0], torch.nn.functional.layer_norm(x, (7,)))
-    assert torch.autograd.gradcheck(lambda x: Normalised.apply(x)[0], x)
-    assert torch.autograd.gradcheck(Normalised.apply, x)
-    assert torch.autograd.gradgradcheck(lambda x: Normalised.apply(x)[0], x)
+    torch.testing.assert_close(Normalized.apply(x)[0], torch.nn.functional.layer_norm(x, (7,)))
+    assert torch.autograd.gradcheck(lambda x: Normalized.apply(x)[0], x)
+    assert torch.autograd.gradcheck(Normalized.apply, x)
+    assert torch.autograd.gradgradcheck(lambda x: Normalized.apply(x)[0], x)

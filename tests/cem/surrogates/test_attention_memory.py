@@ -32,7 +32,7 @@ def test_memory_of_unknown_classes_or_a_negative_size_is_refused(kwargs):
         surrogate(**kwargs)
 
 
-def test_memory_holds_what_is_measured_before_it_is_normalised():
+def test_memory_holds_what_is_measured_before_it_is_normalized():
     features, labels = batch(10)
     module = remembering()
     module(features, labels)

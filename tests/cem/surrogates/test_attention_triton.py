@@ -116,9 +116,9 @@ def test_frozen_parameters_change_nothing_for_the_features():
 def test_half_precision_features_keep_the_spread_inside_their_class():
     _, labels = batch(60)
     generator = torch.Generator().manual_seed(1)
-    centre = torch.randn(6, 32, generator=generator).to(DEVICE)
+    center = torch.randn(6, 32, generator=generator).to(DEVICE)
     spread = 0.05 * torch.randn(60, 32, generator=generator).to(DEVICE)
-    narrow = (centre[labels] + spread).bfloat16()  # what is left inside a class when training succeeds
+    narrow = (center[labels] + spread).bfloat16()  # what is left inside a class when training succeeds
     module = surrogate("triton", hinge="identity").eval()
     found, want = (results(module, x, labels)["gradient of features"].float() for x in (narrow, narrow.float()))
     assert float((found - want).norm() / want.norm()) < 0.02  # products round by 0.4 %
@@ -159,4 +159,4 @@ def test_only_tokens_and_the_result_are_saved_of_what_is_as_large_as_the_tokens(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(features, batch()[1])
-    assert len(saved) == 2  # normalised features, and these after cross attention
+    assert len(saved) == 2  # normalized features, and these after cross attention

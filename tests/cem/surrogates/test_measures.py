@@ -208,8 +208,8 @@ def test_slots_do_not_change_under_autocast():
 
 def test_slots_of_bf16_features_keep_their_spread():
     features, labels = batch(200)
-    centre = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-    narrow = (centre[labels] + 0.05 * features).bfloat16()
+    center = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    narrow = (center[labels] + 0.05 * features).bfloat16()
     module = surrogate(measure="slots", hinge="identity").eval()
     found, want = (
         gradient_of(module, narrow.to(dtype), labels)[1].float() for dtype in (torch.bfloat16, torch.float32)

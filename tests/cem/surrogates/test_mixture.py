@@ -16,9 +16,9 @@ D, K, N_CLUSTERS = 6, 4, 3
 def training_set(seed=0, num_samples=80, dim=D, num_classes=K):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=generator)
-    centres = 2 * torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
+    centers = 2 * torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
     noise = torch.randn(num_samples, dim, generator=generator, dtype=torch.float64)
-    return centres[labels] + noise, labels
+    return centers[labels] + noise, labels
 
 
 def fitted(**options):
@@ -197,7 +197,7 @@ def test_classes_keep_their_own_cluster_weights():
     assert intra_mse.item() == pytest.approx((2.5 + 4.0) / 2)
 
 
-def test_a_class_is_penalised_alike_with_and_without_the_others():
+def test_a_class_is_penalized_alike_with_and_without_the_others():
     surrogate = fitted()
     features, labels = training_set(seed=1, num_samples=40)
     alone = [surrogate(features[labels == c], labels[labels == c])[0] for c in range(K)]
@@ -255,7 +255,7 @@ def test_no_noise_is_an_ordinary_setting():
     assert (features.grad != 0).all()
 
 
-# Nothing to penalise.
+# Nothing to penalize.
 
 
 def assert_attached_zeros(results, features):

@@ -17,9 +17,9 @@ FITS = ["kmeans", "full"]
 def blobs(num_classes=3, blobs_per_class=4, per_blob=10, dim=5, spread=0.1, seed=0):
     """Well separated blobs of equal size: features [N, D], labels [N]."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 10 * torch.randn(num_classes, blobs_per_class, 1, dim, generator=generator)
+    centers = 10 * torch.randn(num_classes, blobs_per_class, 1, dim, generator=generator)
     noise = torch.randn(num_classes, blobs_per_class, per_blob, dim, generator=generator)
-    features = (centres + spread * noise).view(-1, dim)
+    features = (centers + spread * noise).view(-1, dim)
     labels = torch.arange(num_classes).repeat_interleave(blobs_per_class * per_blob)
     shuffled = torch.randperm(len(labels), generator=generator)
     return features[shuffled], labels[shuffled]
@@ -34,7 +34,7 @@ def fit(features, labels, num_classes=None, seed=0, **options):
 
 
 def within_cluster_variance(surrogate):
-    """[K]: what Lloyd's algorithm minimises, per class."""
+    """[K]: what Lloyd's algorithm minimizes, per class."""
     return (surrogate.weights * surrogate.variances).sum(1)
 
 
@@ -70,7 +70,7 @@ def test_one_cluster_is_the_class_mean_and_variance():
 
 
 def test_tight_clusters_far_from_the_origin_are_told_apart():
-    # Inner products of uncentred rows would be off by 6e-8 · 5 · 1e8 in fp32; the clusters are 5 apart.
+    # Inner products of uncentered rows would be off by 6e-8 · 5 · 1e8 in fp32; the clusters are 5 apart.
     generator = torch.Generator().manual_seed(0)
     side = torch.arange(40) % 2
     features = 1e4 + side[:, None] + 0.01 * torch.randn(40, 5, generator=generator)

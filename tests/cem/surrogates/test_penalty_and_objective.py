@@ -117,7 +117,7 @@ def test_other_surrogates_have_no_loss_of_their_own():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"tokens": "spatial", "feature_shape": (4, 2, 2)}])
-def test_likelihood_is_that_of_slots_as_centres_of_unit_gaussians(kwargs):
+def test_likelihood_is_that_of_slots_as_centers_of_unit_gaussians(kwargs):
     features, labels = batch()
     module = surrogate(objective="likelihood", **kwargs).eval()
     tokens = features.view(24, 4, 4).mT if kwargs else features[:, None]

@@ -83,7 +83,7 @@ def test_fixed_ignores_the_noise(sigma):
     assert surrogate(threshold="fixed", threshold_value=0.3, reg_strength=sigma).threshold() == 0.3
 
 
-def test_fixed_penalises_as_coupled_does_at_the_same_place():
+def test_fixed_penalizes_as_coupled_does_at_the_same_place():
     features, labels = batch()
     coupled = surrogate(var_threshold=0.8).eval()
     fixed = surrogate(threshold="fixed", threshold_value=0.8 * 0.5**2, reg_strength=7.0).eval()
@@ -143,7 +143,7 @@ def test_ramp_follows_the_progress_and_not_the_number_of_calls():
     assert torch.equal(often(), once())
 
 
-def test_ramp_penalises_more_the_further_it_has_come_and_as_coupled_at_its_end():
+def test_ramp_penalizes_more_the_further_it_has_come_and_as_coupled_at_its_end():
     features, labels = batch()
     coupled, module = surrogate(hinge="identity").eval(), surrogate(hinge="identity", threshold="ramp").eval()
     module.load_state_dict(coupled.state_dict(), strict=False)

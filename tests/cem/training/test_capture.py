@@ -98,7 +98,7 @@ def test_step_leaves_nothing_that_the_next_replay_overwrites(replays: list[int],
     model = SplitModel(encoder, nn.Linear(D, K), image_shape=(1, 2, 2))
     captured = CapturedPenalty(ours, (B, D), CPU)
     _, labels = batch()
-    step = combined(model, ours, torch.randn(B, 1, 2, 2), labels, 3.5, penalise=captured)
+    step = combined(model, ours, torch.randn(B, 1, 2, 2), labels, 3.5, penalize=captured)
     kept = [*vars(step).values(), *(p.grad for p in (*model.parameters(), *ours.parameters()) if p.grad is not None)]
     before = [tensor.clone() for tensor in kept]
     captured(*batch(seed=5))

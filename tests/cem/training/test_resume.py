@@ -83,7 +83,7 @@ SEED = PRESETS["seed"] | {"reduce_dim": 16}
 
 
 def folder(root: Path, seed: int = 0) -> dict[str, Any]:
-    """Options of a run on colour images, of which it makes three batches as well."""
+    """Options of a run on color images, of which it makes three batches as well."""
     write_test_images(root, num_classes=2, train_per_class=12, test_per_class=2, seed=seed)
     return {"data": "folder", "data_root": root, "image_size": 32, "train_size": None, "batch_size": 8, "epochs": 2}
 

@@ -29,7 +29,7 @@ EVERY_OPTION = TrainConfig(
     cut_layer=3,
     bottleneck="none",
     noise_std=0.025,
-    centralised=True,
+    centralized=True,
     surrogate="gmm",
     lambd=8.0,
     lambd_schedule="constant",
@@ -309,9 +309,9 @@ def test_run_directory_is_named_after_what_tells_runs_apart() -> None:
 
 
 def test_no_penalty_without_weight_or_surrogate() -> None:
-    assert TrainConfig().penalised
-    assert not TrainConfig(lambd=0.0).penalised
-    assert not TrainConfig(surrogate="none").penalised
+    assert TrainConfig().penalized
+    assert not TrainConfig(lambd=0.0).penalized
+    assert not TrainConfig(surrogate="none").penalized
 
 
 def test_changed_options_name_what_would_change_the_numbers() -> None:
@@ -335,7 +335,7 @@ def test_options_that_a_surrogate_does_not_have_change_no_numbers(surrogate: Any
 
 
 def test_options_that_a_surrogate_has_change_its_numbers() -> None:
-    # Before it no epoch is the best one, whatever is penalised.
+    # Before it no epoch is the best one, whatever is penalized.
     assert changed_options(TrainConfig(surrogate="none"), TrainConfig(surrogate="none", penalty_from=3)) != []
     for surrogate in ("gmm", "attention"):
         plain = TrainConfig(surrogate=surrogate)

@@ -251,7 +251,7 @@ def test_accuracy_is_computed_in_bfloat16_where_asked(amp: bool, dtype: torch.dt
     assert seen == [dtype]
 
 
-def test_best_epoch_has_the_best_validation_accuracy_among_equally_penalised(make_config: MakeConfig) -> None:
+def test_best_epoch_has_the_best_validation_accuracy_among_equally_penalized(make_config: MakeConfig) -> None:
     config = make_config(surrogate="none", epochs=8)
     train(config)
     late = [row for row in rows(config.run_dir) if row["epoch"] > 6]
@@ -384,7 +384,7 @@ def test_separate_policy_trains_with_its_own_adam(
     assert adam.param_groups[0]["params"] == list(state.parts()["surrogate"].parameters())
 
 
-def test_the_surrogate_is_told_how_far_the_penalised_epochs_have_come(
+def test_the_surrogate_is_told_how_far_the_penalized_epochs_have_come(
     make_config: MakeConfig, use_surrogate: Callable[[type[Surrogate]], list[Surrogate]]
 ) -> None:
     built = use_surrogate(Watched)
@@ -462,8 +462,8 @@ def test_warm_start_from_another_architecture_is_refused_before_anything_is_writ
     assert not other.run_dir.exists()
 
 
-def test_centralised_model_trains(make_config: MakeConfig) -> None:
-    trainer = Trainer(make_config(surrogate="none", epochs=1, centralised=True))
+def test_centralized_model_trains(make_config: MakeConfig) -> None:
+    trainer = Trainer(make_config(surrogate="none", epochs=1, centralized=True))
     assert trainer.state.model.feature_shape == (64,)
     trainer.fit()
 
@@ -551,7 +551,7 @@ def test_other_errors_leave_their_traceback_in_the_log(
     assert "RuntimeError: out of memory" in log(config.run_dir)
 
 
-def test_lone_last_sample_does_not_stop_batch_normalisation(make_config: MakeConfig) -> None:
+def test_lone_last_sample_does_not_stop_batch_normalization(make_config: MakeConfig) -> None:
     config = make_config(surrogate="none", arch="vgg11_bn", train_size=5, batch_size=4, epochs=1)
     train(config)  # its maps shrink to one pixel
     assert read_summary(config.run_dir) is not None
@@ -641,7 +641,7 @@ def test_the_best_epoch_is_a_late_one_under_a_constant_weight_too(make_config: M
     assert summary["best_epoch"] == max(late, key=lambda row: row["val_accuracy"])["epoch"]
 
 
-def test_every_surrogate_chooses_its_best_epoch_among_the_penalised_ones(make_config: MakeConfig) -> None:
+def test_every_surrogate_chooses_its_best_epoch_among_the_penalized_ones(make_config: MakeConfig) -> None:
     # One epoch has the penalty, so it is chosen, however well the ones before it did.
     summary = Trainer(make_config(surrogate="none", penalty_from=4)).fit()
     assert summary["best_epoch"] == 4
