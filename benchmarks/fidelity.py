@@ -1,10 +1,10 @@
-"""``python -m benchmarks.fidelity RUN... [--out FILE]``: whose value tells what an attacker will reconstruct?
+"""``python -m benchmarks.fidelity FOLDER... [--out FILE]``: whose value tells what an attacker will reconstruct?
 
-Takes directories of runs that were trained and attacked. The attackers' error is that of the run's
-``attack/attack.json``, and so is what each surrogate says of its features; of a run attacked by an older release, which
-lacks some of it, that is worked out anew from the weights. Spearman's rank correlation with a bootstrap interval says
-how well the two orders agree: -1 is best, for what a surrogate says falls as the attackers' error grows. Runs that
-differ in nothing but the seed are drawn together.
+Takes directories of runs that were trained and attacked, and folders of such runs, as ``python -m cem.compare --out
+FOLDER`` leaves them. The attackers' error is that of the run's ``attack/attack.json``, and so is what each surrogate
+says of its features; of a run attacked by an older release, which lacks some of it, that is worked out anew from the
+weights. Spearman's rank correlation with a bootstrap interval says how well the two orders agree: -1 is best, for what
+a surrogate says falls as the attackers' error grows. Runs that differ in nothing but the seed are drawn together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,20 @@ from cem.training import TrainConfig
 VALUES = {*MEASURED, "nats", "class_log_variance", "relative_variance"}
 RECOMMENDED = "class_entropy"
 """The value of what ``--preset attention`` penalizes."""
-OUT = Path(__file__).parent / "results" / "fidelity.json"
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The folder, if it is a run, else the runs in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if (folder / "config.yaml").is_file():
+        return [folder]
+    runs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    if not runs:
+        raise FileNotFoundError(f"{folder} is no run and holds none: there is no config.yaml")
+    return runs
 
 
 def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
@@ -89,14 +102,22 @@ def differences(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs, with attack/attack.json")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", type=Path, help="a run, with attack/attack.json, or a folder of runs"
+    )
     parser.add_argument(
         "--data-root", type=Path, help="where the data set is, if not where the runs found it; for older runs"
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("fidelity.json"), help="JSON to write (default: %(default)s)"
+    )
     arguments = parser.parse_args()
 
-    rows = [values_of(run, arguments.data_root) for run in tqdm(arguments.runs, disable=None)]
+    try:
+        runs = [run for folder in arguments.folders for run in runs_of(folder)]
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    rows = [values_of(run, arguments.data_root) for run in tqdm(runs, disable=None)]
     found = correlations(rows)
     between = differences(rows, found)
     write_json(arguments.out, {"resamples": RESAMPLES, "spearman": found, "of_recommended": between, "runs": rows})

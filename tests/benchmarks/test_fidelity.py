@@ -79,6 +79,21 @@ def test_command_writes_and_prints_how_well_each_value_ranks_the_errors(runs, tm
     assert "nats                 -1.000  [-1.000, -1.000]  4 runs; class_entropy +0.000" in capsys.readouterr().out
 
 
+def test_a_folder_stands_for_the_runs_in_it(runs, tmp_path):
+    assert fidelity.runs_of(runs[2]) == [runs[2]]
+    assert fidelity.runs_of(runs[0].parent) == runs
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match="is no run and holds none"):
+        fidelity.runs_of(tmp_path)
+
+
+def test_command_refuses_a_folder_without_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fidelity", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        fidelity.main()
+    assert f"{tmp_path} is no run and holds none" in capsys.readouterr().err
+
+
 def test_an_older_run_without_its_weights_is_refused(runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(runs[1], copy, ignore=shutil.ignore_patterns("*.pt"))
