@@ -8,12 +8,12 @@ TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.6", "hypothesis>=6.
 
 setup(
     name="cem-kernels",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Attention-based conditional-entropy surrogates that make split inference hard to invert",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["cem", "cem.*", "cem_kernels", "cem_kernels.*"]),
-    package_data={"cem": ["py.typed", "report/templates/*.jinja"], "cem_kernels": ["py.typed"]},
+    package_data={"cem": ["py.typed", "report/templates/*"], "cem_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -26,7 +26,6 @@ setup(
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "tqdm>=4.66",
-        "tyro>=0.9",
         "jinja2>=3.1",
         "PyYAML>=6",
     ],

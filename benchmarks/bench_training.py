@@ -12,7 +12,7 @@ from benchmarks.training_step import training_step
 step_of = partial(training_step, batch=128, image_shape=(1, 28, 28))
 
 
-@pytest.mark.parametrize("surrogate", ["none", "attention", "recommended", "gmm"])
+@pytest.mark.parametrize("surrogate", ["none", "attention", "centroid", "mixture"])
 def test_training_step_of_vgg11(benchmark, surrogate):
     step = step_of(surrogate)
     assert not step()

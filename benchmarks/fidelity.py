@@ -2,9 +2,9 @@
 
 Takes directories of runs that were trained and attacked, and folders of such runs, as ``python -m cem.compare --out
 FOLDER`` leaves them. The attackers' error is that of the run's ``attack/attack.json``, and so is what each surrogate
-says of its features; of a run attacked by an older release, which lacks some of it, that is worked out anew from the
-weights. Spearman's rank correlation with a bootstrap interval says how well the two orders agree: -1 is best, for what
-a surrogate says falls as the attackers' error grows. Runs that differ in nothing but the seed are drawn together.
+says of its features; of a run attacked before there was some of it, that is worked out anew from the weights.
+Spearman's rank correlation with a bootstrap interval says how well the two orders agree: -1 is best, for what a
+surrogate says falls as the attackers' error grows. Runs that differ in nothing but the seed are drawn together.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.gpu.report import write_json
-from cem.attacks import AttackConfig
-from cem.attacks.information import MEASURED
+from benchmarks.resampling import resamples, spearman_difference
+from cem.attacks.config import AttackConfig
 from cem.attacks.target import Target
-from cem.comparison.correlation import RESAMPLES, spearman, spearman_difference
-from cem.training import TrainConfig
+from cem.comparison.correlation import RESAMPLES, spearman
+from cem.surrogates import CONTROL, RECOMMENDED, SURROGATES
+from cem.training.config import TrainConfig
+from cem.training.runs import read_config
 
-VALUES = {*MEASURED, "nats", "class_log_variance", "relative_variance"}
-RECOMMENDED = "class_entropy"
-"""The value of what ``--preset attention`` penalizes."""
+VALUES = {*SURROGATES} - {CONTROL} | {"log_det"}
+"""What the attack on a run says of its features."""
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -57,7 +58,7 @@ def values_of(run: Path, data_root: Path | None) -> dict[str, Any]:
         information = Target(run, options).information(options)
     return {
         "run": run.name,
-        "options": options_of(TrainConfig.from_yaml(run / "config.yaml")),
+        "options": options_of(read_config(run)),
         "test_accuracy": attack["run"]["test_accuracy"],
         "test_mse": attack["test_target"]["mse"],
         "within_variance": information["within_variance"],
@@ -77,7 +78,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in rows[0]["values"]:
         known = [row for row in rows if row["values"][name] is not None]
         values, errors = [row["values"][name] for row in known], [row["test_mse"] for row in known]
-        rho, low, high, note = spearman(values, errors, settings=[setting_of(row) for row in known])
+        rho, low, high, note = spearman(values, errors, drawn=resamples([setting_of(row) for row in known]))
         found[name] = {"rho": rho, "low": low, "high": high, "runs": len(known), "note": note}
     return found
 
@@ -94,8 +95,8 @@ def differences(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]]) ->
         known = [row for row in rows if None not in (row["values"][RECOMMENDED], row["values"][name])]
         triples = [(row["values"][RECOMMENDED], row["values"][name], row["test_mse"]) for row in known]
         if name != RECOMMENDED and None not in (each["rho"], found[RECOMMENDED]["rho"]):
-            settings = [setting_of(row) for row in known]
-            difference, low, high = spearman_difference(*zip(*triples, strict=True), settings=settings)
+            drawn = resamples([setting_of(row) for row in known])
+            difference, low, high = spearman_difference(*zip(*triples, strict=True), drawn)
             between[name] = {"difference": difference, "low": low, "high": high}
     return between
 
@@ -105,9 +106,7 @@ def main() -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", type=Path, help="a run, with attack/attack.json, or a folder of runs"
     )
-    parser.add_argument(
-        "--data-root", type=Path, help="where the data set is, if not where the runs found it; for older runs"
-    )
+    parser.add_argument("--data-root", type=Path, help="where the data set is, if not where the runs found it")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("fidelity.json"), help="JSON to write (default: %(default)s)"
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from cem.data.files import read_mnist
+from cem.errors import DataError
 
 SEED = 0
 
@@ -57,8 +57,8 @@ def main() -> None:
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists already")
     try:
-        files = read_mnist(FashionMNIST, arguments.data_root, arguments.download)
-    except FileNotFoundError as error:
+        files = read_mnist("FashionMNIST", arguments.data_root, arguments.download)
+    except DataError as error:
         parser.error(str(error))
     assert files.test is not None
     for name, (images, labels) in {"train": files.train, "test": files.test}.items():

@@ -1,8 +1,9 @@
 """The strongest ways to do the whole surrogate's work without this library, for comparison in the same run.
 
-Both take the parameters of a :class:`cem.SlotCrossAttentionCEM` (no reduction, no dropout, ReLU hinge, classes of two
-samples or more) and its call, and compute the same losses, so that each is checked against it before it is timed. All
-but the statistics of classes, which are fp32, is computed in the features' dtype, to which parameters are cast.
+Both take the parameters of a :class:`cem.SlotCrossAttentionCEM` (no reduction, no dropout, ReLU hinge, a threshold that
+stays, classes of two samples or more), and compute the same losses, so that each is checked against it before it is
+timed. All but the statistics of classes, which are fp32, is computed in the features' dtype, to which parameters are
+cast.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Peer(nn.Module):
 
     def __init__(self, surrogate: SlotCrossAttentionCEM) -> None:
         super().__init__()
-        self.surrogate = surrogate
+        assert isinstance(surrogate.threshold, float)
+        self.surrogate, self.threshold = surrogate, surrogate.threshold
 
     def tokens(self, features: Tensor) -> Tensor:
         """``[B, D]`` or ``[B, D, H, W]`` to ``[B, T, D]``, normalized."""
@@ -48,7 +50,7 @@ class PerClassLoop(Peer):
         initial = self.slots(slot_noise, features.dtype)
         slot_weights, cross_weights = self.weights(features.dtype)
         total_penalty = total_mse = total_weight = torch.zeros((), device=features.device)
-        log_threshold = math.log(m.threshold.lowest + m.gamma)
+        log_threshold = math.log(self.threshold + m.gamma)
         for label in torch.unique(labels):
             mask = labels == label
             x = features[mask]
@@ -90,4 +92,4 @@ class PaddedBatch(Peer):
         slots = peers.padded_slots(tokens, initial, slot_weights, a.num_iterations, a.eps, classes)
         y = peers.padded_read(tokens, slots, cross_weights, num_heads, classes)
         _, squares = peers.padded_moments(peers.feed_forward(y, cross_weights).flatten(1), classes)
-        return peers.variance_losses(squares, classes, m.threshold.lowest, m.eps_var, m.gamma)
+        return peers.variance_losses(squares, classes, self.threshold, m.eps_var, m.gamma)

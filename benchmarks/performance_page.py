@@ -204,22 +204,18 @@ def headline(source: Source) -> str:
     return f"Measured on {source.device}: {verdicts.count(True)} of {len(verdicts)} targets reached."
 
 
-def of_source(source: Source, picture: str) -> Section:
+def of_source(source: Source, picture: str) -> list[Section]:
     """One device: the roofline, a table for every operator, and the targets."""
     alt = f"Rooflines of {', '.join(OPERATORS)}: operations a second over operations for every byte"
-    section = Section(f"Predicted for an {source.device}", picture=Picture(Path(picture), alt))
-    section.paragraphs = [
-        "The rates are assumed, not measured. Every marker is on a roof: it shows the rate of a case, forward and "
-        "backward together, that takes no longer than its floor."
-    ]
+    title = f"Measured on {source.device}" if source.run else f"Predicted for an {source.device}"
+    section = Section(title, picture=Picture(Path(picture), alt))
     section.facts = [
         (f"{name} rate", amount(value, "B/s" if name == "copy" else " operations/s"))
         for name, value in source.rates.items()
     ]
-    section.details = [Section(operator, table=operator_table(operator, source)) for operator in OPERATORS]
-    section.details.append(targets(source))
+    parts = [Section(f"{title}: {operator}", table=operator_table(operator, source)) for operator in OPERATORS]
+    parts.append(targets(f"{title}: targets", source))
     if source.run:
-        section.title = f"Measured on {source.device}"
         section.paragraphs = [
             "The rates were measured in the same run. A hollow marker shows the rate of a case, forward and backward "
             "together, at its floor; a full one the rate that was reached, with its share of the other.",
@@ -227,8 +223,13 @@ def of_source(source: Source, picture: str) -> Section:
         ]
         section.facts += [(name, str(value)) for name, value in source.run["environment"].items()]
         if untimed := list(missing(source)):
-            section.details.append(Section("Without a time", definitions=untimed))
-    return section
+            parts.append(Section(f"{title}: without a time", definitions=untimed))
+    else:
+        section.paragraphs = [
+            "The rates are assumed, not measured. Every marker is on a roof: it shows the rate of a case, forward and "
+            "backward together, that takes no longer than its floor."
+        ]
+    return [section, *parts]
 
 
 def operator_table(operator: str, source: Source) -> Table:
@@ -258,7 +259,7 @@ def short(name: str) -> str:
     return name.partition(" ")[2]
 
 
-def targets(source: Source) -> Section:
+def targets(title: str, source: Source) -> Section:
     rows = []
     for target in source.targets():
         least = target.get("least", 0)
@@ -271,7 +272,7 @@ def targets(source: Source) -> Section:
         "of reach for any kernel."
     )
     columns = [*words("case", "target"), Column("at best"), Column("measured"), *words("verdict")]
-    return Section("Targets", [text], Table(columns, rows))
+    return Section(title, [text], Table(columns, rows))
 
 
 def verdict(target: Mapping[str, Any]) -> str:
@@ -372,18 +373,19 @@ def compilers(rows: Iterable[Mapping[str, str]]) -> str:
     return " and ".join(sorted({row["triton"] for row in rows}))
 
 
-def versions(path: Path) -> Section:
+def versions(path: Path) -> list[Section]:
     found = entries(path, VERSION)
     text = [
         "Kernels as they were, and what each change was to bring. Where an outcome begins with compiled only, the "
         "kernel was compiled and checked in Triton's interpreter, and its speed is unknown.",
     ]
     names = ("version", "change", "predicted", "outcome", "verdict")
-    tables = [
-        Section(kernel, table=Table(words(*names), [[v[n] for n in names] for v in found if v["kernel"] == kernel]))
-        for kernel in dict.fromkeys(version["kernel"] for version in found)
-    ]
-    return Section("Versions that mattered", text, details=tables)
+    title = "Versions that mattered"
+    parts = [Section(title, text)]
+    for kernel in dict.fromkeys(version["kernel"] for version in found):
+        rows = [[version[name] for name in names] for version in found if version["kernel"] == kernel]
+        parts.append(Section(f"{title}: {kernel}", table=Table(words(*names), rows)))
+    return parts
 
 
 def memory(path: Path) -> Section:
@@ -465,10 +467,10 @@ def page(results: Path, found: Sequence[Source]) -> Report:
         headlines(found, compilers(compiled)),
         [
             Section("How to read this page", definitions=HOW_TO_READ),
-            *(of_source(source, numbered("roofline", index)) for index, source in enumerate(found)),
+            *(part for index, source in enumerate(found) for part in of_source(source, numbered("roofline", index))),
             expected(results / "expected.json", found),
             resources(compiled),
-            versions(results / "versions.json"),
+            *versions(results / "versions.json"),
             memory(results / "memory.json"),
             *(sweeps(source, numbered("sweep", index)) for index, source in enumerate(found)),
             sweep_on_cpu(results / "cpu-sweep.json"),

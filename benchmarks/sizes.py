@@ -27,56 +27,49 @@ from benchmarks.gpu.environment import versions
 from benchmarks.gpu.report import write_json
 from benchmarks.interleaved import seconds
 from benchmarks.memory import peak_bytes
-from cem import SlotCrossAttentionCEM
+from cem import Context, SlotCrossAttentionCEM
 
-BATCH, CLASSES, MOST_HEADS = 128, 10, 4
+BATCH, CLASSES = 128, 10
 MOST_PARAMETERS = 10**9  # 4 GB; what has more is counted and not built
 OUT = Path(__file__).parent / "results" / "sizes.json"
 
-Way = tuple[tuple[int, int, int], str, dict[str, Any]]  # features (C, H, W), name, arguments of the surrogate
+Way = tuple[tuple[int, int, int], str, dict[str, Any]]  # features (C, H, W), name, options of the surrogate
 
 CUT, MAP = (8, 7, 7), (512, 7, 7)
 WAYS: list[Way] = [
-    (CUT, "flat", {}),
-    (CUT, "linear 128", {"reduce": "linear", "reduce_dim": 128}),
-    (CUT, "conv1x1 4", {"reduce": "conv1x1", "reduce_dim": 4}),
-    (CUT, "spatial", {"tokens": "spatial"}),
-    (MAP, "flat", {}),
-    (MAP, "linear 128", {"reduce": "linear", "reduce_dim": 128}),
-    (MAP, "conv1x1 8", {"reduce": "conv1x1", "reduce_dim": 8}),
-    (MAP, "spatial", {"tokens": "spatial"}),
-    (MAP, "spatial, conv1x1 64", {"tokens": "spatial", "reduce": "conv1x1", "reduce_dim": 64}),
+    (CUT, "flat", {"reduction": "none"}),
+    (CUT, "linear 128", {"reduction": "linear128"}),
+    (CUT, "conv1x1 4", {"reduction": "conv4"}),
+    (CUT, "spatial", {"spatial": True}),
+    (MAP, "flat", {"reduction": "none"}),
+    (MAP, "linear 128", {"reduction": "linear128"}),
+    (MAP, "conv1x1 8", {"reduction": "conv8"}),
+    (MAP, "spatial", {"spatial": True}),
+    (MAP, "spatial, conv1x1 64", {"spatial": True, "reduction": "conv64"}),
 ]
 
 
-def surrogate_of(way: Way, num_heads: int = 1, max_class_size: int | None = None) -> SlotCrossAttentionCEM:
-    shape, _, arguments = way
-    return SlotCrossAttentionCEM(
-        math.prod(shape),
-        num_heads=num_heads,
-        reg_strength=0.1,
-        num_classes=CLASSES,
-        max_class_size=max_class_size,
-        feature_shape=shape,
-        backend="eager",
-        **arguments,
-    )
+def surrogate_of(way: Way) -> SlotCrossAttentionCEM:
+    shape, _, options = way
+    context = Context(shape, image_shape=(1, 28, 28), num_classes=CLASSES, noise_std=0.1, backend="eager")
+    return SlotCrossAttentionCEM.build(SlotCrossAttentionCEM.Options(**options), context)
 
 
 def size_of(way: Way) -> tuple[int, list[int]]:
     """Parameters and the shape ``[T, D]`` of a sample's tokens, from a surrogate that holds no numbers."""
     with torch.device("meta"):
-        surrogate = surrogate_of(way)  # as large with any number of heads
+        surrogate = surrogate_of(way)
     parameters = sum(parameter.numel() for parameter in surrogate.parameters())
-    return parameters, [surrogate.num_tokens, surrogate.slot_attention.slot_dim]
+    return parameters, [math.prod(way[0][1:]) if surrogate.spatial else 1, surrogate.feature_dim]
 
 
-def step_of(way: Way, width: int) -> Callable[[], Tensor]:
-    """Forward and backward of one batch, to its features, with tokens of this ``width``."""
+def step_of(way: Way) -> Callable[[], Tensor]:
+    """Forward and backward of one batch, to its features."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(BATCH, *way[0], generator=generator).requires_grad_()
     labels = torch.randperm(BATCH, generator=generator) % CLASSES
-    surrogate = surrogate_of(way, math.gcd(MOST_HEADS, width), int(labels.bincount().max())).requires_grad_(False)
+    surrogate = surrogate_of(way)
+    surrogate.max_class_size = int(labels.bincount().max())
 
     def step() -> Tensor:
         rob_loss, _ = surrogate(features, labels)
@@ -101,7 +94,7 @@ def measure(rounds: int, at_least: float = 0.2) -> list[dict[str, Any]]:
         row |= {"milliseconds": None, "rounds": [], "peak_mib": None}
         rows.append(row)
         if parameters <= MOST_PARAMETERS:
-            steps.append((row, step_of(way, tokens[1])))
+            steps.append((row, step_of(way)))
     for _, step in steps:
         step()  # what only a first call does
     for row, step in tqdm(steps * rounds, unit="timing", disable=None):

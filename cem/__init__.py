@@ -1,22 +1,22 @@
-"""Split inference that is hard to invert: conditional-entropy surrogates, a split trainer, and honest attacks."""
+"""Split inference that is hard to invert: conditional-entropy surrogates, defenses, a split trainer, honest attacks."""
 
+from cem.defenses import DEFENSES, Defense, GaussianNoise
+from cem.errors import CemError
 from cem.surrogates import (
-    CrossAttention,
+    SURROGATES,
+    CentroidCEM,
     GaussianMixtureCEM,
-    NoSurrogate,
-    SlotAttention,
+    Ramp,
     SlotCrossAttentionCEM,
     Surrogate,
-    build_surrogate,
+    conv_reduction,
+    linear_reduction,
 )
+from cem.terms import Batch, Context, Measured, Term
 
 __all__ = [
-    "CrossAttention",
-    "GaussianMixtureCEM",
-    "NoSurrogate",
-    "SlotAttention",
-    "SlotCrossAttentionCEM",
-    "Surrogate",
-    "build_surrogate",
-]
-__version__ = "0.1.0"
+    "DEFENSES", "SURROGATES", "Batch", "CemError", "CentroidCEM", "Context", "Defense", "GaussianMixtureCEM",
+    "GaussianNoise", "Measured", "Ramp", "SlotCrossAttentionCEM", "Surrogate", "Term", "conv_reduction",
+    "linear_reduction",
+]  # fmt: skip
+__version__ = "0.2.0.dev0"

@@ -1,25 +1,4 @@
-"""Attack a trained run: ``python -m cem.attack RUN``."""
-
-from __future__ import annotations
-
-import argparse
-import shlex
-import signal
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
-
-import tyro
-
-from cem.attacks import Attack, AttackConfig, AttackDiverged
-from cem.attacks.run import FEW_IMAGES, longer
-from cem.options import ConfigError
-from cem.training import CheckpointError
-
-DESCRIPTION = """Try to invert what a trained run's client sends. RUN is a directory that python -m cem.train left.
+"""Try to invert what a trained run's client sends. RUN is a directory that python -m cem.train left.
 
 The attacker has images of the same kind that the target never trained on, may send them through the client as often
 as it likes, knows the defense, and trains decoders from noisy features back to images until twice the training gains
@@ -31,62 +10,69 @@ run, where there is one; and an upper estimate of the information that the featu
 An attack shows that at least so much leaks. A stronger one may exist.
 
 Everything lies in RUN/attack/: attack.json, reconstructions.png, curves.png, attack.log, images.npz, the decoders.
-Ctrl-C keeps the decoders that were finished; the same command goes on from there."""
+Ctrl-C keeps the decoders that were finished; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cem.attacks.config import AttackConfig
+from cem.command import Parser, overridden, parse_options, read_first, run_command
+from cem.errors import UsageError
+from cem.options import Options, option
 
 
-@dataclass
-class CommandLine(AttackConfig):
-    """The run to attack, the options, and where the results go."""
+@dataclass(frozen=True)
+class Sources(Options):
+    """Where options come from, and where results go.
 
-    run: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]] = None
-    """Directory of a finished run."""
-    config: Path | None = None
-    """Take options from this YAML file, such as the config.yaml of another attack; other options override it."""
-    out: Path | None = None
-    """Directory for the results; without it RUN/attack, or RUN/attack-queriesR for more than one query."""
+    Attributes:
+        config: Take options from this YAML file, such as the config.yaml of another attack; other options override it.
+        out: Directory for the results; without it RUN/attack, or RUN/attack-queriesR for more than one query.
+    """
+
+    config: Path | None = option(None, group="files")
+    out: Path | None = option(None, group="files")
 
 
 def parse(argv: Sequence[str]) -> tuple[Path, AttackConfig, Path | None]:
     """The run, the options, and where the results go, if not into the run.
 
     Raises:
-        ConfigError: a file cannot be used, or there is no RUN.
-        SystemExit: the command line itself cannot be read (2), or asked for help (0).
+        CemError: a file cannot be used, an option cannot be read, or there is no RUN.
+        SystemExit: the command line asked for help (0).
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    source = first.parse_known_args(list(argv))[0].config
-    defaults = AttackConfig() if source is None else AttackConfig.from_yaml(source)
-    options = tyro.cli(
-        CommandLine,
-        prog="python -m cem.attack",
-        description=DESCRIPTION,
-        default=CommandLine(**vars(defaults)),
-        args=list(argv),
+    first = read_first(Sources(), argv)
+    defaults = AttackConfig() if first.config is None else AttackConfig.from_yaml(first.config)
+    parser = Parser("python -m cem.attack", __doc__, usage="RUN [options]")
+    parser.add_argument_group("what is attacked").add_argument(
+        "run", metavar="RUN", nargs="?", help="Directory of a finished run."
     )
-    if options.run is None:
-        raise ConfigError("which run? python -m cem.attack RUN [options]; RUN comes first")
-    config = AttackConfig(**{field.name: getattr(options, field.name) for field in fields(AttackConfig)})
-    return options.run, config, options.out
+    parser.add_options(first)
+    parser.add_options(defaults)
+    given = parse_options(parser, argv, defaults)
+    if given.get("run") is None:
+        raise UsageError("which run? python -m cem.attack RUN [options]; RUN comes first")
+    return Path(given["run"]), overridden(defaults, given).checked(), first.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 (diverged), 2 (bad options) or 130 (interrupted, resumable)."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        run_dir, config, out = parse(sys.argv[1:] if argv is None else argv)
-        attack = Attack(run_dir, config, out)
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    try:
-        result = attack.run()
-    except AttackDiverged:
-        return 1  # the log, which goes to stderr too, has said why
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda: _attack(sys.argv[1:] if argv is None else argv))
+
+
+def _attack(argv: Sequence[str]) -> int:
+    run_dir, config, out = parse(argv)
+    from cem.attacks.run import Attack  # only here: --help needs nothing that computes
+
+    attack = Attack(run_dir, config, out)
+    result = attack.run()
     if attack.finished is not None:
         print(f"The attack in {shlex.quote(str(attack.out))} was finished already; nothing was changed.")
     print(table(result))
@@ -96,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """What an attack found, for people."""
+    from cem.attacks.run import FEW_IMAGES, longer
+
     attackers = {record["name"]: record for record in result["attackers"]}
     rows = [(f"strongest decoder, {result['strongest']}", result)]
     if result["most_similar"] not in (None, result["strongest"]):
@@ -106,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append((f"strongest decoder, the same {images}", result["white_box"]["decoder"]))
     rows += [(f"guess the {name.replace('_', ' ')}", scores) for name, scores in result["controls"].items()]
     if result["undefended"] is not None:
-        rows.append((f"undefended: {result['undefended']['name']}", result["undefended"]))
+        rows.append((f"without a penalty: {result['undefended']['name']}", result["undefended"]))
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}   {'unseen images':26}training images", f"{'':{width}}" + "   MSE      PSNR   SSIM " * 2]
     for name, scores in rows:
@@ -129,10 +117,6 @@ def table(result: dict[str, Any]) -> str:
 def _cells(scores: dict[str, float | None]) -> str:
     ssim = "    -" if scores["ssim"] is None else f"{scores['ssim']:5.3f}"
     return f"   {scores['mse']:.5f}  {scores['psnr']:5.2f}  {ssim}"
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,98 +1,241 @@
-"""Options of a command in one flat dataclass, shared by command line, YAML file and API."""
+"""Options as dataclasses: default, help and range of each stand in one place, for command line, YAML file and API."""
 
 from __future__ import annotations
 
+import inspect
+import math
+import operator
+import re
 import types
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
+from cem.errors import UsageError
+
+FORMAT = 2
+"""Of option files and of the directories that they lie in; runs of 0.1.0 had none."""
+
 Self = TypeVar("Self", bound="Options")
+_COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
 
 
-class ConfigError(ValueError):
-    """An option cannot be used as given; the message names it, what it takes and what it got."""
+def option(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    names: Callable[[], Iterable[str]] | None = None,
+    group: str = "",
+    harmless: bool = False,
+) -> Any:
+    """A field of an :class:`Options` dataclass, whose docstring says under ``Attributes:`` what it does.
+
+    Args:
+        default: its default.
+        least, above, most, below: bounds of a number; an infinity is refused in any case.
+        names: gives what its text may be.
+        group: heading that it stands under in ``--help``.
+        harmless: whether it says where or how something is computed, and changes no number.
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    metadata = {"bounds": bounds, "names": names, "group": group, "harmless": harmless}
+    return field(default=default, metadata=metadata)
 
 
-@dataclass
 class Options:
-    """Base of the dataclasses that hold a command's options; subclasses add :meth:`validate`.
+    """Base of the dataclasses that hold options; their fields are made by :func:`option`.
 
-    Fields may be text, numbers, booleans, paths, ``Literal`` choices, tuples of one of these, or ``None``.
+    A field is text, a number, a boolean, a path, a ``Literal``, a tuple of one of these, or ``None``. Constructing one
+    checks nothing; :meth:`checked` does.
     """
 
-    def convert(self) -> None:
-        """Make every value its option's own type where it is a kindred one: text a path, a whole number a float.
+    def checked(self: Self, prefix: str = "") -> Self:
+        """The same options, each of its own type (text made a path, a whole number a float) and in its range.
+
+        Args:
+            prefix: stands before the names in messages, such as ``"centroid."``.
 
         Raises:
-            ConfigError: a value cannot become that.
+            UsageError: naming the option, what it takes and what it got.
         """
-        for name, hint in _hints(type(self)).items():
-            setattr(self, name, _convert(name, hint, getattr(self, name)))
+        values = {name: converted(prefix + name, hint, getattr(self, name)) for name, hint in hints(type(self)).items()}
+        for each in fields(self):  # type: ignore[arg-type]
+            if each.name in values:
+                _check_range(prefix + each.name, values[each.name], each.metadata)
+        checked = replace(self, **values)  # type: ignore[type-var]
+        checked.check()
+        return checked
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` where options do not go together; for subclasses."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain YAML values (paths as strings, tuples as lists)."""
-        return {name: _plain(getattr(self, name)) for name in _hints(type(self))}
+        """The options as plain YAML values (paths as text, tuples as lists)."""
+        return {name: _plain(getattr(self, name)) for name in hints(type(self))}
 
     @classmethod
-    def from_dict(cls: type[Self], values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[Self], values: Mapping[str, Any], prefix: str = "") -> Self:
         """Inverse of :meth:`to_dict`; options that are absent keep their defaults.
 
         Raises:
-            ConfigError: if a key is no option, or a value has the wrong type.
+            UsageError: a key is no option, or a value has the wrong type.
         """
-        hints = _hints(cls)
-        unknown = sorted(str(key) for key in values if key not in hints)
-        if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}; the options are {', '.join(hints)}")
-        return cls(**{name: _convert(name, hints[name], value) for name, value in values.items()})
-
-    def to_yaml(self, path: Path) -> None:
-        """Write all options to ``path``."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        known = hints(cls)
+        for key in values:
+            if key not in known:
+                raise UsageError(f"there is no option {prefix}{key}{nearest(str(key), known)}")
+        return cls(**{name: converted(prefix + name, known[name], value) for name, value in values.items()})
 
     @classmethod
     def from_yaml(cls: type[Self], path: Path) -> Self:
         """Read options from ``path``; those that it does not name keep their defaults.
 
         Raises:
-            ConfigError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
+            UsageError: there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
         """
         values = read_yaml(path)
         try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            return cls.from_dict({name: value for name, value in values.items() if name != "format"})
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+
+    def to_yaml(self, path: Path, comment: str = "") -> None:
+        """Write all options to ``path``, under a comment if there is one."""
+        text = yaml.safe_dump({"format": FORMAT, **self.to_dict()}, sort_keys=False, allow_unicode=True)
+        path.write_text((f"# {comment}\n" if comment else "") + text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Composed(Options):
+    """Options that choose members of families, and hold the options of those that are chosen.
+
+    Attributes:
+        members: options of chosen members by the member's name; the others have their defaults.
+        families: which fields choose, and among what; a field holds a name or a tuple of names.
+    """
+
+    families: ClassVar[Mapping[str, Any]] = {}
+
+    members: Mapping[str, Options] = field(default_factory=dict, kw_only=True)
+
+    def chosen(self) -> dict[str, Any]:
+        """The chosen members by their own names, in the order of the fields.
+
+        Raises:
+            UsageError: there is no such member, or one is chosen twice.
+        """
+        found: dict[str, Any] = {}
+        for place, family in self.families.items():
+            names = getattr(self, place)
+            for name in (names,) if isinstance(names, str) else names:
+                member = family[name]
+                if found.setdefault(member.name, member) is not member or list(names).count(name) > 1 < len(names):
+                    raise UsageError(f"{flag(place)} names {member.name} twice")
+        return found
+
+    def options_of(self, name: str) -> Any:
+        """The options of a chosen member."""
+        return self.members[name] if name in self.members else self.chosen()[name].Options()
+
+    def checked(self: Self, prefix: str = "") -> Self:
+        """See :meth:`Options.checked`; names become those that members have, and every chosen member has options."""
+        assert isinstance(self, Composed)
+        places = {place: self._own_names(place) for place in self.families}
+        if strangers := self.members.keys() - self.chosen().keys():
+            raise UsageError(type(self).stranger(min(strangers), self.chosen()))
+        members = {name: self.options_of(name).checked(f"{name}.") for name in self.chosen()}
+        return Options.checked(replace(self, **places, members=members), prefix)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain YAML values, those of a chosen member under its name."""
+        own = {name: self.options_of(name).to_dict() for name in self.chosen()}
+        return super().to_dict() | {name: values for name, values in own.items() if values}
+
+    @classmethod
+    def from_dict(cls: type[Self], values: Mapping[str, Any], prefix: str = "") -> Self:
+        """Inverse of :meth:`to_dict`."""
+        known = hints(cls)
+        assert issubclass(cls, Composed)
+        own: Any = super().from_dict({key: value for key, value in values.items() if key in known})
+        chosen, members = own.chosen(), {}
+        for key, given in values.items():
+            if key in known:
+                continue
+            if key not in chosen:
+                raise UsageError(cls.stranger(str(key), chosen))
+            if not isinstance(given, Mapping):
+                raise UsageError(f"{key} holds the options of {key}, as a mapping of names to values, got {given!r}")
+            members[key] = chosen[key].Options.from_dict(given, f"{key}.")
+        composed: Self = replace(own, members=members)
+        return composed
+
+    @classmethod
+    def stranger(cls, name: str, chosen: Iterable[str]) -> str:
+        """Why ``name`` is no option, or no member that has options here."""
+        owner = name.partition(".")[0]
+        for place, family in cls.families.items():
+            if owner in family and owner not in chosen:
+                return f"{name} is an option of {owner}, which is not chosen; give {flag(place)} {owner} with it"
+        return f"there is no option {name}{nearest(name, [*hints(cls), *chosen])}"
+
+    def _own_names(self, place: str) -> Any:
+        """Names as members have them; of a class that is named by its module, as they were given."""
+        own = lambda name: name if ":" in name else self.families[place][name].name  # noqa: E731
+        names = getattr(self, place)
+        return own(names) if isinstance(names, str) else tuple(map(own, names))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping of option names to values in a YAML file.
 
     Raises:
-        ConfigError: if there is no such file, it is not YAML, or it holds something else.
+        UsageError: there is no such file, it is not YAML, or it holds something else.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read options from {path}: {error}") from error
+        raise UsageError(f"cannot read options from {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of option names to values, got {values!r}")
+        raise UsageError(f"{path} must hold a mapping of option names to values, got {values!r}")
     return values
 
 
-def option(name: str) -> str:
-    """The command-line spelling of a field: ``"batch_size"`` → ``"--batch-size"``."""
+def flag(name: str) -> str:
+    """The command-line spelling of an option: ``"batch_size"`` → ``"--batch-size"``."""
     return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that ``name`` may be a slip of, or nothing."""
+    found = get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def differences(before: Options, after: Options, ignored: Iterable[str] = ()) -> list[str]:
+    """Describe the options that differ: ``["--lr (was 0.05, got 0.1)"]``; of members too, ``--centroid.momentum``."""
+    old, new = _flat(before.to_dict()), _flat(after.to_dict())
+    return [
+        f"{flag(name)} (was {old.get(name)}, got {new.get(name)})"
+        for name in dict.fromkeys([*old, *new])
+        if name not in ignored and old.get(name) != new.get(name)
+    ]
 
 
 def resolve_device(name: str) -> torch.device:
     """The device that ``--device name`` means.
 
     Raises:
-        ConfigError: if it is no device, or one that this machine or this build of PyTorch does not have.
+        UsageError: it is no device, or one that this machine or this build of PyTorch does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,15 +244,72 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+        raise UsageError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
     return device
 
 
-def _hints(cls: type[Options]) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+def hints(cls: type[Options]) -> dict[str, Any]:
+    """Types of a class's options by name, in their order."""
+    found = get_type_hints(cls)
+    return {each.name: found[each.name] for each in fields(cls) if "bounds" in each.metadata}  # type: ignore[arg-type]
+
+
+def helps(cls: type[Options]) -> dict[str, str]:
+    """What a class's options do, by name: the section ``Attributes:`` of its docstring."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): ((?:.+\n?(?!    \w))*.*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def kinds(hint: Any) -> Sequence[Any]:
+    """The types that a field takes."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def converted(name: str, hint: Any, value: Any, *, spoken: bool = False) -> Any:
+    """``value`` as the annotated type of option ``name``; ``spoken`` is what stands on a command line: text.
+
+    Raises:
+        UsageError: it cannot be that.
+    """
+    if types.NoneType in kinds(hint) and (value is None or (spoken and value == "none")):
+        return None
+    for kind in kinds(hint):
+        if get_origin(kind) is tuple:
+            if isinstance(value, list | tuple):
+                return tuple(converted(name, get_args(kind)[0], each, spoken=spoken) for each in value)
+        elif get_origin(kind) is Literal:
+            if isinstance(value, str) and value in get_args(kind):
+                return value
+        elif kind is Path:
+            if isinstance(value, str | Path):
+                return Path(value)
+        elif kind is float or (spoken and kind is int):
+            # Of text too: YAML 1.1 reads 1e-4, without a point, as text.
+            if not isinstance(value, bool):
+                with suppress(TypeError, ValueError):
+                    return kind(value)
+        elif type(value) is kind:
+            return value
+    raise UsageError(f"{flag(name)} takes {' or '.join(map(describe, kinds(hint)))}, got {value!r}")
+
+
+def describe(kind: Any) -> str:
+    """A field's type in words."""
+    if get_origin(kind) is tuple:
+        return "a list of: " + describe(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    return _KINDS.get(kind, "nothing (null)")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _plain(value: Any) -> Any:
@@ -118,35 +318,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """Return ``value`` as the annotated type of option ``name``, or raise :class:`ConfigError`."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for kind in kinds:
-        if get_origin(kind) is tuple:
-            if isinstance(value, list | tuple):
-                return tuple(_convert(name, get_args(kind)[0], each) for each in value)
-        elif get_origin(kind) is Literal:
-            if isinstance(value, str) and value in get_args(kind):
-                return value
-        elif kind is Path:
-            if isinstance(value, str | Path):
-                return Path(value)
-        elif kind is float:
-            # YAML 1.1 reads 1e-4, without a point, as text.
-            if isinstance(value, str | int | float) and not isinstance(value, bool):
-                try:
-                    return float(value)
-                except ValueError:
-                    pass
-        elif type(value) is kind:
-            return value
-    raise ConfigError(f"{option(name)} takes {' or '.join(map(_describe, kinds))}, got {value!r}")
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return "a list of: " + _describe(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
-    return names.get(kind, "nothing (null)")
+def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise :class:`UsageError` where a number is out of its bounds, or text is none of the names."""
+    for each in value if isinstance(value, tuple) else (value,):
+        if isinstance(each, int | float) and not isinstance(each, bool):
+            bounds = {words: bound for words, bound in metadata["bounds"].items() if bound is not None}
+            holds = all(_COMPARE[words](each, bound) for words, bound in bounds.items())
+            if not (holds and math.isfinite(each)):
+                words = " and ".join(f"{words} {bound:.12g}" for words, bound in bounds.items())
+                finite = "finite" if isinstance(each, float) and not {"at most", "below"} & bounds.keys() else ""
+                raise UsageError(f"{flag(name)} must be {' and '.join(filter(None, (finite, words)))}, got {each}")
+        elif isinstance(each, str) and metadata["names"] is not None:
+            names = tuple(metadata["names"]())
+            if each not in names:
+                raise UsageError(f"{flag(name)} must be one of {', '.join(names)}, got {each!r}")

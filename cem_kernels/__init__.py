@@ -5,8 +5,7 @@ Operators, each a documented function that validates its input and dispatches to
 * :func:`slot_attention`: the tokens of a class to its slots;
 * :func:`cross_attention`: every token reads its class's slots;
 * :func:`class_variance`: variance inside each class over a log threshold;
-* :func:`centroid_variance`: variance around running centroids of the classes, over the same;
-* :func:`slot_variance`: variance inside each slot of each class, over the same, with :func:`slot_assignments`.
+* :func:`centroid_variance`: variance around running centroids of the classes, over the same.
 
 Importing this package needs neither a GPU nor Triton.
 """
@@ -16,8 +15,7 @@ from cem_kernels.centroid_variance import RunningMoments, centroid_variance
 from cem_kernels.class_variance import ClassVariance, class_variance
 from cem_kernels.cross_attention import CrossAttentionWeights, cross_attention
 from cem_kernels.groups import ClassGroups
-from cem_kernels.slot_attention import SlotAttentionWeights, slot_assignments, slot_attention
-from cem_kernels.slot_variance import slot_variance
+from cem_kernels.slot_attention import SlotAttentionWeights, slot_attention
 from cem_kernels.validation import set_debug
 
 __all__ = [
@@ -32,7 +30,5 @@ __all__ = [
     "class_variance",
     "cross_attention",
     "set_debug",
-    "slot_assignments",
     "slot_attention",
-    "slot_variance",
 ]

@@ -110,7 +110,8 @@ def pick(
     Args:
         backend: one of :data:`BACKENDS`.
         operator: the operator's public name, for the error.
-        implementations: backend name to function, of the backends that this operator has.
+        implementations: backend name to function, of the backends that this operator has; to what loads it for
+            ``triton``.
         tokens: the call's main input; ``auto`` takes ``triton`` where it is on a CUDA device and kernels support it.
         objection: what else keeps this operator's kernels from running this call, or None.
 
@@ -121,9 +122,10 @@ def pick(
     check_available(backend, operator, implementations)
     if backend == "auto":
         fast = tokens.is_cuda and "triton" in implementations and not (objection or why_not_triton(tokens))
-        return implementations["triton" if fast else "eager"]
-    if backend == "triton":
+        backend = "triton" if fast else "eager"
+    elif backend == "triton":
         reason = why_not_triton(tokens) or objection
         if reason is not None:
             raise BackendUnavailableError(f"{operator}: backend='triton' cannot run this call: {reason}")
-    return implementations[backend]
+    chosen = implementations[backend]
+    return chosen() if backend == "triton" else chosen

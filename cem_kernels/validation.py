@@ -79,19 +79,6 @@ def check_shape(name: str, tensor: Tensor, expected: dict[str, int | None]) -> N
         raise ValueError(f"{name} must have shape [{letters}], got {list(sizes)}")
 
 
-def check_assigned(features: Tensor, attention: Tensor, order: Tensor) -> None:
-    """Features ``[B, T, D]`` with their attention ``[B, T, S]``, and groups of so many samples, on one device.
-
-    Raises:
-        TypeError, ValueError: see :func:`check_float`, :func:`check_shape` and :func:`check_together`.
-    """
-    check_float("features", features)
-    check_float("attention", attention)
-    check_shape("features", features, {"B": len(order), "T": None, "D": None})
-    check_shape("attention", attention, {"B": len(order), "T": features.shape[1], "S": None})
-    check_together(features, [("attention", attention), ("groups", order)])
-
-
 def check_together(tokens: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
     """Everything is on the tokens' device, and fp64 is everywhere or nowhere.
 

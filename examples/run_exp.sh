@@ -16,7 +16,7 @@ fi
 
 if [[ ${1:-} == --short ]]; then
     shift
-    exec python -m cem.compare --quick --surrogates none gmm seed attention --out runs/exp-short "$@"
+    exec python -m cem.compare --quick --surrogates none mixture attention centroid --out runs/exp-short "$@"
 fi
 
 model=(
@@ -27,11 +27,12 @@ model=(
 training=(
     --data cifar10 --augment
     --epochs 240 --batch-size 128 --lr 0.05
-    --var-threshold 0.125
 )
 grid=(
-    --surrogates none mixture original attention    # the last one is what is recommended, at its own weight
-    --variants "mixture: {preset: gmm, lambd: [8, 16]}" "original: {preset: seed, var_threshold: 0.125, lambd: [8, 16]}"
+    --surrogates none paper original centroid    # the last one is what is recommended, at its own weight
+    --variants
+    "paper: {surrogate: mixture, lambd: [8, 16], mixture: {var_threshold: 0.125}}"
+    "original: {surrogate: attention, lambd: [8, 16], attention: {var_threshold: 0.125, reduction: none}}"
     --noise-stds 0.01 0.025 0.05 0.1 0.15
     --seeds 125 126 127         # the original has one seed, which says nothing of the spread
 )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import cem
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -17,15 +19,24 @@ def test_python_example_runs_and_trains_the_encoder():
 
 
 def test_every_option_in_the_table_exists_with_the_default_it_says():
-    from cem.train import CommandLine
+    from cem.training import TrainConfig
 
     rows = re.findall(r"^\| `--([a-z-]+)` \| `?([^|`]*)`? \|", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) >= 10
-    options = CommandLine()
+    rows = [row for row in rows if row[0] != "surrogate" or row[1] != "class"]
+    assert len(rows) >= 8
     for name, default in rows:
-        value = getattr(options, name.replace("-", "_"))
-        if name not in ("data-root", "centralized", "amp"):  # described in words
-            assert f"{value:g}" == default if isinstance(value, float) else str(value) == default, name
+        value = getattr(TrainConfig(), name.replace("-", "_"))
+        assert f"{value:g}" == default if isinstance(value, float) else str(value) == default, name
+
+
+def test_methods_are_those_that_exist_with_the_weights_that_they_have():
+    lines = README.read_text(encoding="utf-8").partition("| `--surrogate` |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert {row[0] for row in rows} == set(cem.SURROGATES)
+    for name, kind, _, weight in rows:
+        member = cem.SURROGATES[name]
+        if kind:
+            assert (member.__name__, f"{member.Options.weight:g}, {member.schedule}") == (kind, weight)
 
 
 @pytest.mark.parametrize("picture", re.findall(r"!\[.*?\]\((.*?)\)", README.read_text(encoding="utf-8")))

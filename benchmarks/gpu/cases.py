@@ -68,7 +68,7 @@ NAMED_PEERS = ("padded-compiled", "flex-compiled")
 SURROGATE_TIMES = {(512, 100, 1): (50.0, 3.0), (128, 10, 1): (10.0, 2.0), (1024, 10, 64): (5.0, 1.5)}
 MEMORY_SHARE = 1 / 3  # of a padded batch's peak, compiled or not, whichever is smaller
 ADDED_SHARE = 0.05  # of a training step's seconds without a surrogate
-TRAINED = ("recommended", "recommended captured", "attention", "attention captured")
+TRAINED = ("centroid", "centroid captured", "attention", "attention captured")
 
 
 def seconds(case: dict[str, Any], variant: str, direction: str) -> float | None:

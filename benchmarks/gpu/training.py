@@ -16,7 +16,7 @@ from benchmarks.interleaved import in_turns, quartiles
 from benchmarks.training_step import training_step
 from cem_kernels import BackendUnavailableError
 
-SURROGATES = ("recommended", "attention")
+SURROGATES = ("centroid", "attention")
 BATCH, IMAGE_SHAPE = 512, (3, 32, 32)
 NAME = f"training step vgg11_bn C8S1 B{BATCH} 3x32x32"
 STEPS = 10  # between two looks at the clock

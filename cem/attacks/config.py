@@ -2,89 +2,86 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from cem.attacks.decoders import DECODER_NAMES, build_decoder
-from cem.attacks.losses import LOSSES
-from cem.options import ConfigError, Options, option, resolve_device
+from cem.errors import UsageError
+from cem.options import Options, differences, option, resolve_device
+
+DECODER_NAMES = "res_normN8C64 (N residual blocks of C channels, any numbers), deconvC64 (transposed convolutions only)"
+"""What decoder names look like, for messages and help."""
+LOSS_NAMES = ("mse", "l1", "ssim")
+
+_images = partial(option, group="what the attacker has")
+_decoders = partial(option, group="decoders")
+_white_box = partial(option, group="white box")
+_run = partial(option, group="run")
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttackConfig(Options):
     """The options of one attack on a trained run.
 
-    Constructing one checks nothing; :meth:`validate` does. ``tyro`` makes the command line of
-    ``python -m cem.attack`` from these fields, and the text under each of them is its help.
+    Constructing one checks nothing; :meth:`checked` does.
+
+    Attributes:
+        queries: The attacker sees every image this many times and averages: independent noise falls to σ²/QUERIES. A
+            defense that is noise alone gives way; one that keeps little of the image does not.
+        aux_size: The attacker's own training images; without it, all that the target's training left unused.
+        score_size: Score on this many images of the test set, and as many of the target's training set; without it, on
+            as many as both have.
+        attackers: Decoders to train, as DECODER or DECODER:LOSS. The strongest on the attacker's validation images
+            counts. Decoders: res_normN8C64 has 8 residual blocks of 64 channels, other numbers make smaller and larger
+            ones; deconvC64 has transposed convolutions only. Losses: mse (without LOSS), l1, ssim (1 - SSIM + MSE).
+        cycle_epochs: Passes over the attacker's images in the first cosine cycle of the learning rate; each further
+            cycle is twice as long.
+        max_epochs: Bound on the passes. Cycles follow one another while the validation error still falls, and only
+            whole ones are run: 5, 15, 35, 75, 155, ... epochs with --cycle-epochs 5. A decoder whose error was falling
+            when the bound came is reported as not converged.
+        tolerance: A decoder has converged when a cycle, twice as long as the one before, lowered the validation MSE by
+            less than this fraction.
+        batch_size: Images in a step of a decoder's training.
+        lr: Learning rate of Adam at the start of every cycle; it falls to a hundredth.
+        amp: Train decoders under bfloat16 autocast: up to three times faster where the processor has the instructions.
+            Validation and scores are in fp32 all the same.
+        white_box_images: Images for the white-box attack, which knows the encoder's weights and optimizes pixels; 0
+            skips it.
+        white_box_steps: Steps of Adam on those pixels.
+        control: A run without a penalty under the same noise, attacked before in the same way, whose figures stand
+            beside this one's, and to which the information is related. Without it: one beside this run, if there is
+            any.
+        data_root: Folder of the data set, if it is no longer where the run had it.
+        seed: Seed of decoders' weights, order of images, noise, and everything else that is random.
+        device: Where to compute: auto (CUDA if there is one), cpu, cuda, cuda:1, ...
     """
 
-    attackers: tuple[str, ...] = ("res_normN4C32", "res_normN8C64", "res_normN8C64:ssim", "deconvC64:l1")
-    """Decoders to train, as DECODER or DECODER:LOSS. The strongest on the attacker's validation images counts.
-    Decoders: res_normN8C64 has 8 residual blocks of 64 channels, other numbers make smaller and larger ones;
-    deconvC64 has transposed convolutions only. Losses: mse (default), l1, ssim (1 − SSIM + MSE)."""
-    queries: int = 1
-    """The attacker sees every image this many times and averages: independent noise falls to σ²/QUERIES.
-    A defense that is noise alone gives way; one that keeps little of the image does not."""
-    aux_size: int | None = None
-    """The attacker's own training images; without it, all that the target's training left unused."""
-    score_size: int | None = None
-    """Score on this many images of the test set, and as many of the target's training set; without it, on as
-    many as both have."""
+    queries: int = _images(1, least=1)
+    aux_size: int | None = _images(None, least=1)
+    score_size: int | None = _images(None, least=1)
 
-    cycle_epochs: int = 5
-    """Passes over the attacker's images in the first cosine cycle of the learning rate; each further cycle is
-    twice as long."""
-    max_epochs: int = 75
-    """Bound on the passes. Cycles follow one another while the validation error still falls, and only whole ones
-    are run: 5, 15, 35, 75, 155, ... epochs with --cycle-epochs 5. A decoder whose error was falling when the bound
-    came is reported as not converged."""
-    tolerance: float = 0.03
-    """A decoder has converged when a cycle, twice as long as the one before, lowered the validation MSE by less
-    than this fraction."""
-    batch_size: int = 64
-    """Images in a step of a decoder's training."""
-    lr: float = 2e-3
-    """Learning rate of Adam at the start of every cycle; it falls to a hundredth."""
-    amp: bool = False
-    """Train decoders under bfloat16 autocast: up to three times faster where the processor has the instructions.
-    Validation and scores are in fp32 all the same."""
+    attackers: tuple[str, ...] = _decoders(("res_normN4C32", "res_normN8C64", "res_normN8C64:ssim", "deconvC64:l1"))
+    cycle_epochs: int = _decoders(5, least=1)
+    max_epochs: int = _decoders(75, least=1)
+    tolerance: float = _decoders(0.03, above=0)
+    batch_size: int = _decoders(64, least=1)
+    lr: float = _decoders(0.002, above=0)
+    amp: bool = _decoders(False)
 
-    white_box_images: int = 16
-    """Images for the white-box attack, which knows the encoder's weights and optimizes pixels; 0 skips it."""
-    white_box_steps: int = 300
-    """Steps of Adam on those pixels."""
+    white_box_images: int = _white_box(16, least=0)
+    white_box_steps: int = _white_box(300, least=1)
 
-    control: Path | None = None
-    """A run without a penalty under the same noise, attacked before in the same way, whose figures stand beside
-    this one's, and to which the information is related. Without it: one beside this run, if there is any."""
-    data_root: Path | None = None
-    """Folder of the data set, if it is no longer where the run had it."""
-    seed: int = 0
-    """Seed of decoders' weights, order of images, noise, and everything else that is random."""
-    device: str = "auto"
-    """Where to compute: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    control: Path | None = _run(None, harmless=True)
+    data_root: Path | None = _run(None, harmless=True)
+    seed: int = _run(0, least=0, below=2**32)
+    device: str = _run("auto", harmless=True)
 
-    def validate(self) -> None:
-        """Check types and ranges.
-
-        Raises:
-            ConfigError: naming the option, what it takes and what it got.
-        """
-        self.convert()
+    def check(self) -> None:
+        """What no option can say alone."""
         if not self.attackers:
-            raise ConfigError("--attackers needs at least one DECODER or DECODER:LOSS")
+            raise UsageError("--attackers needs at least one DECODER or DECODER:LOSS")
         for name in self.attackers:
             parse_attacker(name)
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{option(name)} must be at least {least}, got {value}")
-        for name in ("lr", "tolerance"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{option(name)} must be finite and above 0, got {getattr(self, name)}")
-        if not self.seed < 2**32:
-            raise ConfigError(f"--seed must be below 2**32, got {self.seed}")
         resolve_device(self.device)
 
     @property
@@ -94,35 +91,23 @@ class AttackConfig(Options):
 
     def changed(self, after: AttackConfig) -> list[str]:
         """Describe the options that decide an attack's numbers and differ: ``["--lr (was 0.001, got 0.01)"]``."""
-        old, new = self.to_dict(), after.to_dict()
-        return [
-            f"{option(name)} (was {old[name]}, got {new[name]})"
-            for name in new
-            if name not in _HARMLESS and old[name] != new[name]
-        ]
-
-
-_AT_LEAST = {
-    **dict.fromkeys(("queries", "aux_size", "score_size", "cycle_epochs", "max_epochs", "batch_size"), 1),
-    **dict.fromkeys(("white_box_images", "seed"), 0),
-    "white_box_steps": 1,
-}
-
-_HARMLESS = frozenset({"device", "data_root", "control"})  # where it is computed, and what stands beside it
+        return differences(self, after, ("device", "data_root", "control"))
 
 
 def parse_attacker(name: str) -> tuple[str, str]:
     """``"res_normN8C64:ssim"`` → ``("res_normN8C64", "ssim")``; the loss is ``mse`` if it is left out.
 
     Raises:
-        ConfigError: there is no such decoder or loss.
+        UsageError: there is no such decoder or loss.
     """
+    from cem.attacks.decoders import build_decoder
+
     decoder, _, loss = name.partition(":")
     loss = loss or "mse"
-    if loss not in LOSSES:
-        raise ConfigError(f"--attackers {name}: the loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if loss not in LOSS_NAMES:
+        raise UsageError(f"--attackers {name}: the loss must be one of {', '.join(LOSS_NAMES)}, got {loss!r}")
     try:
         build_decoder(decoder, (1,), (1, 1, 1))
     except ValueError:
-        raise ConfigError(f"--attackers {name}: decoders are named like {DECODER_NAMES}") from None
+        raise UsageError(f"--attackers {name}: decoders are named like {DECODER_NAMES}") from None
     return decoder, loss

@@ -9,8 +9,9 @@ from typing import Any
 
 from cem.attacks.config import AttackConfig
 from cem.attacks.target import Target
-from cem.options import ConfigError
-from cem.training.config import OF_THE_PENALTY, TrainConfig, changed_options
+from cem.errors import CheckpointError, UsageError
+from cem.training.config import changed_options, without_penalty
+from cem.training.runs import read_config
 
 
 def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any]:
@@ -23,25 +24,25 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
         attack_name: the attack's directory in ``run_dir``.
 
     Raises:
-        ConfigError: there is no such attack, or what it says cannot be set beside ``target``.
+        UsageError: there is no such attack, or what it says cannot be set beside ``target``.
     """
     path = run_dir / attack_name / "attack.json"
     try:
         control = json.loads(path.read_text(encoding="utf-8"))
-        options = TrainConfig.from_yaml(run_dir / "config.yaml")
+        options = read_config(run_dir)
         changed = AttackConfig.from_dict(control["config"]).changed(attack)
         same_data = control["data_checksum"] == target.data_checksum
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--control {run_dir} has no finished attack: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        raise UsageError(f"--control {run_dir} has no finished attack: {error}") from error
     if options.penalized:
-        raise ConfigError(f"--control {run_dir} is no control: it was trained with a penalty, {options.surrogate}")
+        raise UsageError(f"--control {run_dir} is no control: it was trained with a penalty, {options.surrogate}")
     if not same_data:
-        raise ConfigError(f"--control {run_dir} was attacked on other images, or has another --train-size")
+        raise UsageError(f"--control {run_dir} was attacked on other images, or has another --train-size")
     noise_std = control["run"]["noise_std"]
     if noise_std != target.noise_std:
-        raise ConfigError(f"--control {run_dir} has other noise: σ is {noise_std:g} there, {target.noise_std:g} here")
+        raise UsageError(f"--control {run_dir} has other noise: σ is {noise_std:g} there, {target.noise_std:g} here")
     if changed:
-        raise ConfigError(f"--control {run_dir} was attacked under other options: {', '.join(changed)}")
+        raise UsageError(f"--control {run_dir} was attacked under other options: {', '.join(changed)}")
     return control
 
 
@@ -55,16 +56,13 @@ def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict
     """
     if not target.config.penalized:
         return None
+    # The device that the run was trained on need not be here.
+    wanted = replace(without_penalty(target.config), device=attack.device)
     for config_file in sorted(target.run_dir.resolve().parent.glob("*/config.yaml")):
         try:
-            other = TrainConfig.from_yaml(config_file)
-            if not changed_options(_without_penalty(other), _without_penalty(target.config)):
+            other = read_config(config_file.parent)
+            if not changed_options(without_penalty(other), wanted):
                 return read_control(config_file.parent, target, attack, attack_name)
-        except ConfigError:
+        except Exception:  # a module that a neighboring run names may do anything
             continue  # some other directory, or a run that is no control or was not attacked
     return None
-
-
-def _without_penalty(config: TrainConfig) -> TrainConfig:
-    defaults = TrainConfig()
-    return replace(config, **{name: getattr(defaults, name) for name in OF_THE_PENALTY})

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cem.attacks.config import DECODER_NAMES
 from cem.models.split import ImageShape
-
-#: What decoder names look like, for messages and help.
-DECODER_NAMES = "res_normN8C64 (N residual blocks of C channels, any numbers), deconvC64 (transposed convolutions only)"
 
 SMALLEST_SIDE = 7  # pixels; flat features become a map of at most this size, and grow from there
 
@@ -26,7 +24,7 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     sides that no doubling hits are overshot and resized in the end.
 
     Args:
-        name: see :data:`DECODER_NAMES`.
+        name: see :data:`~cem.attacks.config.DECODER_NAMES`.
         feature_shape: ``(C, H, W)`` or ``(D,)``.
         image_shape: ``(C, H, W)``.
 
@@ -67,11 +65,7 @@ class _Decoder(nn.Module):
     """Features to a map, ``body`` at that resolution, doublings, and a convolution to pixels."""
 
     def __init__(
-        self,
-        feature_shape: tuple[int, ...],
-        image_shape: ImageShape,
-        channels: int,
-        body: list[nn.Module],
+        self, feature_shape: tuple[int, ...], image_shape: ImageShape, channels: int, body: list[nn.Module]
     ) -> None:
         super().__init__()
         colors, *self.size = image_shape

@@ -21,15 +21,12 @@ from cem.attacks.metrics import ImageScores, score_images
 from cem.attacks.observe import clean_features, defended, observe
 from cem.attacks.splits import AttackSplits
 from cem.data import ImageSet, make_loader
+from cem.errors import DivergedError
 from cem.models import SplitModel
 from cem.training.evaluation import eval_mode, isolated_random
 
 SCORE_BATCH = 500  # images
 LAST_LR = 0.01  # of the first in each cycle
-
-
-class AttackDiverged(RuntimeError):
-    """A decoder's loss is not finite; the message names the epoch."""
 
 
 @dataclass
@@ -78,7 +75,7 @@ def fit_decoder(
         report: called with the new row of the curve after every epoch.
 
     Raises:
-        AttackDiverged: the loss of an epoch is not finite.
+        DivergedError: the loss of an epoch is not finite.
     """
     device = next(decoder.parameters()).device
     start = time.perf_counter()
@@ -110,7 +107,7 @@ def fit_decoder(
                     "val_mse": _mse(decoder, val, config.seed),
                 }
                 if not math.isfinite(row["val_mse"]):
-                    raise AttackDiverged(f"the validation MSE of epoch {row['epoch']} is not finite; lower --lr")
+                    raise DivergedError(f"the validation MSE of epoch {row['epoch']} is not finite; lower --lr")
                 curve.append(row)
                 report(row)
                 if row["val_mse"] < best_mse:
@@ -143,15 +140,9 @@ class _View:
 
 
 def _epoch(
-    view: _View,
-    decoder: nn.Module,
-    loss: str,
-    batches: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: CosineAnnealingWarmRestarts,
-    config: AttackConfig,
-    number: int,
-) -> tuple[float, float]:
+    view: _View, decoder: nn.Module, loss: str, batches: Any, optimizer: torch.optim.Optimizer,
+    scheduler: CosineAnnealingWarmRestarts, config: AttackConfig, number: int,
+) -> tuple[float, float]:  # fmt: skip
     """One pass over the attacker's images: the mean loss, and the learning rate of the last step."""
     decoder.train()
     device = next(decoder.parameters()).device
@@ -171,7 +162,7 @@ def _epoch(
         count += len(images)
     mean = total.item() / count
     if not math.isfinite(mean):
-        raise AttackDiverged(f"the decoder's loss in epoch {number} is {mean}; lower --lr ({config.lr:g})")
+        raise DivergedError(f"the decoder's loss in epoch {number} is {mean}; lower --lr ({config.lr:g})")
     return mean, lr
 
 

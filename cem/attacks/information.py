@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cem.surrogates import build_surrogate
-from cem.surrogates.build import ORIGINAL
+from cem.surrogates import CONTROL, SURROGATES
 from cem.surrogates.kmeans import class_kmeans
+from cem.terms import Context
 from cem.training.evaluation import isolated_random
 
 CLUSTERS = (1, 5, 15)  # per class
 FEWEST = 10  # samples; a variance from fewer is not worth having
 LLOYD_STEPS = 20  # at most; any partition gives a bound, a converged one hardly a better one
-BATCH = 128  # samples, as the surrogates see them in training by default
-NEGLIGIBLE = 1e-3  # of σ²: a column that varies by less inside a class counts as varying by so much
-
-_SLOTS = {**ORIGINAL, "measure": "slots"}
-MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention": ("attention", ORIGINAL),
-    "slots": ("attention", _SLOTS),
-    "slots_entropy": ("attention", {**_SLOTS, "penalty": "entropy"}),
-    "class_hinge": ("attention", {**_SLOTS, "num_slots": 1, "gamma": 0.01}),
-    "class_entropy": ("attention", {**_SLOTS, "num_slots": 1, "penalty": "entropy"}),
-    "gmm": ("gmm", {}),
-}
-"""Surrogates whose value is reported: its name there, that of the surrogate, its options."""
 
 NOTE = (
     "An upper estimate of I(x; z), not a certificate: H(x) is unknown, and the variances come from a sample, the less "
@@ -40,17 +26,7 @@ NOTE = (
 
 @torch.no_grad()
 def information_report(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    noise_std: float,
-    queries: int,
-    image_dims: int,
-    var_threshold: float,
-    feature_shape: tuple[int, ...],
-    sigmoid: bool,
-    seed: int,
+    features: Tensor, labels: Tensor, *, context: Context, queries: int, seed: int
 ) -> dict[str, Any]:
     """What the clean features of a run's training images say about the images once noise is added.
 
@@ -79,39 +55,31 @@ def information_report(
     be ranked against measured errors. More means that more of an image gets through. ``None`` without noise,
     but for the last.
 
-    * ``attention``, ``slots``, ``slots_entropy``, ``class_hinge``, ``class_entropy``, ``gmm``: ``rob_loss`` of that
-      surrogate at ``σ``, mean over batches of 128 at random: the original attention; ``measure="slots"`` with either
-      penalty; the same two around one slot, the class, the hinge with the mixture's ``γ``; all with untrained weights;
-      and the mixture, refitted here;
-    * ``nats``: the figure above;
-    * ``class_log_variance``: mean over classes and columns of ``log(v / σ² + 1e-3)``, ``v`` the variance inside the
-      class; classes with a single sample are left out;
-    * ``relative_variance``: variance inside classes over total variance, both summed over columns.
+    * by its name, every surrogate that can be assessed: its value at ``σ``, with its default options, untrained and
+      refitted here, see :meth:`cem.Term.assess`;
+    * ``log_det``: ``½ log det(I + Cov/σ²)`` of each class's samples, weighted by them: nats as ``nats`` with a single
+      cluster, but for the entropy of the class, and counting what columns have in common once.
 
     Source: Eq. 7 of arXiv:2503.00383v2, with variances per column.
 
     Args:
         features: ``[N, ...]``, clean (before noise), floating, ``N ≥ 2``. Statistics are taken in fp64.
         labels: ``[N]``, int64, in ``0..num_classes-1``, on the features' device.
-        num_classes: ``K``; classes may be empty.
-        noise_std: ``σ`` in feature units, of one query; 0 for none.
+        context: of the run: shapes, classes and ``σ`` of one query; 0 for none.
         queries: ``R``, how many noisy answers the attacker averages.
-        image_dims: ``d``, channels times pixels of an image; only handed through, for :func:`relative_to`.
-        var_threshold: ``τ`` of the surrogates.
-        feature_shape: of one sample's features, ``(C, H, W)`` or ``(D,)``.
-        sigmoid: whether the encoder ends in a sigmoid, see :func:`cem.surrogates.build_surrogate`.
-        seed: of halves, k-means seeds, batches and attention's weights. Random states stay as they are.
+        seed: of halves, k-means seeds, batches and surrogates' weights. Random states stay as they are.
 
     Returns:
         Plain numbers: ``nats`` (``None`` without noise: unbounded), ``clusters`` (the ``k`` that gave it),
         ``noise_std`` (``σ/√R``), ``queries``, ``per_clusters`` (nats by ``k``; ``None`` if left out),
-        ``feature_dims``, ``image_dims``, ``relative`` (``None``, see :func:`relative_to`), ``values``, ``note``;
+        ``feature_dims``, ``image_dims``, ``values``, ``note``;
         ``within_variance`` and ``between_variance``, the variance inside classes and that of their means, weighted by
         their samples, both a mean over columns and in squared units of features: what of the features is left.
 
     Raises:
         ValueError: a shape, size or number cannot be used, or a feature is not finite.
     """
+    noise_std, num_classes, feature_shape = context.noise_std, context.num_classes, context.feature_shape
     if not (0 <= noise_std < math.inf and queries >= 1):
         raise ValueError(f"noise_std must be finite and at least 0, queries at least 1, got {noise_std=} {queries=}")
     x = features.flatten(1).float()
@@ -130,26 +98,15 @@ def information_report(
     clusters = min(known, key=known.__getitem__, default=None)
     nats = None if clusters is None else known[clusters]
 
-    class_log_variance, within, between = _class_variances(x, labels, noise_std)
-    penalties: dict[str, float | None] = {}
-    for name, (kind, options) in MEASURED.items():
-        penalties[name] = None
+    within, between = _variances(x, labels)
+    values: dict[str, float | None] = {}
+    for name in (each for each in SURROGATES if each != CONTROL):
+        values[name] = None
         if noise_std > 0:
             with isolated_random(seed, x.device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that eps_var swamps the threshold
-                surrogate = build_surrogate(
-                    kind,
-                    **options,
-                    feature_shape=feature_shape,
-                    num_classes=num_classes,
-                    noise_std=noise_std,
-                    var_threshold=var_threshold,
-                    sigmoid=sigmoid,
-                ).to(x.device)
-                surrogate.eval().refit(x, labels)
-                order = torch.randperm(len(x)).to(x.device)
-                losses = [surrogate(x[rows], labels[rows])[0].item() * len(rows) for rows in order.split(BATCH)]
-                penalties[name] = sum(losses) / len(x)
+                warnings.simplefilter("ignore")  # that something swamps the threshold
+                surrogate = SURROGATES.build(name, context).to(x.device)
+                values[name] = surrogate.assess(x.unflatten(1, feature_shape), labels)
     return {
         "nats": nats,
         "clusters": clusters,
@@ -157,54 +114,12 @@ def information_report(
         "queries": queries,
         "per_clusters": {str(k): value for k, value in per_clusters.items()},
         "feature_dims": x.shape[1],
-        "image_dims": image_dims,
-        "relative": None,
-        "values": {
-            **penalties,
-            "nats": nats,
-            "class_log_variance": class_log_variance,
-            "relative_variance": within / (within + between) if within + between > 0 else None,
-        },
+        "image_dims": math.prod(context.image_shape),
+        "values": {**values, "log_det": _log_det(x, labels, noise_std)},
         "within_variance": within,
         "between_variance": between,
         "note": NOTE,
     }
-
-
-def relative_to(report: Mapping[str, Any], reference_report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The report of :func:`information_report`, with its ``relative`` filled in.
-
-    ``H(x|z) = H(x) − I(x; z)`` bounds the squared error per dimension of every attacker from below, by
-    ``exp(2 H(x|z) / d) / 2πe``. ``H(x)`` is unknown but the same for both runs, so it cancels in the ratio of
-    their bounds, ``factor = exp(−2 (I − I_reference) / d)``: above 1, this run promises more than the reference.
-
-    Args:
-        report: of the run.
-        reference_report: of another run on the same images.
-        name: of that run.
-
-    Returns:
-        A copy with ``relative = {"reference": name, "factor": ...}``; the factor is ``None`` where one of the
-        two has no noise, or where it is too large for a float.
-
-    Raises:
-        ValueError: the images of the two differ in size.
-    """
-    if report["image_dims"] != reference_report["image_dims"]:
-        raise ValueError(
-            f"runs on images of {report['image_dims']} and of {reference_report['image_dims']} dimensions "
-            "do not compare"
-        )
-    factor = bound_ratio(report["nats"], reference_report["nats"], report["image_dims"])
-    return {**report, "relative": {"reference": name, "factor": factor}}
-
-
-def bound_ratio(nats: float | None, reference_nats: float | None, image_dims: int) -> float | None:
-    """``exp(−2 (I − I_reference) / d)``; ``None`` where an ``I`` is, or where it is too large for a float."""
-    if nats is None or reference_nats is None:
-        return None
-    exponent = -2 * (nats - reference_nats) / image_dims
-    return math.exp(exponent) if exponent < 700 else None
 
 
 def _nats(x: Tensor, labels: Tensor, num_classes: int, clusters: int, noise_std: float) -> float | None:
@@ -230,7 +145,7 @@ def _nats(x: Tensor, labels: Tensor, num_classes: int, clusters: int, noise_std:
 
 
 def _nearest(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """``[N]``: the centroid of its own class that is nearest to each sample, numbered across classes."""
+    """``[N]``: the center of a cluster of its own class that is nearest to each sample, numbered across classes."""
     cells = torch.empty_like(labels)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
@@ -253,22 +168,28 @@ def _bound(x: Tensor, cells: Tensor, noise_std: float) -> float:
     return total
 
 
-def _class_variances(x: Tensor, labels: Tensor, noise_std: float) -> tuple[float | None, float, float]:
-    """``class_log_variance``, ``within_variance`` and ``between_variance``, see :func:`information_report`."""
-    logarithms: list[Tensor] = []
-    means, shares = [], []
-    within = 0.0
+def _log_det(x: Tensor, labels: Tensor, noise_std: float) -> float | None:
+    """``½ log det(I + Cov/σ²)`` of each class, weighted by its samples; ``None`` without noise or without a pair."""
+    total, samples = 0.0, 0
     for rows in _members(labels):
-        samples = x[rows].double()
-        shares.append(len(rows) / len(x))
-        means.append(samples.mean(0))
-        within += shares[-1] * samples.var(0, correction=0).mean().item()
-        if noise_std > 0 and len(rows) > 1:
-            logarithms.append((samples.var(0) / noise_std**2 + NEGLIGIBLE).log().mean())
-    overall = sum(share * mean for share, mean in zip(shares, means, strict=True))
-    between = sum(share * (mean - overall).square().mean().item() for share, mean in zip(shares, means, strict=True))
-    log_variance = torch.stack(logarithms).mean().item() if logarithms else None
-    return log_variance, within, between
+        if noise_std == 0 or len(rows) < 2:
+            continue
+        of_class = x[rows].double()
+        away = (of_class - of_class.mean(0)) / (noise_std * math.sqrt(len(rows) - 1))
+        # The determinants of I + AᵀA and I + AAᵀ are one; the smaller matrix is enough.
+        gram = away @ away.T if len(rows) < away.shape[1] else away.T @ away
+        total += len(rows) * torch.linalg.slogdet(torch.eye(len(gram)).to(gram) + gram)[1].item() / 2
+        samples += len(rows)
+    return total / samples if samples else None
+
+
+def _variances(x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """``within_variance`` and ``between_variance``, see :func:`information_report`."""
+    away = x.double()
+    means = torch.zeros_like(away)
+    for rows in _members(labels):
+        means[rows] = away[rows].mean(0)
+    return (away - means).square().mean().item(), (means - means.mean(0)).square().mean().item()
 
 
 def _members(cells: Tensor) -> list[Tensor]:

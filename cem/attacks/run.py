@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from cem.attacks.config import AttackConfig, parse_attacker
 from cem.attacks.control_run import find_control, read_control
 from cem.attacks.controls import control_scores
 from cem.attacks.decoders import build_decoder
 from cem.attacks.fit import FittedDecoder, fit_decoder, reconstruct, score_decoder
-from cem.attacks.information import relative_to
 from cem.attacks.metrics import mean_scores, score_images, ssim_window
 from cem.attacks.splits import varied
 from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
-from cem.options import ConfigError
+from cem.data import ImageSet
+from cem.errors import CheckpointError, UsageError
+from cem.files import write_json
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
-from cem.training import CheckpointError, checkpoint, runs
+from cem.training import checkpoint, runs
 from cem.training.evaluation import isolated_random
-from cem.training.runlog import draw_or_log, run_log, write_json
+from cem.training.runlog import draw_or_log, run_log
 
 PICTURES = 10  # images in the grid
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
@@ -48,15 +52,14 @@ class Attack:
         target: the run's model and data.
 
     Raises:
-        ConfigError: an option cannot be used, ``run_dir`` holds no finished run, its data are others now, ``out``
-            holds another attack, or the control is none.
+        UsageError: an option cannot be used, ``run_dir`` holds no finished run, its data are others now or leave
+            nothing for an attacker, ``out`` holds another attack, or the control is none.
         CheckpointError: the run's ``best.pt`` is damaged.
-        ValueError, OSError: a file cannot be read, or the data leave nothing for an attacker.
+        DataError: the data cannot be read.
     """
 
     def __init__(self, run_dir: Path, config: AttackConfig, out: Path | None = None) -> None:
-        config.validate()
-        self.config = config
+        self.config = config = config.checked()
         name = config.directory
         self.out = Path(run_dir) / name if out is None else Path(out)
         self.target = Target(Path(run_dir), config)
@@ -77,7 +80,7 @@ class Attack:
 
         Raises:
             KeyboardInterrupt: the decoders that were finished are kept; the same call goes on from there.
-            AttackDiverged: a decoder's loss is not finite.
+            DivergedError: a decoder's loss is not finite.
         """
         if self.finished is not None:
             return self.finished
@@ -97,25 +100,20 @@ class Attack:
     def _run(self) -> dict[str, Any]:
         config, target, start = self.config, self.target, time.perf_counter()
         sizes = target.splits.sizes()
+        known, chosen = sizes["attacker_train"], sizes["attacker_val"]
         self._log.info(
-            "attack on %s: %d images to train decoders on, %d to choose among them; %d queries an image; %s",
-            target.run_dir, sizes["attacker_train"], sizes["attacker_val"], config.queries,
-            runs.device_name(target.device),
-        )  # fmt: skip
-        if sizes["attacker_train"] < FEW_IMAGES:
-            self._log.warning(
-                "%d images make a weak attacker; train the target with --train-size to leave more",
-                sizes["attacker_train"],
-            )
+            f"attack on {target.run_dir}: {known} images to train decoders on, {chosen} to choose among them; "
+            f"{config.queries} queries an image; {runs.device_name(target.device)}"
+        )
+        if known < FEW_IMAGES:
+            self._log.warning(f"{known} images make a weak attacker; train the target with --train-size to leave more")
         fitted = {name: self._attacker(name) for name in config.attackers}
         records = [record for _, record in fitted.values()]
         strongest = min(records, key=lambda record: record["val"]["mse"])
         for record in records:
             if not record["converged"]:
                 self._log.warning("%s had not converged; %s", record["name"], longer(record, config))
-        information, control = self.target.information(config), self._control
-        if control is not None:
-            information = relative_to(information, control["information"], control["run"]["name"])
+        control = self._control
         result = {
             "run": target.facts(),
             "config": config.to_dict(),
@@ -132,11 +130,9 @@ class Attack:
             "controls": control_scores(target.splits.attacker_train, target.judged, target.num_classes),
             "undefended": control
             and {"name": control["run"]["name"], **{name: control[name] for name in target.judged}},
-            "information": information,
+            "information": target.information(config),
             "seconds": time.perf_counter() - start + self._seconds_before,
-            "peak_memory_bytes": runs.peak_memory(target.device),
-            "device": runs.device_name(target.device),
-            "versions": runs.versions(),
+            **runs.origin(target.device),
         }
         self._pictures(fitted[strongest["name"]][0], result)
         write_json(self.out / "attack.json", result)
@@ -149,7 +145,7 @@ class Attack:
         if ssim_window(*self.target.image_shape[1:]) is None and any(
             parse_attacker(name)[1] == "ssim" for name in self.config.attackers
         ):
-            raise ConfigError(f"--attackers: there is no SSIM for images of {self.target.image_shape[1:]} pixels")
+            raise UsageError(f"--attackers: there is no SSIM for images of {self.target.image_shape[1:]} pixels")
 
     def _check_out(self) -> dict[str, Any] | None:
         """The finished attack in ``out``, if it is this one; ``None`` if there is none yet."""
@@ -157,7 +153,7 @@ class Attack:
         if path.exists():
             changed = AttackConfig.from_yaml(path).changed(self.config)
             if changed:
-                raise ConfigError(
+                raise UsageError(
                     f"{self.out} holds an attack under other options: {', '.join(changed)}; choose another --out"
                 )
         path = self.out / "attack.json"
@@ -166,7 +162,7 @@ class Attack:
         result = json.loads(path.read_text(encoding="utf-8"))
         target = self.target
         if (result.get("target_checksum"), result.get("data_checksum")) != (target.checksum, target.data_checksum):
-            raise ConfigError(
+            raise UsageError(
                 f"{path} is of another best.pt, or of other images, than there are now; remove it or choose --out"
             )
         return result
@@ -186,13 +182,14 @@ class Attack:
             self._seconds_before += record["seconds"]
             kept = (record[key] for key in ("curve", "best_epoch", "converged", "seconds"))
             return FittedDecoder(decoder.eval(), *kept), record
-        fitted = fit_decoder(
-            target.model, decoder, loss, target.splits, config,
-            lambda row: self._log.info(
-                "%s  epoch %d of at most %d  lr %.1e  loss %.5f  validation MSE %.5f",
-                name, row["epoch"], config.max_epochs, row["lr"], row["train_loss"], row["val_mse"],
-            ),
-        )  # fmt: skip
+
+        def report(row: Mapping[str, float]) -> None:
+            self._log.info(
+                f"{name}  epoch {row['epoch']} of at most {config.max_epochs}  lr {row['lr']:.1e}  "
+                f"loss {row['train_loss']:.5f}  validation MSE {row['val_mse']:.5f}"
+            )
+
+        fitted = fit_decoder(target.model, decoder, loss, target.splits, config, report)
         record = {
             "name": name,
             "decoder": decoder_name,
@@ -203,17 +200,20 @@ class Attack:
             "converged": fitted.converged,
             "seconds": fitted.seconds,
             "curve": fitted.curve,
-            **{
-                part: mean_scores(score_decoder(target.model, decoder, images, config.queries, config.seed))
-                for part, images in (("val", target.splits.attacker_val), *target.judged.items())
-            },
+            **self._scores(decoder, {"val": target.splits.attacker_val, **target.judged}),
         }
         checkpoint.save(path, {**checksums, "decoder": decoder.state_dict(), "record": record})
         state = "converged" if fitted.converged else "not converged"
-        self._log.info(
-            "%s: %s after %d epochs; validation %s", name, state, len(fitted.curve), _scores_line(record["val"])
-        )
+        self._log.info(f"{name}: {state} after {len(fitted.curve)} epochs; validation {_scores_line(record['val'])}")
         return fitted, record
+
+    def _scores(self, decoder: nn.Module, sets: Mapping[str, ImageSet]) -> dict[str, Any]:
+        """Mean scores of a decoder on sets of images, by their names."""
+        model, config = self.target.model, self.config
+        return {
+            name: mean_scores(score_decoder(model, decoder, images, config.queries, config.seed))
+            for name, images in sets.items()
+        }
 
     def _left(self, path: Path, checksums: dict[str, int]) -> dict[str, Any] | None:
         """The decoder that an earlier call left in ``path``, if it was trained against this target on these images."""
@@ -233,20 +233,11 @@ class Attack:
             return None
         self._log.info("white box: %d images, %d steps", config.white_box_images, config.white_box_steps)
         found = run_white_box(
-            target.model,
-            target.splits,
-            images=config.white_box_images,
-            steps=config.white_box_steps,
-            queries=config.queries,
-            seed=config.seed,
-            device=target.device,
-        )
+            target.model, target.splits, images=config.white_box_images, steps=config.white_box_steps,
+            queries=config.queries, seed=config.seed, device=target.device,
+        )  # fmt: skip
         same = {name: images.subset(range(found["images"])) for name, images in target.judged.items()}
-        decoder = {
-            name: mean_scores(score_decoder(target.model, strongest.decoder, images, config.queries, config.seed))
-            for name, images in same.items()
-        }
-        return {**found, "decoder": decoder}
+        return {**found, "decoder": self._scores(strongest.decoder, same)}
 
     def _pictures(self, strongest: FittedDecoder, result: dict[str, Any]) -> None:
         shown = varied(self.target.splits.test, PICTURES)
@@ -254,25 +245,16 @@ class Attack:
         scores = score_images(guess, shown.images.float() / 255)
         ssim = None if scores.ssim is None else scores.ssim.numpy()
         originals, pixels = shown.images.numpy(), (guess * 255).round().byte().numpy()
-        np.savez_compressed(
-            self.out / "images.npz",
-            originals=originals,
-            reconstructions=pixels,
-            ssim=np.full(len(shown), np.nan) if ssim is None else ssim,
-            labels=shown.labels.numpy(),
-            indices=shown.indices.numpy(),
-        )
+        kept: dict[str, Any] = {"labels": shown.labels.numpy(), "indices": shown.indices.numpy()}
+        kept["ssim"] = np.full(len(shown), np.nan) if ssim is None else ssim
+        np.savez_compressed(self.out / "images.npz", originals=originals, reconstructions=pixels, **kept)
         rows = {result["strongest"]: (pixels, ssim)}
-        draw_or_log(
-            self._log, self.out / "reconstructions.png", lambda path: draw_reconstructions(originals, rows, path)
-        )
+        draw_or_log(self._log, self.out / "reconstructions.png", partial(draw_reconstructions, originals, rows))
         levels = {
             f"{name.replace('_', ' ')}, unseen images": scores["test_target"]["mse"]
             for name, scores in result["controls"].items()
         }
-        draw_or_log(
-            self._log, self.out / "curves.png", lambda path: draw_attack_curves(result["attackers"], levels, path)
-        )
+        draw_or_log(self._log, self.out / "curves.png", partial(draw_attack_curves, result["attackers"], levels))
 
 
 def longer(record: dict[str, Any], config: AttackConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cem.data import DataSplits, ImageSet
+from cem.errors import UsageError
 
 SPLIT_SEED = 0  # a constant: every run on a data set is attacked with the same images
 MAX_VAL = 1000  # images; enough to tell decoders apart, and validated on after every epoch
@@ -63,20 +64,20 @@ def attack_splits(target: DataSplits, everything: DataSplits, *, aux_size: int |
         aux_size: train decoders on this many images; all there are if left out.
 
     Raises:
-        ValueError: the attacker is left with fewer than ten images, or with fewer than ``aux_size``.
+        UsageError: the attacker is left with fewer than ten images, or with fewer than ``aux_size``.
     """
     trained = target.train.indices
     unused = everything.train.subset((~torch.isin(everything.train.indices, trained)).nonzero().flatten())
     pool = _joined(unused, target.val)
     if len(pool) < 10:
-        raise ValueError(
+        raise UsageError(
             f"the target left {len(pool)} images for an attacker; train it on fewer (--train-size) to leave more"
         )
     order = _shuffled(len(pool))
     val_size = min(MAX_VAL, len(pool) // VAL_SHARE)
     available = len(pool) - val_size
     if aux_size is not None and not 1 <= aux_size <= available:
-        raise ValueError(f"--aux-size must be in 1..{available} for this run, got {aux_size}")
+        raise UsageError(f"--aux-size must be in 1..{available} for this run, got {aux_size}")
     train_size = available if aux_size is None else aux_size
     return AttackSplits(
         target_train=replace(target.train, augment=None),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from cem.attacks.config import AttackConfig
 from cem.attacks.information import information_report
 from cem.attacks.splits import attack_splits, pick
 from cem.data import DataSplits, load_data, make_loader
-from cem.options import ConfigError
-from cem.training import checkpoint, load_run, read_summary, runs
+from cem.defenses import Chain
+from cem.errors import DataError, UsageError
+from cem.training import checkpoint, runs
 from cem.training.evaluation import collect_features
 
 INFORMATION_IMAGES = 12_000  # at most, for the information report
@@ -39,19 +42,22 @@ class Target:
         data_checksum: of the images and labels of all four sets.
 
     Raises:
-        ConfigError: ``run_dir`` holds no finished run, its data are others now, or are not found.
+        UsageError: ``run_dir`` holds no finished run, its data are others now, or are not found.
         CheckpointError: ``best.pt`` is damaged or another run's.
-        ValueError, OSError: ``best.pt`` or the data cannot be read, or leave nothing for an attacker.
+        DataError: the data cannot be read.
     """
 
     def __init__(self, run_dir: Path, config: AttackConfig) -> None:
         self.run_dir = run_dir
-        summary = read_summary(run_dir)
+        summary = runs.read_summary(run_dir)
         if summary is None:
-            raise ConfigError(f"{run_dir} holds no finished run: there is no summary.json")
+            raise UsageError(f"{run_dir} holds no finished run: there is no summary.json")
         self._test_accuracy = summary["test_accuracy"]
-        self.config, self.model = load_run(run_dir, config.device)
+        self.config, self.model = runs.load_run(run_dir, config.device)
+        self._facts = checkpoint.load(run_dir / "best.pt")["data_facts"]
         self.model.requires_grad_(False)
+        assert isinstance(self.model.defense, Chain)
+        self._defenses = self.model.defense
         self.device = next(self.model.parameters()).device
         self.checksum = zlib.crc32((run_dir / "best.pt").read_bytes())
         data, everything = self._load_data(config.data_root or self.config.data_root)
@@ -69,14 +75,25 @@ class Target:
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise on the features; a network in one piece has none."""
-        return 0.0 if self.config.centralized else self.config.noise_std
+        """Standard deviation of the Gaussian noise on clean features, before anything else is done to them."""
+        stds = (member.sigma() for member in self._defenses.members().values())
+        return math.hypot(*(std for std in takewhile(lambda std: std is not None, stds) if std))
 
     def facts(self) -> dict[str, Any]:
         """What tells this run from others, as plain values; ``None`` for what a network in one piece does not have."""
-        names = ("data", "arch", "centralized", "cut_layer", "bottleneck", "surrogate", "lambd", "noise_std", "seed")
+        names = (
+            "data",
+            "arch",
+            "centralized",
+            "cut_layer",
+            "bottleneck",
+            "surrogate",
+            "lambd",
+            "noise_std",
+            "defenses",
+        )
         options = self.config.to_dict()
-        facts = {name: options[name] for name in (*names, "epochs", "train_size")}
+        facts = {name: options[name] for name in (*names, "defenses", "seed", "epochs", "train_size")}
         if self.config.centralized:
             facts.update(cut_layer=None, bottleneck=None, noise_std=0.0)
         return {"name": self.run_dir.resolve().name, **facts, "test_accuracy": self._test_accuracy}
@@ -87,16 +104,12 @@ class Target:
         images = pick(self.splits.target_train, min(INFORMATION_IMAGES, len(self.splits.target_train)))
         loader = make_loader(images, config.batch_size, shuffle=False)
         features, labels = collect_features(self.model, loader, self.device, config.seed, noisy=False)
+        context = runs.context_of(self.config, self.model, self._facts)
         return information_report(
             features,
             labels,
-            num_classes=self.num_classes,
-            noise_std=self.noise_std,
+            context=replace(context, noise_std=self.noise_std, backend="auto"),
             queries=config.queries,
-            image_dims=math.prod(self.image_shape),
-            var_threshold=self.config.var_threshold,
-            feature_shape=self.model.feature_shape,
-            sigmoid=self.config.arch.endswith("_sgm"),
             seed=config.seed,
         )
 
@@ -108,11 +121,8 @@ class Target:
             data = everything
             if config.train_size is not None:
                 data = load_data(config.data, root, image_size=config.image_size, train_size=config.train_size)
-        except FileNotFoundError as error:
-            where = root or Path("data", config.data)
-            raise ConfigError(
-                f"the run's data are not in {where}, seen from here; say where they are with --data-root ({error})"
-            ) from error
+        except DataError as error:
+            raise DataError(f"{error}; --data-root says where the run's data are now") from error
         # Other data would make the four sets overlap in ways that no index shows.
         before = checkpoint.load(self.run_dir / "best.pt")["data_fingerprint"]
         runs.check_same_data(before, runs.data_fingerprint(data), self.run_dir)

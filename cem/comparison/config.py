@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import yaml
 
 from cem.attacks.config import AttackConfig
 from cem.comparison.grid import GridOptions, Run
-from cem.options import ConfigError, read_yaml
+from cem.defenses import DEFENSES
+from cem.errors import UsageError
+from cem.options import FORMAT, hints, read_yaml
+from cem.surrogates import CONTROL
 from cem.training.config import TrainConfig
 
 SET_BY_THE_GRID = {"surrogate": "surrogates", "lambd": "lambds", "noise_std": "noise_stds", "seed": "seeds"}
 """Options of a training that the grid replaces, and what replaces them."""
+NOT_SHARED = (*SET_BY_THE_GRID, "out")
+"""Options of a training that a comparison does not have."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
     """Everything that defines a comparison.
 
@@ -29,7 +35,7 @@ class Comparison:
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(surrogate=CONTROL))
     attack: AttackConfig = field(default_factory=AttackConfig)
     out: Path = Path("runs/compare")
 
@@ -39,81 +45,83 @@ class Comparison:
 
     def train_config(self, run: Run) -> TrainConfig:
         """The options of one training, without ``out``."""
-        own = self.grid.options_of(run.setting.surrogate) | {
-            "lambd": run.setting.lambd,
-            "noise_std": run.setting.noise_std,
-        }
-        # from_dict: the shared options may be of a subclass, which the command line needs.
-        values = TrainConfig.to_dict(self.train) | own
-        return TrainConfig.from_dict(values | {"seed": run.seed, "out": None}).resolved()
+        setting = run.setting
+        own = self.grid.training_of(setting.method) | {"lambd": setting.lambd, "noise_std": setting.noise_std}
+        shared = self._shared(own)
+        for name, value in own.items():
+            if isinstance(value, Mapping) and isinstance(shared.get(name), Mapping):
+                own[name] = {**shared[name], **value}
+        return TrainConfig.from_dict(shared | own | {"seed": run.seed}).resolved()
 
     def attack_config(self) -> AttackConfig:
         """The options of every attack; device and data are the trainings' unless it has its own."""
         device = self.train.device if self.attack.device == "auto" else self.attack.device
         data_root = self.train.data_root if self.attack.data_root is None else self.attack.data_root
-        values = AttackConfig.to_dict(self.attack) | {"device": device, "data_root": data_root, "control": None}
-        return AttackConfig.from_dict(values)
+        return replace(self.attack, device=device, data_root=data_root, control=None)
 
-    def validate(self) -> None:
-        """Check all options that can be judged without loading anything.
+    def checked(self) -> Comparison:
+        """The same, with all options checked that can be judged without loading anything.
 
         Raises:
-            ConfigError: naming the option, what it takes and what it got.
+            UsageError: naming the option, what it takes and what it got.
         """
-        self.grid.validate()
-        for run in self.grid.runs():
-            self.train_config(run).validate()
-        try:
-            self.attack_config().validate()
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--", "--attack.", 1)) from error
+        checked = replace(self, grid=self.grid.checked(), attack=self.attack.checked("attack."))
+        for run in checked.grid.runs():
+            checked.train_config(run).checked()
+        return checked
+
+    def _shared(self, own: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """Options of all trainings, but for those of defenses that ``own`` leaves out; surrogates' are the grid's."""
+        defenses = TrainConfig.from_dict({"defenses": own.get("defenses", self.train.defenses)}).defenses
+        shared = replace(self.train, surrogate=CONTROL, defenses=defenses).to_dict()
+        return {name: value for name, value in shared.items() if name not in NOT_SHARED}
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain YAML values: those of grid and training side by side, the attack's under ``attack``."""
-        train, attack = self.train.to_dict(), self.attack.to_dict()
-        for name in (*SET_BY_THE_GRID, "out"):
-            del train[name]
-        del attack["control"]
-        return self.grid.to_dict() | train | {"attack": attack}
+        attack = {name: value for name, value in self.attack.to_dict().items() if name != "control"}
+        return self.grid.to_dict() | self._shared() | {"attack": attack}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Comparison:
         """Inverse of :meth:`to_dict`, but for ``out``; options that are absent keep their defaults.
 
         Raises:
-            ConfigError: if a key is no option, or a value has the wrong type.
+            UsageError: if a key is no option, or a value has the wrong type.
         """
         for name, instead in SET_BY_THE_GRID.items():
             if name in values:
-                raise ConfigError(f"{name}: a comparison takes a list, {instead}")
-        of_grid = {each.name for each in fields(GridOptions)}
+                raise UsageError(f"{name}: a comparison takes a list, {instead}")
         attack = values.get("attack") or {}
         if not isinstance(attack, dict):
-            raise ConfigError(f"attack must hold a mapping of option names to values, got {attack!r}")
-        rest = {name: value for name, value in values.items() if name not in of_grid and name != "attack"}
+            raise UsageError(f"attack must hold a mapping of option names to values, got {attack!r}")
+        defenses = TrainConfig.from_dict({"surrogate": CONTROL, "defenses": values.get("defenses", [])}).chosen()
+        of_train = {*hints(TrainConfig), *DEFENSES, *defenses}
+        train = {name: value for name, value in values.items() if name in of_train}
+        grid = {name: value for name, value in values.items() if name not in of_train and name != "attack"}
         return cls(
-            grid=GridOptions.from_dict({name: value for name, value in values.items() if name in of_grid}),
-            train=TrainConfig.from_dict(rest),
-            attack=AttackConfig.from_dict(attack),
+            grid=GridOptions.from_dict(grid),
+            train=TrainConfig.from_dict({"surrogate": CONTROL, **train}),
+            attack=AttackConfig.from_dict(attack, "attack."),
         )
 
     def to_yaml(self, path: Path, command: str) -> None:
         """Write all options to ``path``, under a comment with the command that they came from."""
-        options = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None)
-        path.write_text(f"# {command}\n{options}", encoding="utf-8")
+        content = {"format": FORMAT, **self.to_dict()}
+        options = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        path.write_text(f"# {' '.join(command.split(chr(10)))}\n{options}", encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: Path) -> Comparison:
         """Read options from ``path``; those that it does not name keep their defaults.
 
         Raises:
-            ConfigError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
+            UsageError: if there is no such file, it is not YAML, or :meth:`from_dict` refuses what it holds.
         """
         values = read_yaml(path)
         try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            return cls.from_dict({name: value for name, value in values.items() if name != "format"})
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
 
 
 def command_of(path: Path) -> str | None:

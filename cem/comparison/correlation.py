@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,19 +61,17 @@ def correlate(results: Sequence[RunResult]) -> list[Correlation]:
 
 
 def spearman(
-    x: Sequence[float], y: Sequence[float], seed: int = 0, *, settings: Sequence[Hashable] | None = None
+    x: Sequence[float], y: Sequence[float], *, drawn: Sequence[NDArray[np.int64]] | None = None
 ) -> tuple[float | None, float | None, float | None, str]:
     """Spearman's ρ with a 95 % percentile bootstrap interval over the pairs.
 
-    Pairs are drawn with replacement 10 000 times. A resample in which one of both is constant has no
-    correlation and is left out; the interval is the 2.5th to the 97.5th percentile of the others.
+    A resample in which one of both is constant has no correlation and is left out; the interval is the 2.5th to the
+    97.5th percentile of the others.
 
     Args:
         x: finite numbers.
         y: as many.
-        seed: of the resampling.
-        settings: the setting of every pair, where some have several that are not independent, such as one a seed:
-            settings are drawn then, each with all of its pairs.
+        drawn: indices ``[R, m]`` of resamples; by default 10 000 of the pairs, with replacement and a fixed seed.
 
     Returns:
         ρ, both ends of the interval, and a note. With fewer than 4 pairs, or where one of both is constant, the
@@ -87,64 +84,20 @@ def spearman(
     for values, name in zip(pairs, ("the value", "the attack MSE"), strict=True):
         if np.ptp(values) == 0:
             return None, None, None, f"{name} is the same in all runs"
-    rho = float(_rho(pairs[0][None], pairs[1][None])[0])
-    drawn = _resamples(n, settings, seed)
-    low, high = _interval([_rho(pairs[0][index], pairs[1][index]) for index in drawn])
-    return rho, low, high, ""
+    if drawn is None:
+        drawn = [np.random.default_rng(0).integers(n, size=(RESAMPLES, n))]
+    low, high = interval([rank_correlation(pairs[0][index], pairs[1][index]) for index in drawn])
+    return float(rank_correlation(pairs[0][None], pairs[1][None])[0]), low, high, ""
 
 
-def spearman_difference(
-    x: Sequence[float],
-    other: Sequence[float],
-    y: Sequence[float],
-    seed: int = 0,
-    *,
-    settings: Sequence[Hashable] | None = None,
-) -> tuple[float, float, float]:
-    """``ρ(x, y) − ρ(other, y)`` with a 95 % percentile bootstrap interval over the triples.
-
-    Intervals of two correlations with the same ``y`` may overlap where one is the larger in nearly every resample: what
-    spoils one spoils the other. So both are taken from the same resamples; see :func:`spearman`.
-
-    Args:
-        x, other, y: finite numbers, equally many, at least 4, each not all the same.
-        seed: of the resampling.
-        settings: see :func:`spearman`.
-
-    Returns:
-        The difference and both ends of its interval.
-    """
-    a, b, c = (np.asarray(values, dtype=np.float64) for values in (x, other, y))
-    drawn = _resamples(len(c), settings, seed)
-    low, high = _interval([_rho(a[index], c[index]) - _rho(b[index], c[index]) for index in drawn])
-    return float((_rho(a[None], c[None]) - _rho(b[None], c[None]))[0]), low, high
-
-
-def _resamples(n: int, settings: Sequence[Hashable] | None, seed: int) -> list[NDArray[np.int64]]:
-    """Indices ``[R, m]`` of resamples, one array for each size ``m`` that they have; 10 000 in all."""
-    own = range(n) if settings is None else settings
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for index, setting in enumerate(own):
-        members[setting].append(index)
-    of_setting = [np.array(indices) for indices in members.values()]
-    drawn = np.random.default_rng(seed).integers(len(of_setting), size=(RESAMPLES, len(of_setting)))
-    if len(of_setting) == n:
-        return [drawn]
-    by_size: dict[int, list[NDArray[np.int64]]] = defaultdict(list)
-    for resample in drawn:
-        indices = np.concatenate([of_setting[setting] for setting in resample])
-        by_size[len(indices)].append(indices)
-    return [np.stack(alike) for alike in by_size.values()]
-
-
-def _interval(resampled: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+def interval(resampled: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     """From the 2.5th to the 97.5th percentile of what is finite."""
     found = np.concatenate(resampled)
     low, high = np.percentile(found[np.isfinite(found)], [2.5, 97.5])
     return float(low), float(high)
 
 
-def _rho(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spearman's ρ of every row ``[R, n]``, by its definition: Pearson's of the ranks, ties sharing theirs."""
     a, b = (rankdata(values, axis=1) for values in (x, y))
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)

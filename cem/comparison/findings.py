@@ -33,12 +33,12 @@ def headlines(rows: Sequence[Row], results: Sequence[RunResult]) -> list[str]:
             f"The most accurate is {accurate.setting}: test accuracy {_percent(its_accuracy)}, at an attack MSE of "
             f"{_text(its_mse)}."
         )
-    against = [line for row in rows if row.setting.surrogate != "none" and (line := _against_none(row))]
+    against = [line for row in rows if not row.setting.is_control and (line := _against_none(row))]
     lines += against[:MOST_SETTINGS]
     if len(against) > MOST_SETTINGS:
         lines.append(f"{len(against) - MOST_SETTINGS} more settings are in the table.")
     for setting, better in dominated(rows).items():
-        if setting.surrogate != "none":
+        if not setting.is_control:
             lines.append(f"On average {better} is more private than {setting}, and no less accurate.")
     finished = [result for result in results if result.status == "finished"]
     restless = sum(result.converged is not True for result in finished)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import yaml
 
-from cem.options import ConfigError, Options, option
-from cem.surrogates import SURROGATES
-from cem.training.config import OWN_WEIGHT, TrainConfig
-from cem.training.presets import PRESETS
+from cem.errors import UsageError
+from cem.options import Composed, flag, nearest, option
+from cem.surrogates import COMPARED, CONTROL, RECOMMENDED, SURROGATES
+from cem.terms import Family
+from cem.training.config import TrainConfig
 
 NOT_OF_A_VARIANT = ("noise_std", "seed", "out", "device", "data", "data_root", "profile_steps")
 """Options of a training that the grid or the comparison decides, so that runs can be set against each other."""
+
+_grid = partial(option, group="what varies")
+_FORM = "such as 'strong: {surrogate: NAME, lambd: [1, 2]}'"
 
 
 @dataclass(frozen=True, order=True)
@@ -24,18 +30,23 @@ class Setting:
     """What is compared: one row of the table. Runs of one setting differ in their seed alone.
 
     Attributes:
-        surrogate: ``"none"``, ``"gmm"``, ``"attention"``, or the name of a preset or a variant.
-        lambd: weight λ of the penalty; 0 for ``"none"``.
+        method: a surrogate's name, or that of a variant.
+        lambd: weight λ of the penalty; 0 for the control.
         noise_std: standard deviation σ of the noise on the features.
     """
 
-    surrogate: str
+    method: str
     lambd: float
     noise_std: float
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it has no penalty, and the others are set against it."""
+        return self.method == CONTROL
+
     def __str__(self) -> str:
-        weight = "" if self.surrogate == "none" else f" λ {self.lambd:g}"
-        return f"{self.surrogate}{weight}, σ {self.noise_std:g}"
+        weight = f" λ {self.lambd:g}" if self.lambd else ""
+        return f"{self.method}{weight}, σ {self.noise_std:g}"
 
 
 @dataclass(frozen=True)
@@ -47,99 +58,132 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its directory: ``"gmm-lambd16-noise0.1-seed0"``; λ is left out for ``none``."""
-        surrogate, lambd, noise = self.setting.surrogate, self.setting.lambd, self.setting.noise_std
-        weight = "" if surrogate == "none" else f"-lambd{lambd:g}"
-        return f"{surrogate}{weight}-noise{noise:g}-seed{self.seed}"
+        """Name of its directory, such as ``"wide-lambd16-noise0.1-seed0"``; λ is left out for the control."""
+        setting = self.setting
+        weight = f"-lambd{setting.lambd:g}" if setting.lambd else ""
+        return f"{setting.method}{weight}-noise{setting.noise_std:g}-seed{self.seed}"
 
 
-@dataclass
-class GridOptions(Options):
-    """What varies between the runs, and how many of them run at a time."""
+@dataclass(frozen=True)
+class GridOptions(Composed):
+    """What varies between the runs, and how many of them run at a time.
 
-    surrogates: tuple[str, ...] = ("none", "gmm", "attention")
-    """Surrogates to compare: none, gmm, attention, seed (the preset of cem.train), or one of VARIANTS. none is the
-    control: every other one is set against it at the same noise and seed, so leaving it out leaves those columns
-    empty."""
-    variants: tuple[str, ...] = ()
-    """More of them, each a name and what it sets in cem.train, as YAML: "wide: {preset: seed, tokens: spatial}".
-    They are attention unless they set surrogate or preset. One that sets lambd, a number or a list of them, is run with
-    these weights instead of LAMBDS: surrogates differ in what a weight means."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. A setting is trained once with each; what the table calls ± is the spread over them."""
-    lambds: tuple[float, ...] = ()
-    """Weights λ of the penalty; none: that which each surrogate has in cem.train. Not of those that bring their own:
-    seed, and VARIANTS that set lambd or preset. The surrogate none has no penalty and is run once."""
-    noise_stds: tuple[float, ...] = (0.1,)
-    """Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table and
-    the trade-off plot show whether a surrogate is worth more than more noise."""
-    jobs: int = 1
-    """Runs at a time. Each gets its share of the processor cores (OMP_NUM_THREADS, unless that is set).
-    On two cores, two processes of one thread are 1.2 times as fast as one of two threads after the other.
-    Seconds in the table are then those of a run that had company."""
+    ``members`` holds the options of surrogates, which all runs of them share.
 
-    def validate(self) -> None:
-        """Check values and their types.
+    Attributes:
+        surrogates: Surrogates to compare, or names of VARIANTS. The control is the one without a penalty: every other
+            one is set against it at the same noise and seed, so leaving it out leaves those columns empty.
+        variants: More of them, each a name and what it sets in cem.train, as YAML, such as
+            'strong: {surrogate: NAME, lambd: [1, 2]}'. One that sets lambd, a number or a list of them, is run with
+            these weights instead of LAMBDS: surrogates differ in what a weight means.
+        seeds: A setting is trained once with each; what the table calls ± is the spread over them.
+        lambds: Weights λ of the penalty; none: that which each surrogate has in cem.train. Not of variants that bring
+            their own. The control has no penalty and is run once.
+        noise_stds: Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table
+            and the trade-off plot show whether a surrogate is worth more than more noise.
+        jobs: Runs at a time. Each gets its share of the processor cores (OMP_NUM_THREADS, unless that is set). On two
+            cores, two processes of one thread are 1.2 times as fast as one of two threads after the other. Seconds in
+            the table are then those of a run that had company.
+    """
+
+    families: ClassVar[Mapping[str, Family[Any]]] = {"surrogates": SURROGATES}
+
+    surrogates: tuple[str, ...] = _grid(COMPARED)
+    variants: tuple[str, ...] = _grid(())
+    seeds: tuple[int, ...] = _grid((0, 1, 2), least=0)
+    lambds: tuple[float, ...] = _grid((), least=0)
+    noise_stds: tuple[float, ...] = _grid((0.1,), least=0)
+    jobs: int = option(1, least=1, group="how it is run")
+
+    def chosen(self) -> dict[str, Any]:
+        """The surrogates that runs are trained with by their own names; those of variants among them."""
+        wanted = [own["surrogate"] for own in (*self.methods().values(), *self.defined().values())]
+        return {member.name: member for member in (SURROGATES[name] for name in wanted)}
+
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """What every method sets in a training, by its name: a variant's, or that of a surrogate."""
+        variants = self.defined()
+        return {
+            name if name in variants else SURROGATES[name].name: variants.get(name, {"surrogate": name})
+            for name in self.surrogates
+        }
+
+    def defined(self) -> dict[str, dict[str, Any]]:
+        """What every variant sets, by its name.
 
         Raises:
-            ConfigError: naming the option, what it takes and what it got.
+            UsageError: one cannot be read, or sets what it may not.
         """
-        self.convert()
-        for surrogate in self.surrogates:
-            self.options_of(surrogate)
+        return dict(map(_variant, self.variants))
+
+    def _own_names(self, place: str) -> Any:
+        variants = self.defined()
+        return tuple(name if name in variants or ":" in name else SURROGATES[name].name for name in self.surrogates)
+
+    def check(self) -> None:
+        """What no option can say alone."""
         for name in ("surrogates", "seeds", "noise_stds"):
             if not getattr(self, name):
-                raise ConfigError(f"{option(name)} needs at least one value")
+                raise UsageError(f"{flag(name)} needs at least one value")
         for setting in self.settings():
-            if setting.surrogate != "none" and not 0 < setting.lambd < math.inf:
-                name = "--lambds" if setting.lambd in self.lambds else f"lambd of {setting.surrogate}"
-                raise ConfigError(
-                    f"{name} must be finite and above 0, got {setting.lambd:g}; without a penalty is --surrogates none"
+            free = self.training_of(setting.method)["surrogate"] == CONTROL
+            if not free and not 0 < setting.lambd < math.inf:
+                name = "--lambds" if setting.lambd in self.lambds else f"lambd of {setting.method}"
+                raise UsageError(
+                    f"{name} must be finite and above 0, got {setting.lambd:g}; without a penalty is "
+                    f"--surrogates {CONTROL}"
                 )
-        if self.jobs < 1:
-            raise ConfigError(f"--jobs must be at least 1, got {self.jobs}")
-        twice = [name for name, times in Counter(run.name for run in self.runs()).items() if times > 1]
-        if twice:
-            raise ConfigError(f"two runs would be called {twice[0]}; give every value once, with at most 6 digits")
+        variants = [_variant(text)[0] for text in self.variants]
+        given = ([run.name for run in self.runs()], self.surrogates, variants)
+        twice = [name for names in given for name, times in Counter(names).items() if times > 1]
+        if twice or len(self.methods()) < len(self.surrogates):
+            twice = twice or list(self.methods())
+            raise UsageError(f"two runs would be called {twice[0]}; give every value once, with at most 6 digits")
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :class:`~cem.options.Options`; variants are a mapping."""
+        return super().to_dict() | {"variants": self.defined()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], prefix: str = "") -> GridOptions:
+        """Inverse of :meth:`to_dict`; variants may also be a list of texts, as on the command line."""
+        given = dict(values)
+        if isinstance(given.get("variants"), Mapping):
+            given["variants"] = tuple(
+                yaml.safe_dump({name: own}, default_flow_style=True, width=math.inf).strip()
+                for name, own in given["variants"].items()
+            )
+        return super().from_dict(given)
 
     def settings(self) -> list[Setting]:
         """The rows of the table: by noise, and within a noise in the order of ``surrogates`` and ``lambds``."""
         return [
-            Setting(surrogate, lambd, noise_std)
+            Setting(method, lambd, noise_std)
             for noise_std in self.noise_stds
-            for surrogate in self.surrogates
-            for lambd in self._lambds_of(surrogate)
+            for method in self.methods()
+            for lambd in self._lambds_of(method)
         ]
 
-    def options_of(self, surrogate: str) -> dict[str, Any]:
-        """What a surrogate's name sets in a training.
+    def training_of(self, method: str) -> dict[str, Any]:
+        """What a method sets in a training, with the options that all runs of its surrogate share."""
+        own = dict(self.methods()[method])
+        name = SURROGATES[own["surrogate"]].name
+        shared = self.members[name].to_dict() if name in self.members else {}
+        options = shared | dict(own.pop(name, {}))
+        return own | ({name: options} if options else {})
 
-        Raises:
-            ConfigError: there is no such surrogate, preset or variant, or a variant cannot be read.
-        """
-        variants = dict(map(_variant, self.variants))
-        if surrogate in variants:
-            own = dict(variants[surrogate])
-            return {"surrogate": "attention", **PRESETS.get(own.pop("preset", ""), {}), **own}
-        if surrogate in SURROGATES:
-            return {"surrogate": surrogate}
-        if surrogate in PRESETS:
-            return PRESETS[surrogate]
-        known = ", ".join(dict.fromkeys((*reversed(SURROGATES), *PRESETS, *variants)))
-        raise ConfigError(f"--surrogates takes {known}, got {surrogate!r}; --variants defines others")
-
-    def _lambds_of(self, surrogate: str) -> tuple[float, ...]:
-        if surrogate == "none":
+    def _lambds_of(self, method: str) -> tuple[float, ...]:
+        training = self.training_of(method)
+        if training["surrogate"] == CONTROL:
             return (0.0,)
-        options = self.options_of(surrogate)
-        own = options.get("lambd")
+        own = training.get("lambd")
         if own is None:
-            # An unknown surrogate is refused where its options are judged.
-            return self.lambds or (OWN_WEIGHT.get(options["surrogate"], 1.0),)
+            return self.lambds or (SURROGATES[training["surrogate"]].Options.weight,)
         try:
-            return tuple(map(float, own if isinstance(own, list) else [own]))
+            weights = tuple(map(float, own if isinstance(own, list) else [own]))
+            return weights or (math.nan,)
         except (TypeError, ValueError):
-            raise ConfigError(f"lambd of {surrogate} takes a number or a list of them, got {own!r}") from None
+            raise UsageError(f"lambd of {method} takes a number or a list of them, got {own!r}") from None
 
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that a comparison that is stopped early has whole seeds to show."""
@@ -150,29 +194,25 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of a variant.
 
     Raises:
-        ConfigError: it is not YAML of this form, its name cannot be a file's, or it sets what it may not.
+        UsageError: it is not YAML of this form, its name cannot be a file's, or it sets what it may not.
     """
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--variants takes YAML such as 'wide: {{preset: seed, tokens: spatial}}', got {text!r}: {error}"
-        ) from error
+        raise UsageError(f"--variants takes YAML {_FORM}, got {text!r}: {error}") from error
     if not isinstance(content, dict) or len(content) != 1 or not isinstance(next(iter(content.values())), dict):
-        raise ConfigError(
-            f"--variants takes a name and its options, such as 'wide: {{preset: seed, tokens: spatial}}', got {text!r}"
-        )
+        raise UsageError(f"--variants takes a name and its options, {_FORM}, got {text!r}")
     ((name, options),) = content.items()
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.]*", name) or name in SURROGATES:
-        raise ConfigError(
+        raise UsageError(
             f"--variants: a name has letters, digits, _ and ., begins with a letter, and is none of "
             f"{', '.join(SURROGATES)}; got {name!r}"
         )
-    known = {"preset", *(each.name for each in fields(TrainConfig))} - set(NOT_OF_A_VARIANT)
-    if wrong := [key for key in options if key not in known]:
-        raise ConfigError(f"--variants: {name} cannot set {wrong[0]!r}")
-    if "preset" in options and options["preset"] not in PRESETS:
-        raise ConfigError(
-            f"--variants: preset of {name} must be one of {', '.join(PRESETS)}, got {options['preset']!r}"
-        )
-    return name, options
+    # Options of members are judged where the training's are.
+    known = {each.name for each in fields(TrainConfig)} - set(NOT_OF_A_VARIANT)
+    for key, value in options.items():
+        if key not in known and not isinstance(value, Mapping):
+            raise UsageError(f"--variants: {name} cannot set {key!r}{nearest(str(key), known)}")
+    if not isinstance(options.get("surrogate", RECOMMENDED), str):
+        raise UsageError(f"--variants: surrogate of {name} must be a name, got {options['surrogate']!r}")
+    return name, {"surrogate": RECOMMENDED, **options}

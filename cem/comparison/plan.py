@@ -10,8 +10,10 @@ from pathlib import Path
 from cem.attacks.config import AttackConfig
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
-from cem.options import ConfigError, option
+from cem.errors import UsageError
+from cem.options import flag
 from cem.training.config import HARMLESS_ON_RESUME, TrainConfig, changed_options
+from cem.training.runs import read_config
 
 OPTIONS_DIR = "options"
 """Folder, inside the comparison's, of the option files that its trainings and attacks are started with."""
@@ -60,23 +62,23 @@ def check_options(comparison: Comparison, run: Run) -> None:
     Options that only say where to compute (``device``, ``data_root``, ...) may differ.
 
     Raises:
-        ConfigError: naming the first options that differ, or what is in the way.
+        UsageError: naming the first options that differ, or what is in the way.
     """
     run_dir = comparison.run_dir(run)
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} is in the way of a run: it is no directory")
+        raise UsageError(f"{run_dir} is in the way of a run: it is no directory")
     if not is_trained(run_dir) and not (run_dir / "last.pt").exists():
         foreign = sorted(
             path.name for path in run_dir.iterdir() if not any(map(path.match, _NOT_BEGUN)) or path.is_dir()
         )
         if foreign:
-            raise ConfigError(f"{run_dir} is in the way of a run: it holds {foreign[0]}, but no training; move it away")
+            raise UsageError(f"{run_dir} is in the way of a run: it holds {foreign[0]}, but no training; move it away")
         return
-    changed = changed_options(TrainConfig.from_yaml(run_dir / "config.yaml"), comparison.train_config(run))
+    changed = changed_options(read_config(run_dir), comparison.train_config(run))
     if changed:
-        raise ConfigError(
+        raise UsageError(
             f"the run in {run_dir} was trained under other options: {', '.join(changed)}. "
             "Give the same options, or another --out"
         )
@@ -84,7 +86,7 @@ def check_options(comparison: Comparison, run: Run) -> None:
     if (attacked / "config.yaml").exists():
         changed = AttackConfig.from_yaml(attacked / "config.yaml").changed(comparison.attack_config())
         if changed:
-            raise ConfigError(
+            raise UsageError(
                 f"the run in {run_dir} was attacked under other options: "
                 f"{', '.join(line.replace('--', '--attack.', 1) for line in changed)}. "
                 f"Give the same options, or move {attacked} away to attack it again"
@@ -108,7 +110,7 @@ def _training_command(comparison: Comparison, run: Run) -> list[str]:
     run_dir, config = comparison.run_dir(run), comparison.train_config(run)
     command = [sys.executable, "-m", "cem.train"]
     if (run_dir / "last.pt").exists():
-        before = TrainConfig.from_yaml(run_dir / "config.yaml")
+        before = read_config(run_dir)
         return [*command, "--resume", str(run_dir), *_elsewhere(before, config)]
     path = _options_file(comparison, run.name)
     config.to_yaml(path)
@@ -127,13 +129,13 @@ def _attack_command(comparison: Comparison, run: Run) -> list[str]:
 def _elsewhere(before: TrainConfig, after: TrainConfig) -> list[str]:
     """The options that say where to compute, where they are no longer those of the run."""
     old, new, flags = before.to_dict(), after.to_dict(), []
-    for name in sorted(HARMLESS_ON_RESUME):
+    for name in sorted(HARMLESS_ON_RESUME - {"out"}):
         if old[name] == new[name]:
             continue
         if isinstance(new[name], bool):
-            flags.append(option(name) if new[name] else option(f"no_{name}"))
+            flags.append(flag(name) if new[name] else flag(f"no_{name}"))
         else:
-            flags += [option(name), str(new[name])]
+            flags += [flag(name), str(new[name]).lower() if new[name] is None else str(new[name])]
     return flags
 
 

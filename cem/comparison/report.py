@@ -12,10 +12,8 @@ import yaml
 
 from cem.comparison.config import Comparison, command_of
 from cem.comparison.correlation import correlate
-from cem.comparison.definitions import CONTROLS, DEFINITIONS, SHOWN, VALUES
+from cem.comparison.definitions import CONTROLS, DEFINITIONS, SHOWN, TEXTS, meaning_of
 from cem.comparison.findings import LIMITS, headlines
-from cem.comparison.matched import LOSSES, curves
-from cem.comparison.plan import LOGS_DIR
 from cem.comparison.results import RunResult, write_table
 from cem.comparison.statistics import Row, Spread, spread, summarize
 from cem.report.document import NOTHING, Column, Link, Picture, Report, Section, Table
@@ -26,7 +24,7 @@ from cem.report.reconstructions import Images, draw_reconstructions
 from cem.report.tradeoff import Point, draw_tradeoff
 
 MOST_NAMES = 6
-"""Surrogates that the title names; more are counted."""
+"""Methods that the title names; more are counted."""
 
 
 def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
@@ -47,13 +45,11 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
     sections = [
         _table_section(rows, results),
         _tradeoff_section(results, out),
-        _matched_section(rows),
-        *_against_curves_sections(rows),
         _reconstruction_section(results, out),
         _correlation_section(results),
         Section("How the figures are defined", [LIMITS], definitions=DEFINITIONS),
         _origin_section(comparison, results),
-        _runs_section(results, out),
+        _runs_section(results),
     ]
     report = Report(_title(comparison), headlines(rows, results), sections)
     write_markdown(report, out / "report.md")
@@ -65,7 +61,7 @@ def _title(comparison: Comparison) -> str:
     train, grid = comparison.train, comparison.grid
     seeds = "1 seed" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds"
     names = ", ".join(grid.surrogates)
-    what = names if len(grid.surrogates) <= MOST_NAMES else f"{len(grid.surrogates)} surrogates"
+    what = names if len(grid.surrogates) <= MOST_NAMES else f"{len(grid.surrogates)} methods"
     return f"{what} on {train.data}: {train.arch}, {train.epochs} epochs, {seeds}"
 
 
@@ -74,7 +70,7 @@ def _table_section(rows: Sequence[Row], results: Sequence[RunResult]) -> Section
     heads = [Column("setting"), Column("runs"), Column("converged"), *(each.head for each in shown)]
     lines: list[list[str | Link]] = []
     for row in rows:
-        reference = row.setting.surrogate == "none"
+        reference = row.setting.is_control
         figures = [
             NOTHING if reference and each.relative else _text(row.figures[each.name], each.factor, each.decimals)
             for each in shown
@@ -107,7 +103,7 @@ def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
     for result in results:
         setting, mse, accuracy = result.run.setting, result.figures["test_mse"], result.figures["test_accuracy"]
         if mse is not None and accuracy is not None:
-            points.append(Point(setting.surrogate, setting.lambd, setting.noise_std, mse, accuracy))
+            points.append(Point(setting.method, setting.lambd, setting.noise_std, mse, accuracy))
     if not points:
         return section
     controls = {
@@ -116,58 +112,8 @@ def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
         if (error := spread(result.figures[f"{control}_test_mse"] for result in results))
     }
     draw_tradeoff(points, controls, out / "tradeoff.png")
-    section.picture = Picture(
-        Path("tradeoff.png"),
-        "Test accuracy over the error of the strongest attacker on unseen images. Full markers are runs, hollow ones "
-        "the mean of a setting. Solid lines join settings that differ in noise, dashed ones settings that differ in λ. "
-        "Up and to the right is better.",
-    )
+    section.picture = Picture(Path("tradeoff.png"), TEXTS["tradeoff"])
     return section
-
-
-def _matched_section(rows: Sequence[Row]) -> Section:
-    lines: list[list[str | Link]] = [
-        [
-            f"{curve.surrogate}, σ {curve.noise_std:g}",
-            str(len(curve.points) - 1),
-            *(figure(curve.mse_at(loss)) for loss in LOSSES),
-        ]
-        for curve in curves(rows)
-    ]
-    section = Section(
-        "At equal accuracy",
-        [
-            "MSE of the strongest attacker on unseen images where a surrogate costs so many points of test accuracy "
-            "against none at the same noise. Read off the line through none and the means of the surrogate's settings, "
-            "in the order of λ, straight in accuracy and log MSE. A surrogate with few weights has a coarse line; "
-            "where it does not come down to an accuracy, there is no figure. The higher, the better.",
-        ],
-    )
-    if lines:
-        heads = [Column("surrogate"), Column("weights λ")]
-        section.table = Table([*heads, *(Column(f"{loss:g}", "MSE at points lost") for loss in LOSSES)], lines)
-    else:
-        section.paragraphs.append("No surrogate and none are finished at the same noise yet.")
-    return section
-
-
-def _against_curves_sections(rows: Sequence[Row]) -> list[Section]:
-    """Every setting against the surrogates that have a curve worth the name: none, where no surrogate has one."""
-    drawn = [curve for curve in curves(rows) if len(curve.points) > 2]
-    lines: list[list[str | Link]] = []
-    for row in rows:
-        times = [curve.times(row) for curve in drawn]
-        if any(each is not None for each in times):
-            lines.append([str(row.setting), *(NOTHING if each is None else f"{each:.2f}" for each in times)])
-    if not lines:
-        return []
-    text = (
-        "MSE of a setting over that which a surrogate's line, as above, has at the setting's accuracy: above 1, the "
-        "setting is the better buy, and a smaller weight of the other surrogate would not have done as well. Of "
-        "surrogates with two weights or more; where a line does not come down to an accuracy, there is no figure."
-    )
-    heads = [Column("setting"), *(Column(f"{curve.surrogate}, σ {curve.noise_std:g}", "MSE, ×") for curve in drawn)]
-    return [Section("Against curves", [text], Table(heads, lines))]
 
 
 def _reconstruction_section(results: Sequence[RunResult], out: Path) -> Section:
@@ -192,9 +138,7 @@ def _reconstruction_section(results: Sequence[RunResult], out: Path) -> Section:
         return section
     draw_reconstructions(originals, rows, out / "reconstructions.png")
     section.picture = Picture(
-        Path("reconstructions.png"),
-        "Unseen images, and below them what the strongest attacker on each setting makes of their features; seed "
-        f"{', '.join(map(str, sorted(seeds)))}. The number under a picture is its SSIM.",
+        Path("reconstructions.png"), TEXTS["reconstructions"].format(seeds=", ".join(map(str, sorted(seeds))))
     )
     return section
 
@@ -208,24 +152,12 @@ def _correlation_section(results: Sequence[RunResult]) -> Section:
         if each.low is not None and each.high is not None:
             interval = f"{signed(each.low)} to {signed(each.high)}"
         lines.append([each.value, scope, str(each.n), rho, interval, each.note or NOTHING])
-    section = Section(
-        "Do the surrogates' values say what leaks?",
-        [
-            "Spearman's rank correlation ρ between the value that a surrogate has on a trained model, whichever it was "
-            "trained with, and the MSE of the strongest attacker on unseen images. Values are penalties: the lower, "
-            "the less is meant to leak. So a good one has a strongly negative ρ: where it is low, the attacker errs "
-            "more.",
-            "Intervals: 95 %, percentile bootstrap over runs, 10,000 resamples, fixed seed. Runs of one setting "
-            "resemble each other, so with few settings the intervals are too narrow, and they say nothing of other "
-            "data. All runs together mix noise levels, where a value that merely knows the noise does well: look "
-            "within a level.",
-        ],
-    )
+    section = Section("Do the surrogates' values say what leaks?", list(TEXTS["correlation"]))
     if lines:
-        heads = [Column("value"), Column("runs", words=True), Column("n"), Column("ρ"), Column("95 % interval")]
+        heads = [Column("value of"), Column("runs", words=True), Column("n"), Column("ρ"), Column("95 % interval")]
         section.table = Table([*heads, Column("note", words=True)], lines)
         names = dict.fromkeys(name for result in results for name in result.values)
-        section.facts = [(name, VALUES[name]) for name in names if name in VALUES]
+        section.facts = [(name, meaning_of(name)) for name in names]
     else:
         section.paragraphs.append("No attack has computed values yet.")
     return section
@@ -252,7 +184,7 @@ def _origin_section(comparison: Comparison, results: Sequence[RunResult]) -> Sec
     )
 
 
-def _runs_section(results: Sequence[RunResult], out: Path) -> Section:
+def _runs_section(results: Sequence[RunResult]) -> Section:
     heads = [Column("run"), Column("status", words=True), Column("accuracy [%]"), Column("MSE, unseen")]
     heads += [Column("SSIM, unseen"), Column("MSE, training")]
     heads += [Column("strongest attacker", words=True), Column("reason", words=True)]
@@ -269,52 +201,7 @@ def _runs_section(results: Sequence[RunResult], out: Path) -> Section:
                 result.reason or NOTHING,
             ]
         )
-    section = Section("Runs", table=Table(heads, lines))
-    section.details = [_run_section(result, out) for result in results if result.run_dir.exists()]
-    return section
-
-
-def _run_section(result: RunResult, out: Path) -> Section:
-    summary, attack, figures = result.summary, result.attack, result.figures
-    facts = [("Status", result.status + (f": {result.reason}" if result.reason else ""))]
-    if summary:
-        facts.append(("Best epoch", f"{summary.get('best_epoch')} of {summary.get('epochs')}"))
-        facts.append(("Training", f"{figure(figures['train_seconds'])} s on {summary.get('device')}"))
-        if summary.get("skipped_steps"):
-            facts.append(("Steps without a finite penalty", str(summary["skipped_steps"])))
-    if attack:
-        facts.append(("Attack", f"{figure(figures['attack_seconds'])} s on {attack.get('device')}"))
-    for name, value in (attack.get("information") or {}).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            facts.append((f"Information: {name.replace('_', ' ')}", figure(value)))
-    facts += [(f"Value: {name}", figure(value)) for name, value in result.values.items()]
-    heads = [Column("attacker"), Column("parameters"), Column("epochs"), Column("converged"), Column("seconds")]
-    heads += [Column("MSE, validation"), Column("MSE, unseen"), Column("SSIM, unseen"), Column("MSE, training")]
-    lines: list[list[str | Link]] = [
-        [
-            each["name"],
-            f"{each['parameters']:,}",
-            str(each["epochs"]),
-            "yes" if each["converged"] else "no",
-            figure(each["seconds"]),
-            figure(each["val"]["mse"]),
-            figure(each["test_target"]["mse"]),
-            figure(each["test_target"]["ssim"]),
-            figure(each["train_target"]["mse"]),
-        ]
-        for each in attack.get("attackers", [])
-    ]
-    files = ["config.yaml", "metrics.csv", "summary.json", "curves.png", "tsne.png"]
-    files += [f"{result.attack_dir.name}/{file}" for file in ("attack.json", "reconstructions.png", "curves.png")]
-    links = [Link(file, Path(result.run.name) / file) for file in files]
-    logs = (f"{LOGS_DIR}/{result.run.name}-{kind}.log" for kind in ("training", "attack"))
-    links += [Link(log, Path(log)) for log in logs]
-    return Section(
-        result.run.name,
-        table=Table(heads, lines) if lines else None,
-        facts=facts,
-        links=[link for link in links if (out / link.target).exists()],
-    )
+    return Section("Runs", table=Table(heads, lines))
 
 
 def _distinct(values: Iterable[Any]) -> str:

@@ -1,52 +1,59 @@
-"""What the runs of a comparison measured, one record each, and the table of them."""
+"""What the runs of a comparison measured, one record each, and the table of them.
+
+Figures of a run:
+
+* ``test_accuracy``: fraction of test images that the server classifies correctly, under the noise
+* ``test_mse``: mean squared error of the strongest attacker's reconstructions of unseen images; pixels in [0, 1]
+* ``test_psnr``: peak signal-to-noise ratio of the same [dB]
+* ``test_ssim``: structural similarity of the same
+* ``train_mse``: as test_mse, on images that the target was trained on
+* ``train_psnr``: as test_psnr, on images that the target was trained on
+* ``train_ssim``: as test_ssim, on images that the target was trained on
+* ``white_box_test_mse``: MSE of the white-box attack on unseen images
+* ``white_box_decoder_test_mse``: MSE of the strongest attacker on the unseen images of the white-box attack
+* ``white_box_train_mse``: MSE of the white-box attack on images that the target was trained on
+* ``seconds_per_epoch``: median over the epochs [s]
+* ``surrogate_seconds_per_epoch``: seconds spent in the surrogate, median over the epochs [s]
+* ``train_seconds``: all epochs together [s]
+* ``attack_seconds``: the whole attack [s]
+* ``peak_memory_bytes``: most memory of the training process [bytes]; on CUDA, most memory of the device
+* ``nats``: upper estimate of I(x; z) from variances inside classes and clusters [nats]
+* ``within_variance``: variance of clean features inside classes, mean over columns
+* ``between_variance``: variance of the classes' means of clean features, mean over columns
+* ``accuracy_difference``: test accuracy minus that of none at this noise and seed [points]
+* ``mse_ratio``: test_mse over that of none at this noise and seed
+* ``mean_image_test_mse``: MSE of answering every unseen image with the mean image
+* ``mean_image_train_mse``: MSE of answering every training image with the mean image
+* ``class_mean_test_mse``: MSE of answering every unseen image with the mean image of its class
+* ``class_mean_train_mse``: MSE of answering every training image with the mean image of its class
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cem.attacks.information import bound_ratio
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
 from cem.comparison.plan import attack_dir, check_options
 from cem.comparison.runner import read_failures
+from cem.files import replacing
 from cem.training.runs import read_summary
 
-FIGURES = {
-    "test_accuracy": "fraction of test images that the server classifies correctly, under the noise",
-    "test_mse": "mean squared error of the strongest attacker's reconstructions of unseen images; pixels in [0, 1]",
-    "test_psnr": "peak signal-to-noise ratio of the same [dB]",
-    "test_ssim": "structural similarity of the same",
-    "train_mse": "as test_mse, on images that the target was trained on",
-    "train_psnr": "as test_psnr, on images that the target was trained on",
-    "train_ssim": "as test_ssim, on images that the target was trained on",
-    "white_box_test_mse": "MSE of the white-box attack on unseen images",
-    "white_box_decoder_test_mse": "MSE of the strongest attacker on the unseen images of the white-box attack",
-    "white_box_train_mse": "MSE of the white-box attack on images that the target was trained on",
-    "seconds_per_epoch": "median over the epochs [s]",
-    "surrogate_seconds_per_epoch": "seconds spent in the surrogate, median over the epochs [s]",
-    "train_seconds": "all epochs together [s]",
-    "attack_seconds": "the whole attack [s]",
-    "peak_memory_bytes": "most memory of the training process [bytes]; on CUDA, most memory of the device",
-    "nats": "upper estimate of I(x; z) from variances inside classes and clusters [nats]",
-    "relative_bound": "exp(-2 (I - I_none) / d), d values an image, I_none of surrogate none at this noise and seed",
-    "within_variance": "variance of clean features inside classes, mean over columns",
-    "between_variance": "variance of the classes' means of clean features, mean over columns",
-    "accuracy_difference": "test accuracy minus that of surrogate none at this noise and seed [points]",
-    "mse_ratio": "test_mse over that of surrogate none at this noise and seed",
-    "mean_image_test_mse": "MSE of answering every unseen image with the mean image",
-    "mean_image_train_mse": "MSE of answering every training image with the mean image",
-    "class_mean_test_mse": "MSE of answering every unseen image with the mean image of its class",
-    "class_mean_train_mse": "MSE of answering every training image with the mean image of its class",
-}
-"""Every figure of a run, and its definition. A figure that was not measured, or is not finite, is ``None``."""
+FIGURES = (
+    "test_accuracy", "test_mse", "test_psnr", "test_ssim", "train_mse", "train_psnr", "train_ssim",
+    "white_box_test_mse", "white_box_decoder_test_mse", "white_box_train_mse", "seconds_per_epoch",
+    "surrogate_seconds_per_epoch", "train_seconds", "attack_seconds", "peak_memory_bytes", "nats",
+    "within_variance", "between_variance", "accuracy_difference", "mse_ratio", "mean_image_test_mse",
+    "mean_image_train_mse", "class_mean_test_mse", "class_mean_train_mse",
+)  # fmt: skip
+"""Every figure of a run, see above. One that was not measured, or is not finite, is ``None``."""
 
 
 @dataclass
@@ -85,7 +92,7 @@ def read_results(comparison: Comparison) -> list[RunResult]:
     """Read whatever there is of the runs of a comparison, in the order of the table: settings, then seeds.
 
     Raises:
-        ConfigError: a run was made under other options.
+        UsageError: a run was made under other options.
     """
     failures = read_failures(comparison.out)
     results = []
@@ -101,22 +108,16 @@ def read_results(comparison: Comparison) -> list[RunResult]:
 def write_table(results: Sequence[RunResult], path: Path) -> None:
     """Write one line a run in full precision; what was not measured is empty."""
     values = list(dict.fromkeys(name for result in results for name in result.values))
-    header = ["run", "surrogate", "lambd", "noise_std", "seed", "status", "reason", "attacker", "converged"]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    header = ["run", "method", "lambd", "noise_std", "seed", "status", "reason", "attacker", "converged"]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([*header, *FIGURES, *(f"value_{name}" for name in values)])
         for result in results:
             run, setting = result.run, result.run.setting
-            table.writerow(
-                [
-                    *(run.name, setting.surrogate, setting.lambd, setting.noise_std, run.seed),
-                    *(result.status, result.reason, result.attack.get("strongest"), result.converged),
-                    *(result.figures[name] for name in FIGURES),
-                    *(result.values.get(name) for name in values),
-                ]
-            )
-    os.replace(temporary, path)
+            row = [run.name, setting.method, setting.lambd, setting.noise_std, run.seed]
+            row += [result.status, result.reason, result.attack.get("strongest"), result.converged]
+            row += [*(result.figures[name] for name in FIGURES), *(result.values.get(name) for name in values)]
+            table.writerow(row)
 
 
 def _read(comparison: Comparison, run: Run, failure: Mapping[str, Any] | None) -> RunResult:
@@ -159,9 +160,7 @@ def _describe(failure: Mapping[str, Any]) -> str:
 def _relate(results: Sequence[RunResult]) -> None:
     """Set every run against the one without a penalty at the same noise and seed."""
     controls = {
-        (result.run.setting.noise_std, result.run.seed): result
-        for result in results
-        if result.run.setting.surrogate == "none"
+        (result.run.setting.noise_std, result.run.seed): result for result in results if result.run.setting.is_control
     }
     for result in results:
         control = controls.get((result.run.setting.noise_std, result.run.seed))
@@ -172,9 +171,6 @@ def _relate(results: Sequence[RunResult]) -> None:
             ours["accuracy_difference"] = 100 * (ours["test_accuracy"] - theirs["test_accuracy"])
         if ours["test_mse"] is not None and theirs["test_mse"]:
             ours["mse_ratio"] = ours["test_mse"] / theirs["test_mse"]
-        dims = _number(result.attack, "information", "image_dims")
-        if dims:
-            ours["relative_bound"] = bound_ratio(ours["nats"], theirs["nats"], int(dims))
 
 
 def _number(content: Mapping[str, Any], *keys: str) -> float | None:

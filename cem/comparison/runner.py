@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from cem.comparison.config import Comparison
 from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
-from cem.options import ConfigError
-from cem.training.runlog import write_json
+from cem.errors import UsageError
+from cem.files import write_json
 
 FAILURES = "failures.json"
 """File of a comparison: by name of the run, which step failed last, its exit code, and the last line it printed."""
@@ -52,7 +52,7 @@ def run_comparison(comparison: Comparison, command: str) -> None:
         command: the command line that they came from.
 
     Raises:
-        ConfigError: a directory of a run is occupied by something else, before anything is started, or another
+        UsageError: a directory of a run is occupied by something else, before anything is started, or another
             comparison is at work in this folder.
         KeyboardInterrupt: after the steps under way were stopped; they can be continued.
     """
@@ -140,14 +140,9 @@ class _Active:
         with open(step.log, "ab") as log:
             # In a session of its own, Ctrl-C reaches this process alone, which then stops every step once.
             self.process = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                start_new_session=True,
-                pass_fds=() if lock is None else (lock,),
-            )
+                step.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
+                start_new_session=True, pass_fds=() if lock is None else (lock,),
+            )  # fmt: skip
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -213,7 +208,7 @@ def locked(out: Path) -> Iterator[int | None]:
         A file descriptor; who holds it open keeps the folder locked. ``None`` where there are no such locks.
 
     Raises:
-        ConfigError: the folder is locked.
+        UsageError: the folder is locked.
     """
     try:
         import fcntl
@@ -224,7 +219,7 @@ def locked(out: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another comparison, or a run that it left behind, is at work in {out}") from None
+            raise UsageError(f"another comparison, or a run that it left behind, is at work in {out}") from None
         yield file.fileno()
 
 

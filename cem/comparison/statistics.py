@@ -71,17 +71,10 @@ def summarize(results: Sequence[RunResult]) -> list[Row]:
     rows = []
     for setting, group in groupby(results, key=lambda result: result.run.setting):
         runs = list(group)
-        counted = [run for run in runs if run.status == "finished"] or runs
-        rows.append(
-            Row(
-                setting,
-                planned=len(runs),
-                finished=sum(run.status == "finished" for run in runs),
-                failed=sum(run.status == "failed" for run in runs),
-                converged=sum(run.converged is True for run in runs),
-                figures={name: spread(run.figures[name] for run in counted) for name in FIGURES},
-            )
-        )
+        finished, failed = ([run for run in runs if run.status == status] for status in ("finished", "failed"))
+        figures = {name: spread(run.figures[name] for run in finished or runs) for name in FIGURES}
+        converged = sum(run.converged is True for run in runs)
+        rows.append(Row(setting, len(runs), len(finished), len(failed), converged, figures))
     return rows
 
 

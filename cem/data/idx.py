@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cem.errors import DataError
+
 _UINT8 = 0x08
 
 
@@ -27,24 +29,24 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     big-endian 32-bit integer.
 
     Raises:
-        ValueError: the file is not gzip although named so, has another header, or is of another length than
+        DataError: the file is not gzip although named so, has another header, or is of another length than
             its header says.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
+        raise DataError(f"{path}: not a complete gzip file ({error})") from error
 
     header = 4 + 4 * ndim
     expected = bytes((0, 0, _UINT8, ndim))
     if content[:4] != expected or len(content) < header:
-        raise ValueError(
+        raise DataError(
             f"{path}: expected the idx header {expected.hex()} (uint8, {ndim} dimensions) and {ndim} sizes, "
             f"got {content[:header].hex()}"
         )
     shape = [int(size) for size in np.frombuffer(content, dtype=">u4", count=ndim, offset=4)]
     if len(content) != header + math.prod(shape):
-        raise ValueError(
+        raise DataError(
             f"{path}: the header promises {math.prod(shape)} bytes (shape {shape}), "
             f"the file has {len(content) - header}"
         )

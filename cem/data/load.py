@@ -8,33 +8,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.utils import resample
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms import v2
 
 from cem.data.files import Files, Labeled, read_cifar, read_digits, read_folder, read_mnist, read_svhn
 from cem.data.images import ImageSet
+from cem.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of the training file
 TEST_FRACTION = 0.2  # of everything, where the data set has no test file
 FOLDER_IMAGE_SIZE = 64  # pixels, unless the caller says otherwise
 SPLIT_SEED = 0  # a constant: runs with different seeds must be compared on the same images
 
-_READERS: dict[str, Callable[[Path, bool, int | None], Files]] = {
-    "digits": lambda root, download, size: read_digits(),
-    "fashion-mnist": lambda root, download, size: read_mnist(datasets.FashionMNIST, root, download),
-    "mnist": lambda root, download, size: read_mnist(datasets.MNIST, root, download),
-    "cifar10": lambda root, download, size: read_cifar(datasets.CIFAR10, root, download),
-    "cifar100": lambda root, download, size: read_cifar(datasets.CIFAR100, root, download),
-    "svhn": lambda root, download, size: read_svhn(root, download),
-    "folder": lambda root, download, size: read_folder(root, size or FOLDER_IMAGE_SIZE),
-}
-#: Names that :func:`load_data` takes.
-DATASETS: tuple[str, ...] = tuple(_READERS)
 
-# Data sets with an augmentation, and whether a mirror image is still of the same class.
-_MIRRORED = {"cifar10": True, "cifar100": True, "svhn": False, "folder": True}
+@dataclass(frozen=True)
+class DataSet:
+    """How a data set is read, and what ``augment`` does to it.
+
+    Attributes:
+        read: its folder, whether to download, and the image size if one is asked for → its files.
+        crop: whether training images may be shifted at random.
+        mirror: whether a mirror image is still of the same class.
+    """
+
+    read: Callable[[Path, bool, int | None], Files]
+    crop: bool = False
+    mirror: bool = False
+
+
+DATASETS: dict[str, DataSet] = {
+    "digits": DataSet(lambda root, download, size: read_digits()),
+    "fashion-mnist": DataSet(lambda root, download, size: read_mnist("FashionMNIST", root, download)),
+    "mnist": DataSet(lambda root, download, size: read_mnist("MNIST", root, download)),
+    "cifar10": DataSet(lambda root, download, size: read_cifar("CIFAR10", root, download), crop=True, mirror=True),
+    "cifar100": DataSet(lambda root, download, size: read_cifar("CIFAR100", root, download), crop=True, mirror=True),
+    "svhn": DataSet(lambda root, download, size: read_svhn(root, download), crop=True),
+    "folder": DataSet(
+        lambda root, download, size: read_folder(root, size or FOLDER_IMAGE_SIZE), crop=True, mirror=True
+    ),
+}
+"""The data sets by the name that ``--data`` takes."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +104,18 @@ def load_data(
         download: fetch missing files (torchvision's data sets).
 
     Raises:
-        FileNotFoundError: files are missing; the message says which, and where they were looked for.
-        ValueError: an argument cannot be used, or a file is corrupt.
+        DataError: files are missing (the message says which, and where they were looked for) or corrupt.
+        UsageError: an argument cannot be used.
     """
-    if name not in _READERS:
-        raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
-    if augment and name not in _MIRRORED:
-        raise ValueError(f"augmentation is defined for {', '.join(_MIRRORED)} only, got {name!r}")
+    if name not in DATASETS:
+        raise UsageError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
+    if augment and not DATASETS[name].crop:
+        cropped = ", ".join(each for each, kind in DATASETS.items() if kind.crop)
+        raise UsageError(f"augmentation is defined for {cropped} only, got {name!r}")
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+        raise UsageError(f"image_size must be at least 1, got {image_size}")
 
-    files = _READERS[name](Path("data", name) if root is None else Path(root), download, image_size)
+    files = DATASETS[name].read(Path("data", name) if root is None else Path(root), download, image_size)
     if files.test is None:
         train, test = _split(_image_set(files.train, "all", image_size), TEST_FRACTION)
     else:
@@ -113,16 +126,18 @@ def load_data(
     mean, std = _channel_statistics(train.images)
     if train_size is not None:
         if not 1 <= train_size <= len(train):
-            raise ValueError(f"train_size must be in 1..{len(train)} for {name}, got {train_size}")
+            raise UsageError(f"train_size must be in 1..{len(train)} for {name}, got {train_size}")
         train = train.subset(_draw(train.labels, train_size))
     if augment:
-        train = replace(train, augment=_augmentation(train.images.shape[-2:], _MIRRORED[name]))
+        train = replace(train, augment=_augmentation(train.images.shape[-2:], DATASETS[name].mirror))
     return DataSplits(train, val, test, files.class_names, mean, std)
 
 
 def _image_set(labeled: Labeled, origin: str, image_size: int | None) -> ImageSet:
     images, labels = labeled
     if image_size is not None:
+        from torchvision.transforms import v2
+
         images = v2.functional.resize(images, [image_size, image_size], antialias=True)
     return ImageSet(images, labels, torch.arange(len(images)), origin)
 
@@ -131,7 +146,7 @@ def _split(whole: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     """Set ``fraction`` of the images apart: ``(the rest, the fraction)``, both in their original order."""
     count = round(fraction * len(whole))
     if count == 0:
-        raise ValueError(f"{len(whole)} images are too few to set {fraction:.0%} of them apart")
+        raise DataError(f"{len(whole)} images are too few to set {fraction:.0%} of them apart")
     apart = _draw(whole.labels, count)
     rest = np.setdiff1d(np.arange(len(whole)), apart)
     return whole.subset(torch.from_numpy(rest)), whole.subset(apart)
@@ -139,6 +154,8 @@ def _split(whole: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 def _draw(labels: Tensor, count: int) -> Tensor:
     """Ascending positions of ``count`` samples, every class in proportion, the same in every call."""
+    from sklearn.utils import resample
+
     # Unlike train_test_split, resample does not insist on leaving one sample of each class behind.
     positions = np.arange(len(labels))
     drawn = resample(positions, replace=False, n_samples=count, stratify=labels.numpy(), random_state=SPLIT_SEED)
@@ -160,5 +177,7 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
 
 
 def _augmentation(size: torch.Size, mirror: bool) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
     crop = v2.RandomCrop(list(size), padding=max(size[0] // 8, 1))
     return v2.Compose([crop, v2.RandomHorizontalFlip()]) if mirror else crop

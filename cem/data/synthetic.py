@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
+
+from cem.command import Parser, parse_options, run_command
+from cem.errors import UsageError
+from cem.options import Options, option
 
 _DIRECTIONS = ((1, 0), (0, 1), (1, 1), (1, -1))
 
 
 def make_test_images(
-    num_classes: int = 4,
-    samples_per_class: int = 16,
-    image_shape: tuple[int, int, int] = (3, 32, 32),
-    seed: int = 0,
+    num_classes: int = 4, samples_per_class: int = 16, image_shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Draw stripes whose direction, width and color tell the class, at random places and under noise.
 
@@ -35,10 +34,10 @@ def make_test_images(
         Images uint8 ``[num_classes * samples_per_class, C, H, W]`` and labels int64, sorted by label.
 
     Raises:
-        ValueError: a size is below 1.
+        UsageError: a size is below 1.
     """
     if min(num_classes, samples_per_class, *image_shape) < 1:
-        raise ValueError(f"all sizes must be at least 1, got {num_classes=} {samples_per_class=} {image_shape=}")
+        raise UsageError(f"all sizes must be at least 1, got {num_classes=} {samples_per_class=} {image_shape=}")
     channels, height, width = image_shape
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_classes).repeat_interleave(samples_per_class)
@@ -57,59 +56,68 @@ def make_test_images(
     return images.clamp(0, 255).to(torch.uint8), labels
 
 
-def write_test_images(
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
-    num_classes: int = 4,
-    train_per_class: int = 64,
-    test_per_class: int = 16,
-    image_size: int = 32,
-    seed: int = 0,
-) -> None:
+@dataclass(frozen=True)
+class Sizes(Options):
+    """Of a folder of test images.
+
+    Attributes:
+        num_classes: How many classes.
+        train_per_class: Training images of each.
+        test_per_class: Test images of each.
+        image_size: Height and width in pixels.
+        seed: Another seed, other images.
+    """
+
+    num_classes: int = option(4, least=1, group="sizes")
+    train_per_class: int = option(64, least=1, group="sizes")
+    test_per_class: int = option(16, least=1, group="sizes")
+    image_size: int = option(32, least=1, group="sizes")
+    seed: int = option(0, group="sizes")
+
+
+def write_test_images(out: Path, **sizes: int) -> None:
     """Write OUT/train/CLASS/*.png and OUT/test/CLASS/*.png, to be read with --data folder --data-root OUT.
 
     Args:
         out: folder to write to; it must not hold any images yet.
-        num_classes: how many classes.
-        train_per_class: training images of each.
-        test_per_class: test images of each.
-        image_size: height and width in pixels.
-        seed: another seed, other images.
+        sizes: see :class:`Sizes`.
 
     Raises:
-        FileExistsError: ``out`` has a ``train`` or a ``test`` already, or is a file.
-        OSError: ``out`` cannot be written to.
-        ValueError: a size is below 1.
+        UsageError: ``out`` has a ``train`` or a ``test`` already, is a file or cannot be written to, or a size is below
+            1.
     """
-    sizes = {
-        "num_classes": num_classes,
-        "train_per_class": train_per_class,
-        "test_per_class": test_per_class,
-        "image_size": image_size,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    size = Sizes(**sizes).checked()
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; expected a folder, or the name of a new one")
-    per_class = train_per_class + test_per_class
-    images, labels = make_test_images(num_classes, per_class, (3, image_size, image_size), seed)
+        raise UsageError(f"{out} is a file; expected a folder, or the name of a new one")
     if (out / "train").exists() or (out / "test").exists():
-        raise FileExistsError(f"{out} has images already, and the new ones would mix with them")
+        raise UsageError(f"{out} has images already, and the new ones would mix with them")
+    per_class = size.train_per_class + size.test_per_class
+    images, labels = make_test_images(size.num_classes, per_class, (3, size.image_size, size.image_size), size.seed)
     for position, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         number = position % per_class
-        folder = out / ("train" if number < train_per_class else "test") / f"class{label:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(folder / f"{number:05d}.png")
+        folder = out / ("train" if number < size.train_per_class else "test") / f"class{label:03d}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(folder / f"{number:05d}.png")
+        except OSError as error:
+            raise UsageError(f"cannot write images to {out}: {error}") from error
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command, ``args`` standing in for ``sys.argv[1:]``; exit code 0, or 2 if it cannot be done."""
-    try:
-        tyro.cli(write_test_images, prog="python -m cem.data.synthetic", args=args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def write() -> int:
+        about = "Write a folder of small images, to be read with --data folder --data-root OUT."
+        parser = Parser("python -m cem.data.synthetic", about, usage="OUT [options]")
+        parser.add_argument("out", type=Path, metavar="OUT", help="Folder to write to; it must hold no images yet.")
+        parser.add_options(Sizes())
+        given = parse_options(parser, sys.argv[1:] if args is None else args)
+        write_test_images(**given)
+        return 0
+
+    return run_command(write)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,14 @@
-"""What is done to features, besides the entropy penalty, before they leave the client."""
+"""What is done besides the surrogate so that features tell less. A file each."""
 
+from cem.defenses.base import Chain, Defense
 from cem.defenses.noise import GaussianNoise
+from cem.terms import Family
 
-__all__ = ["GaussianNoise"]
+DEFENSES: Family[type[Defense]] = Family("defenses", Defense)
+"""The defenses by the names that ``--defenses`` takes."""
+for _member in (GaussianNoise,):
+    DEFENSES.register(_member)
+
+NOISE = GaussianNoise.name
+
+__all__ = ["DEFENSES", "NOISE", "Chain", "Defense", "GaussianNoise"]

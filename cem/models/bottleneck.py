@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cem.errors import UsageError
+
 _GRAMMAR = re.compile(r"(?P<linear>noRELU_)?(?:K(?P<kernel>[0-9]+))?C(?P<channels>[0-9]+)S(?P<stride>[0-9]+)")
 
 
@@ -22,7 +24,7 @@ class Bottleneck:
         relu: a ReLU after each of the two convolutions.
 
     Raises:
-        ValueError: a number below 1, or an even kernel.
+        UsageError: a number below 1, or an even kernel.
     """
 
     channels: int
@@ -32,9 +34,9 @@ class Bottleneck:
 
     def __post_init__(self) -> None:
         if min(self.channels, self.stride, self.kernel_size) < 1:
-            raise ValueError(f"channels, stride and kernel_size must be at least 1, got {self}")
+            raise UsageError(f"channels, stride and kernel_size must be at least 1, got {self}")
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd to keep the map centered, got {self.kernel_size}")
+            raise UsageError(f"kernel_size must be odd to keep the map centered, got {self.kernel_size}")
 
     def client(self, channels: int) -> nn.Sequential:
         """``[B, channels, H, W]`` -> ``[B, self.channels, ceil(H / stride), ceil(W / stride)]``."""
@@ -69,13 +71,13 @@ def parse_bottleneck(text: str) -> Bottleneck | None:
     """Read ``[noRELU_][Kk]CcSs``: no ReLU, kernel k (default 3), c channels, stride s; ``"none"`` gives None.
 
     Raises:
-        ValueError: anything else; nothing is guessed.
+        UsageError: anything else; nothing is guessed.
     """
     if text == "none":
         return None
     match = _GRAMMAR.fullmatch(text)
     if match is None:
-        raise ValueError(
+        raise UsageError(
             f"bottleneck must be 'none' or [noRELU_][Kk]CcSs (kernel k, channels c, stride s), "
             f"such as C8S1 or noRELU_K5C8S2, got {text!r}"
         )

@@ -27,15 +27,8 @@ def mobilenet_v2(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequ
     channels, height, width = image_shape
     stride = 1 if min(height, width) < SMALL_IMAGE else 2
     # Rows of table 2 of the paper: expansion, channels, repeats, stride of the first repeat.
-    rows = [
-        [1, 16, 1, 1],
-        [6, 24, 2, stride],
-        [6, 32, 3, 2],
-        [6, 64, 4, 2],
-        [6, 96, 3, 1],
-        [6, 160, 3, 2],
-        [6, 320, 1, 1],
-    ]
+    rows = [[1, 16, 1, 1], [6, 24, 2, stride], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2]]
+    rows.append([6, 320, 1, 1])
     model = MobileNetV2(num_classes=num_classes, inverted_residual_setting=rows)
     stem = Conv2dNormActivation(channels, 32, stride=stride, activation_layer=nn.ReLU6)
     nn.init.kaiming_normal_(stem[0].weight, mode="fan_out")  # as torchvision for its own stem

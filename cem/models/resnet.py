@@ -47,7 +47,6 @@ def _block(in_channels: int, out_channels: int) -> nn.Module:
     if in_channels == out_channels:
         return BasicBlock(in_channels, out_channels)
     shortcut = nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=2, bias=False),
-        nn.BatchNorm2d(out_channels),
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=2, bias=False), nn.BatchNorm2d(out_channels)
     )
     return BasicBlock(in_channels, out_channels, stride=2, downsample=shortcut)

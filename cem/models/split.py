@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cem.defenses.noise import GaussianNoise
+from cem.defenses.base import Defense
+from cem.errors import UsageError
 from cem.models.bottleneck import parse_bottleneck
 from cem.models.mobilenet import mobilenet_v2
 from cem.models.resnet import resnet
@@ -39,34 +40,34 @@ class SplitModel(nn.Module):
         encoder: images ``[B, *image_shape]`` -> features ``z [B, *feature_shape]``.
         server: features -> logits ``[B, num_classes]``.
         image_shape: ``(C, H, W)`` of one image.
-        defense: features -> features of the same shape; none by default.
+        defense: features -> features of the same shape, such as a :class:`cem.Defense`; by default nothing is done.
 
     Attributes:
         feature_shape: shape of one sample's features, without the batch dimension.
+        bounded: whether every feature lies in [0, 1], because the encoder ends in a sigmoid.
 
     Raises:
-        ValueError: the server overwrites its input, and with it the features that the losses look at.
+        UsageError: the server overwrites its input, and with it the features that the losses look at.
     """
 
     def __init__(
-        self,
-        encoder: nn.Sequential,
-        server: nn.Sequential,
-        *,
-        image_shape: ImageShape,
-        defense: nn.Module | None = None,
+        self, encoder: nn.Sequential, server: nn.Sequential, *, image_shape: ImageShape, defense: Defense | None = None
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.defense = GaussianNoise(0.0) if defense is None else defense
+        self.defense = Defense() if defense is None else defense
         self.server = server
 
         z = _dry_run(encoder, _blank_image(encoder, image_shape))
         self.feature_shape: tuple[int, ...] = tuple(z.shape[1:])
+        last: nn.Module = encoder
+        while isinstance(last, nn.Sequential) and len(last) > 0:
+            last = last[-1]
+        self.bounded = isinstance(last, nn.Sigmoid)
         version = z._version
         _dry_run(server, z)
         if z._version != version:
-            raise ValueError(
+            raise UsageError(
                 "the server overwrites the features: it begins with an operation in place, such as "
                 "nn.ReLU(inplace=True); set inplace=False there, or move the cut behind it"
             )
@@ -79,7 +80,7 @@ class SplitModel(nn.Module):
         *,
         image_shape: ImageShape,
         bottleneck: str = "none",
-        noise_std: float = 0.0,
+        defense: Defense | None = None,
     ) -> SplitModel:
         """Cut any network that is a sequence of stages; the stages are shared with ``model``, not copied.
 
@@ -88,13 +89,13 @@ class SplitModel(nn.Module):
             cut_layer: how many stages the client computes, see :func:`split_sequential`.
             image_shape: ``(C, H, W)`` of one image.
             bottleneck: see :func:`cem.models.parse_bottleneck`.
-            noise_std: standard deviation of the Gaussian noise on the features.
+            defense: see :class:`SplitModel`.
 
         Raises:
-            ValueError: ``cut_layer``, ``bottleneck`` or ``noise_std`` cannot be used.
+            UsageError: ``cut_layer`` or ``bottleneck`` cannot be used.
         """
         encoder, server = _insert_bottleneck(*split_sequential(model, cut_layer), bottleneck, image_shape)
-        return cls(encoder, server, image_shape=image_shape, defense=GaussianNoise(noise_std))
+        return cls(encoder, server, image_shape=image_shape, defense=defense)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[B, C, H, W]``, floating -> logits ``[B, num_classes]``."""
@@ -111,7 +112,7 @@ class Normalize(nn.Module):
         mean, std: one value per channel, or one for all channels.
 
     Raises:
-        ValueError: the two differ in length, or a standard deviation is not positive.
+        UsageError: the two differ in length, or a standard deviation is not positive.
     """
 
     mean: Tensor
@@ -120,7 +121,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"expected as many mean values as positive std values, got {mean=} and {std=}")
+            raise UsageError(f"expected as many mean values as positive std values, got {mean=} and {std=}")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
@@ -133,14 +134,14 @@ def split_sequential(model: nn.Sequential, cut_layer: int) -> tuple[nn.Sequentia
 
     Raises:
         TypeError: ``model`` is no ``nn.Sequential``.
-        ValueError: ``cut_layer`` leaves one side without a stage.
+        UsageError: ``cut_layer`` leaves one side without a stage.
     """
     if not isinstance(model, nn.Sequential):
         raise TypeError(f"only an nn.Sequential of stages can be cut, got {type(model).__name__}")
     stages = list(model._modules.items())  # named_children would drop a module that occurs twice
     if not 1 <= cut_layer < len(stages):
         listing = ", ".join(f"{number} {name}" for number, (name, _) in enumerate(stages, start=1))
-        raise ValueError(f"cut_layer must be in 1..{len(stages) - 1} (stages: {listing}), got {cut_layer}")
+        raise UsageError(f"cut_layer must be in 1..{len(stages) - 1} (stages: {listing}), got {cut_layer}")
     return nn.Sequential(OrderedDict(stages[:cut_layer])), nn.Sequential(OrderedDict(stages[cut_layer:]))
 
 
@@ -151,7 +152,6 @@ def build_split_model(
     image_shape: ImageShape,
     cut_layer: int,
     bottleneck: str = "none",
-    noise_std: float = 0.0,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     centralized: bool = False,
@@ -164,23 +164,22 @@ def build_split_model(
         image_shape: ``(C, H, W)`` of one image.
         cut_layer: how many stages the client computes. The stages are named in each architecture's builder.
         bottleneck: narrow layer at the cut, see :func:`cem.models.parse_bottleneck`.
-        noise_std: standard deviation of the Gaussian noise on the features.
         mean, std: the encoder, which takes images in [0, 1], begins with ``(x - mean) / std`` per channel.
         centralized: the network is not meant to be split: the encoder is all but the final linear layer, the
             features are that layer's input ``[B, D]``, and ``cut_layer`` is not used.
 
     Raises:
-        ValueError: an argument cannot be used (the message says what it takes), or ``centralized`` comes with
-            a bottleneck or noise.
+        UsageError: an argument cannot be used (the message says what it takes), or ``centralized`` comes with a
+            bottleneck.
     """
     if arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        raise UsageError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     if len(image_shape) != 3 or min(image_shape) < 1 or num_classes < 1:
-        raise ValueError(f"expected positive (C, H, W) and num_classes, got {image_shape=} {num_classes=}")
-    if centralized and (bottleneck != "none" or noise_std != 0):
-        raise ValueError(f"a centralized model has no cut for {bottleneck=} or {noise_std=}")
+        raise UsageError(f"expected positive (C, H, W) and num_classes, got {image_shape=} {num_classes=}")
+    if centralized and bottleneck != "none":
+        raise UsageError(f"a centralized model has no cut for {bottleneck=}")
     if len(mean) not in (1, image_shape[0]):
-        raise ValueError(f"mean and std need 1 or C values each, got {len(mean)} for {image_shape=}")
+        raise UsageError(f"mean and std need 1 or C values each, got {len(mean)} for {image_shape=}")
 
     model = _BUILDERS[arch.removesuffix(_SIGMOID)](num_classes=num_classes, image_shape=image_shape)
     if centralized:
@@ -193,7 +192,7 @@ def build_split_model(
     encoder = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), **encoder._modules))
     if arch.endswith(_SIGMOID):
         encoder.add_module("sigmoid", nn.Sigmoid())
-    return SplitModel(encoder, server, image_shape=image_shape, defense=GaussianNoise(noise_std))
+    return SplitModel(encoder, server, image_shape=image_shape)
 
 
 def _insert_bottleneck(
@@ -205,7 +204,7 @@ def _insert_bottleneck(
         return nn.Sequential(OrderedDict(stages=encoder)), nn.Sequential(OrderedDict(stages=server))
     z = _dry_run(encoder, _blank_image(encoder, image_shape))
     if z.ndim != 4:
-        raise ValueError(f"bottleneck {bottleneck!r} needs a map (C, H, W) at the cut, got {tuple(z.shape[1:])}")
+        raise UsageError(f"bottleneck {bottleneck!r} needs a map (C, H, W) at the cut, got {tuple(z.shape[1:])}")
     _, channels, height, width = z.shape
     return (
         nn.Sequential(OrderedDict(stages=encoder, bottleneck=narrow.client(channels).to(z))),

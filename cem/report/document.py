@@ -73,7 +73,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """One part of a report, in this order: text, table, picture, definitions, facts, links, code, details.
+    """One part of a report, in this order: text, table, picture, definitions, facts, links, code.
 
     Attributes:
         title: its heading.
@@ -84,7 +84,6 @@ class Section:
         facts: names and short values.
         links: files beside the report.
         code: verbatim text, or empty.
-        details: parts of its own, folded in the HTML.
     """
 
     title: str
@@ -95,7 +94,6 @@ class Section:
     facts: list[tuple[str, str]] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     code: str = ""
-    details: list[Section] = field(default_factory=list)
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cem.files import write_text
 from cem.report.document import NOTHING, SPREAD, Link, Report
 
 _SYMBOL = re.compile("([λσ±]) ")  # and its number belong on one line
@@ -35,10 +35,7 @@ def write_html(report: Report, path: Path) -> None:
     environment.filters["tied"] = lambda text: _SYMBOL.sub("\\1\N{NO-BREAK SPACE}", text)
     environment.filters["address"] = lambda target: quote(target.as_posix())
     environment.filters["data_uri"] = lambda picture: _data_uri(path.parent / picture)
-    text = environment.get_template("report.html.jinja").render(report=report)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, environment.get_template("report.html.jinja").render(report=report))
 
 
 def _data_uri(picture: Path) -> str:

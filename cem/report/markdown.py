@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
+from cem.files import write_text
 from cem.report.document import Link, Report, Section, Table
 
 # An underscore inside a word marks nothing.
@@ -18,10 +18,8 @@ def write_markdown(report: Report, path: Path) -> None:
     """Write ``report`` to ``path``; pictures and links are relative to its folder. A file that exists is complete."""
     lines = [f"# {escape(report.title)}", "", *(f"- {escape(line)}" for line in report.headlines)]
     for section in report.sections:
-        lines += ["", *_section(section, level=2)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+        lines += ["", *_section(section)]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def escape(text: str) -> str:
@@ -29,8 +27,8 @@ def escape(text: str) -> str:
     return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
-def _section(section: Section, level: int) -> Iterable[str]:
-    yield f"{'#' * level} {escape(section.title)}"
+def _section(section: Section) -> Iterable[str]:
+    yield f"## {escape(section.title)}"
     for paragraph in section.paragraphs:
         yield from ("", escape(paragraph))
     if section.table is not None:
@@ -47,8 +45,6 @@ def _section(section: Section, level: int) -> Iterable[str]:
     if section.code:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", section.code)), default=0))
         yield from ("", fence, section.code.rstrip("\n"), fence)
-    for detail in section.details:
-        yield from ("", *_section(detail, level + 1))
 
 
 def _table(table: Table) -> Iterable[str]:

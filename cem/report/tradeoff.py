@@ -20,14 +20,14 @@ class Point:
     """One run.
 
     Attributes:
-        surrogate: has a color.
+        method: has a color.
         lambd: weight λ of its penalty.
         noise_std: σ of the noise: has a marker.
         mse: of the strongest attacker on unseen images.
         accuracy: on the test set, in [0, 1].
     """
 
-    surrogate: str
+    method: str
     lambd: float
     noise_std: float
     mse: float
@@ -38,11 +38,11 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     """Draw accuracy over the error of the strongest attacker; up and to the right is better.
 
     Every run has a full marker, every setting a hollow one at its mean. Solid lines join the settings of one
-    surrogate and λ by their noise: that of ``none`` is what noise alone buys. Dashed lines join those of one
-    surrogate and noise by λ.
+    method and λ by their noise: that of the control is what noise alone buys. Dashed lines join those of one method
+    and noise by λ.
 
     Args:
-        points: one a run; surrogates are colored in the order in which they come, and numbered where there are
+        points: one a run; methods are colored in the order in which they come, and numbered where there are
             more of them than colors.
         controls: errors of answers that need no features, by name, drawn as vertical lines.
         path: the PNG to write.
@@ -57,14 +57,14 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     noises = sorted({point.noise_std for point in points})
     markers = {noise: _MARKERS[index % len(_MARKERS)] for index, noise in enumerate(noises)}
     entries: list[Line2D] = []
-    surrogates = list(dict.fromkeys(point.surrogate for point in points))
-    for index, surrogate in enumerate(surrogates):
+    methods = list(dict.fromkeys(point.method for point in points))
+    for index, method in enumerate(methods):
         color = COLORS[index % len(COLORS)]
-        # Where colors do not suffice, numbers tell surrogates apart.
-        number = f"{index + 1} " if len(surrogates) > len(COLORS) else ""
+        # Where colors do not suffice, numbers tell methods apart.
+        number = f"{index + 1} " if len(methods) > len(COLORS) else ""
         settings: dict[tuple[float, float], list[Point]] = {}
         for point in points:
-            if point.surrogate == surrogate:
+            if point.method == method:
                 settings.setdefault((point.lambd, point.noise_std), []).append(point)
         lambds = sorted({lambd for lambd, _ in settings})
         means = {}
@@ -83,7 +83,7 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
             if len(joined) > 1:
                 axes.plot(*zip(*joined, strict=True), color=color, lw=1.2, ls=(0, (4, 3)), zorder=2)
         weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
-        entries.append(Line2D([], [], color=color, lw=3, label=number + surrogate + weight))
+        entries.append(Line2D([], [], color=color, lw=3, label=number + method + weight))
     for noise in noises:
         marker = markers[noise]
         entries.append(Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white", label=f"noise σ {noise:g}"))

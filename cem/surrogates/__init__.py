@@ -1,18 +1,22 @@
-"""Conditional-entropy surrogates, one protocol."""
+"""Conditional-entropy surrogates: what features tell of an image, as a differentiable number. A file each."""
 
-from cem.surrogates.attention import SlotCrossAttentionCEM
+from cem.surrogates.attention import SlotCrossAttentionCEM, conv_reduction, linear_reduction
 from cem.surrogates.base import NoSurrogate, Surrogate
-from cem.surrogates.build import SURROGATES, build_surrogate
+from cem.surrogates.centroid import CentroidCEM
 from cem.surrogates.mixture import GaussianMixtureCEM
-from cem.surrogates.modules import CrossAttention, SlotAttention
+from cem.surrogates.threshold import Ramp
+from cem.terms import Family
+
+SURROGATES: Family[type[Surrogate]] = Family("surrogate", Surrogate, aliases={"gmm": "mixture"})
+"""The surrogates by the name that ``--surrogate`` takes."""
+for _member in (NoSurrogate, GaussianMixtureCEM, SlotCrossAttentionCEM, CentroidCEM):
+    SURROGATES.register(_member)
+
+RECOMMENDED = CentroidCEM.name
+CONTROL = NoSurrogate.name
+COMPARED = (CONTROL, GaussianMixtureCEM.name, RECOMMENDED)
 
 __all__ = [
-    "SURROGATES",
-    "CrossAttention",
-    "GaussianMixtureCEM",
-    "NoSurrogate",
-    "SlotAttention",
-    "SlotCrossAttentionCEM",
-    "Surrogate",
-    "build_surrogate",
-]
+    "COMPARED", "CONTROL", "RECOMMENDED", "SURROGATES", "CentroidCEM", "GaussianMixtureCEM", "NoSurrogate", "Ramp",
+    "SlotCrossAttentionCEM", "Surrogate", "conv_reduction", "linear_reduction",
+]  # fmt: skip

@@ -1,118 +1,127 @@
-"""The attention surrogate: slots summarize each class, samples read them, and what still varies is penalized."""
+"""The original surrogate: slots summarize each class, samples read them, and what still varies is penalized."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cem_kernels
-from cem.surrogates.anchor import Anchors
-from cem.surrogates.bank import MemoryBank
-from cem.surrogates.base import Surrogate
+from cem.errors import UsageError
+from cem.options import Options as BaseOptions
+from cem.options import option
 from cem.surrogates.modules import CrossAttention, Normalized, SlotAttention
-from cem.surrogates.threshold import (
-    REMEDY,
-    REMEDY_OF_FIXED,
-    Policy,
-    Threshold,
-    coupled_threshold,
-    warn_if_swamped,
-)
-from cem_kernels import ClassGroups, ClassVariance, backends, validation
-from cem_kernels.class_variance import HINGES, Hinge
-from cem_kernels.class_variance import IMPLEMENTATIONS as CLASS_VARIANCE
-from cem_kernels.slot_variance import IMPLEMENTATIONS as SLOT_VARIANCE
+from cem.surrogates.threshold import Ramp, coupled_threshold, warn_if_swamped
+from cem.surrogates.variance import HALF, VarianceSurrogate, flat, spatial
+from cem.terms import Batch, Context, Measured
+from cem_kernels import class_variance
+from cem_kernels.validation import check_positive, check_sizes
 
-Measure = Literal["enhanced", "slots"]
-Penalty = Literal["hinge", "entropy"]
-Objective = Literal["penalty", "likelihood", "reconstruction"]
-NAMES: dict[str, tuple[str, ...]] = {
-    "measure": get_args(Measure),
-    "penalty": get_args(Penalty),
-    "objective": get_args(Objective),
-    "hinge": HINGES,
-    "reduce": ("linear", "conv1x1"),
-    "tokens": ("flat", "spatial"),
-}
+# Attention over flat features of width D holds some 25 D² parameters: 6.6 million at 512, 25 million at 1024.
+WIDEST_UNREDUCED = 512
+REDUCED_WIDTH = 128
 GAMMA = 1e-6
-NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
 
 
-class SlotCrossAttentionCEM(Surrogate):
-    """Conditional-entropy surrogate: attention per class, then class variance over a log threshold.
+class SlotCrossAttentionCEM(VarianceSurrogate):
+    """Slot attention, gated cross attention, and class variance over a log threshold.
 
     Every sample's features are normalized, slot attention summarizes each class's samples into slots, gated cross
     attention lets every sample read its class's slots, and the penalty is how far the log-variance of the result
-    exceeds the threshold, inside each class. Small class variance against the noise at the cut bounds from below the
-    error of every attacker who decodes the features.
-
-    That is ``measure="enhanced"``, the original. It is taken of normalized features, so that it does not know how large
-    they are against the noise. ``measure="slots"`` does: slots say, without a gradient, which samples of a class belong
-    together, and what is penalized is how far the features as they are sent lie from the centroids of these slots.
-    Slots say little before they are trained (``objective``): then this is nearly the variance of the class. With
-    ``num_slots=1`` it is exactly that: no slot is computed, and there are no parameters.
-
-    Example::
-
-        cem_loss = cem.SlotCrossAttentionCEM(feature_dim=512, num_classes=10, reg_strength=0.1)
-        rob_loss, intra_mse = cem_loss(features, labels)
-        (cross_entropy + 16.0 * rob_loss).backward()
+    exceeds the threshold, inside each class. It is taken of normalized features, so that it does not know how large
+    they are against the noise: :class:`~cem.CentroidCEM` does.
 
     Args:
-        feature_dim: width of one sample's flattened features.
+        feature_dim: ``D``, width of a token: of one sample's flattened features, or of what ``reduction`` makes of
+            them; with ``spatial`` the channels of the map.
         num_slots: ``S``.
-        num_heads: ``H``; divides the width that attention works in.
+        num_heads: ``H``; divides ``feature_dim``.
         num_iterations: ``J``.
-        eps_var: of ``penalty="hinge"``: floor of a variance; below it there is no gradient.
-        var_threshold: ``τ``, of ``penalty="hinge"``.
+        eps_var: floor of a variance; below it there is no gradient.
+        var_threshold: ``τ``.
         reg_strength: ``σ``, the noise's standard deviation; the threshold is ``max(τσ², 1e-8)``.
         num_classes: ``K``; labels lie in ``[0, K)``. None reads the classes off the labels, which costs a host
             synchronization a call.
         max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronization.
-        min_samples: classes with fewer samples are left out; with ``anchor`` in evaluation only, as a single sample has
-            a distance to its class's running centroid.
-        gamma: ``γ``, inside both logarithms of ``penalty="hinge"``; None is 1e-6. Where a variance is well below ``γ``,
-            its penalty is nearly linear in it.
-        hinge: of ``penalty="hinge"``: ``relu``, ``softplus`` or ``identity``.
-        measure: of which variance, ``enhanced`` or ``slots``.
-        penalty: ``hinge``, how far the log-variance exceeds the threshold; or ``entropy``, what a Gaussian of this
-            variance tells through the noise, ``½ log(1 + v/σ²)`` nats a column: Eq. 7 of arXiv:2503.00383v2 but for the
-            terms without a gradient. It has no threshold, and needs ``reg_strength``. Nats of the noise they are with
-            ``measure="slots"`` only: ``enhanced`` measures normalized features, which the noise is not added to.
-        threshold: how the threshold moves, see :class:`~cem.surrogates.threshold.Threshold`.
-        threshold_value: where ``fixed`` stands and ``ramp`` begins.
-        threshold_quantile: of ``quantile``.
-        objective: what its own parameters are trained on, by whoever trains them (:meth:`own_loss`). ``penalty``:
-            ``rob_loss``, which they can lower without any change of the features. ``likelihood``: slots as the centers
-            of a mixture. ``reconstruction``: samples from the slots that they belong to.
-        anchor: measure, in training, around running centroids of classes of this momentum, such as 0.99, instead of a
-            batch's own: features that all shrink are no way out then, see :class:`~cem.surrogates.anchor.Anchors`. For
-            ``measure="slots"`` with ``num_slots=1``; 0 for none. Needs ``num_classes``.
-        memory_bank: remember so many recent features of every class, in training, and measure the variance of a batch
-            together with them, for many classes and small batches; 0 for none. Needs ``num_classes``. Gradients are as
-            large as without it; what is remembered was sent by an older encoder.
+        min_samples: classes with fewer samples are left out.
+        reduction: a module that is applied to the features first, because flat features of width ``D`` need ``D × D``
+            matrices: see :func:`linear_reduction` and :func:`conv_reduction`. A bias would change no variance.
+        spatial: every position of a map ``[B, C, H, W]`` is a token, and variances are those of a channel at a
+            position, over the class's samples; else a sample is one token.
+        threshold: the threshold itself, a number or a :class:`~cem.Ramp`, in place of ``max(τσ², 1e-8)``.
+        gamma: ``γ``, inside both logarithms. Where a variance is well below ``γ``, its penalty is nearly linear in it.
+        hinge: ``relu``, or ``softplus``, a smooth form of it.
         dropout: on the attention's output, in training.
-        reduce_dim: work on a projection of the features, because flat features of width ``D`` need ``D × D``
-            matrices. With ``reduce="linear"`` the width it projects to; with ``reduce="conv1x1"`` the channels.
-        reduce: ``linear``, a linear map of the flattened features, or ``conv1x1``, a 1×1 convolution before flattening.
-            Neither has a bias: a constant does not change a variance.
-        feature_shape: ``(C, H, W)`` of one sample's features; needed by ``conv1x1`` and by spatial tokens.
-        tokens: ``flat``, one token a sample, or ``spatial``: every position of a map is a token as wide as the map has
-            channels (after ``conv1x1``), and variances are those of a channel at a position, over the class's samples.
         backend: see :mod:`cem_kernels.backends`.
 
+    Features are ``[B, D]`` or ``[B, C, H, W]``, fp16, bf16, fp32 or fp64. Of half-precision features kernels multiply
+    matrices in that dtype; all else is in fp32, and so are the losses. They are zero and attached to the graph where no
+    class has ``min_samples``.
+
     Raises:
-        ValueError: sizes do not fit together, a number is out of range, or a name is unknown.
-        BackendUnavailableError: an operator does not have the backend that is asked for by name.
+        ValueError: a size, number or name is out of range, or ``feature_dim`` is no multiple of ``num_heads``.
+        BackendUnavailableError: the backend that is asked for by name is not to be had.
 
     Warns:
-        UserWarning: with ``penalty="hinge"``, ``eps_var``, or the ``gamma`` that nobody chose, swamps the threshold (as
-            they do at ``reg_strength=0``, the default).
+        UserWarning: ``eps_var``, or the ``gamma`` that nobody chose, swamps the threshold (as they do at
+            ``reg_strength=0``, the default).
+
+    Example::
+
+        >>> import torch, cem
+        >>> surrogate = cem.SlotCrossAttentionCEM(feature_dim=16, num_classes=2, reg_strength=0.1)
+        >>> features = torch.randn(8, 16, requires_grad=True)
+        >>> rob_loss, intra_mse = surrogate(features, torch.arange(8) % 2)
+        >>> rob_loss.backward()
+
+    Source: Locatello et al. 2020 (slot attention), Alayrac et al. 2022 (gated cross attention).
     """
+
+    name = "attention"
+    summary = "slot attention, gated cross attention, class variance over a log threshold: the original"
+    schedule = "rising"
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Of ``--surrogate attention``.
+
+        Attributes:
+            num_slots: Slots of every class.
+            reduction: What features are projected to before they are attended to: none, linear128 (a width) or conv4
+                (channels of a 1x1 convolution). auto is linear128 for flat features wider than 512, else none.
+            spatial: Let every position of the feature map be a token; without, a sample is one.
+            var_threshold: Variance inside a class that is tolerated, in units of the noise's variance.
+            threshold: The tolerated variance itself, whatever the noise is.
+            ramp_from: Begin with this threshold and move to the other one until the last epoch.
+            eps_var: Floor of a variance; below it nothing is made smaller.
+            gamma: Variance added inside both logarithms. Well below it the penalty is nearly linear in a variance.
+            hinge: What counts of log variance over log threshold.
+            dropout: Dropout on the attention's output, in training.
+            trained: What trains its own parameters: nothing, the network's optimizer, or an Adam of its own of this
+                learning rate, such as 1e-4. One that minimizes its own penalty can cheat and shrink its output.
+        """
+
+        weight: ClassVar[float] = 16.0
+        num_slots: int = option(8, least=1)
+        reduction: str = option("auto")
+        spatial: bool = option(False)
+        var_threshold: float = option(0.1, least=0)
+        threshold: float | None = option(None, above=0)
+        ramp_from: float | None = option(None, above=0)
+        eps_var: float = option(0.0001, above=0)
+        gamma: float = option(1e-06, above=0)
+        hinge: Literal["relu", "softplus"] = option("relu")
+        dropout: float = option(0.0, least=0, below=1)
+        trained: float | Literal["frozen", "shared"] = option("frozen", above=0)
+
+        def check(self) -> None:
+            """The reduction can be read."""
+            parsed_reduction(self.reduction)
+
+    trained: float | Literal["frozen", "shared"] = "frozen"
 
     def __init__(
         self,
@@ -127,296 +136,171 @@ class SlotCrossAttentionCEM(Surrogate):
         num_classes: int | None = None,
         max_class_size: int | None = None,
         min_samples: int = 2,
-        gamma: float | None = None,
-        hinge: Hinge = "relu",
-        measure: Measure = "enhanced",
-        penalty: Penalty = "hinge",
-        threshold: Policy = "coupled",
-        threshold_value: float = 0.05,
-        threshold_quantile: float = 0.5,
-        objective: Objective = "penalty",
-        anchor: float = 0.0,
-        memory_bank: int = 0,
+        reduction: nn.Module | None = None,
+        spatial: bool = False,
+        threshold: float | Ramp | None = None,
+        gamma: float = GAMMA,
+        hinge: Literal["relu", "softplus"] = "relu",
         dropout: float = 0.0,
-        reduce_dim: int | None = None,
-        reduce: Literal["linear", "conv1x1"] = "linear",
-        feature_shape: tuple[int, int, int] | None = None,
-        tokens: Literal["flat", "spatial"] = "flat",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        validation.check_sizes(
-            feature_dim=feature_dim, num_classes=num_classes, max_class_size=max_class_size, reduce_dim=reduce_dim
-        )
-        if feature_shape is not None and (len(feature_shape) != 3 or math.prod(feature_shape) != feature_dim):
-            raise ValueError(
-                f"feature_shape must be (C, H, W) with C*H*W = feature_dim = {feature_dim}, got {tuple(feature_shape)}"
-            )
-        chosen = {"measure": measure, "penalty": penalty, "objective": objective, "hinge": hinge}
-        for name, value in {**chosen, "reduce": reduce, "tokens": tokens}.items():
-            if value not in NAMES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(NAMES[name])}, got {value!r}")
-        if reduce == "conv1x1" and (reduce_dim is None or feature_shape is None):
-            raise ValueError(
-                "reduce='conv1x1' needs reduce_dim and feature_shape=(C, H, W), "
-                f"got reduce_dim={reduce_dim} and feature_shape={feature_shape}"
-            )
-        if tokens == "spatial" and (feature_shape is None or (reduce_dim is not None and reduce == "linear")):
-            raise ValueError(
-                "tokens='spatial' needs feature_shape=(C, H, W), and reduces with reduce='conv1x1' if at all, "
-                f"got feature_shape={feature_shape}, reduce_dim={reduce_dim} and reduce={reduce!r}"
-            )
-        chosen_gamma, gamma = gamma is not None, GAMMA if gamma is None else gamma
-        validation.check_positive(eps_var=eps_var, gamma=gamma)
+        super().__init__(num_classes, max_class_size, backend)
+        check_sizes(feature_dim=feature_dim)
+        check_positive(eps_var=eps_var, gamma=gamma)
         if min_samples < 2:
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
-        if penalty != "hinge" and (reg_strength <= 0 or threshold != "coupled" or hinge != "relu"):
-            raise ValueError(
-                f"penalty={penalty!r} needs reg_strength above 0, and has neither a threshold nor a hinge: with them "
-                f"give penalty='hinge'; got reg_strength={reg_strength}, threshold={threshold!r} and hinge={hinge!r}"
-            )
-        if memory_bank < 0 or (memory_bank and num_classes is None):
-            raise ValueError(
-                f"memory_bank must be at least 0, and needs num_classes, got {memory_bank} and {num_classes}"
-            )
-        if anchor and (measure != "slots" or num_slots != 1 or memory_bank):
-            raise ValueError(
-                "anchor needs measure='slots' and num_slots=1, and no memory_bank: with others give anchor=0; "
-                f"got {anchor=}, measure={measure!r}, num_slots={num_slots}, memory_bank={memory_bank}"
-            )
-        if anchor and num_classes is None:
-            raise ValueError("anchor needs num_classes")
-        if measure == "slots" and threshold == "quantile":
-            raise ValueError(
-                "threshold='quantile' follows the variances of classes, which measure='slots' does not have; give "
-                "measure='enhanced'"
-            )
-        attends = measure == "enhanced" or num_slots != 1
-        if not attends and (objective != "penalty" or reduce_dim is not None):
-            raise ValueError(
-                "measure='slots' with num_slots=1 computes no slots: nothing is reduced, and nothing has an objective, "
-                f"got reduce_dim={reduce_dim} and objective={objective!r}"
-            )
-        if measure == "slots":
-            operator, available = ("slot_variance", SLOT_VARIANCE) if attends else ("class_variance", CLASS_VARIANCE)
-            backends.check_available(backend, operator, available)
-        self.feature_dim, self.feature_shape = feature_dim, feature_shape
-        self.num_classes, self.max_class_size = num_classes, max_class_size
-        self.eps_var, self.gamma, self.min_samples = eps_var, gamma, min_samples
-        self.hinge: Hinge = hinge
-        self.measure, self.penalty, self.objective, self.backend = measure, penalty, objective, backend
-        self.reg_strength = reg_strength
-        self.threshold = Threshold(
-            threshold, coupled_threshold(var_threshold, reg_strength), threshold_value, threshold_quantile
-        )
-        if penalty == "hinge":
-            remedy = REMEDY_OF_FIXED if threshold == "fixed" else REMEDY
-            warn_if_swamped(self.threshold.lowest, eps_var, 0.0 if chosen_gamma else gamma, remedy)
+        if hinge not in ("relu", "softplus"):
+            raise ValueError(f"hinge must be relu or softplus, got {hinge!r}")
+        self.feature_dim, self.spatial, self.min_samples = feature_dim, spatial, min_samples
+        self.eps_var, self.gamma, self.hinge = eps_var, gamma, hinge
+        coupled = coupled_threshold(var_threshold, reg_strength)
+        given = coupled if threshold is None else threshold
+        self.threshold = given if isinstance(given, Ramp) else float(given)
+        lowest = min(given.start, given.end) if isinstance(given, Ramp) else float(given)
+        check_positive(threshold=lowest)
+        warn_if_swamped(lowest, eps_var, gamma if gamma == GAMMA else 0.0)
+        self.reduction = reduction
+        self.slot_attention = SlotAttention(num_slots, feature_dim, num_iterations, backend=backend)
+        self.cross_attention = CrossAttention(feature_dim, num_heads, dropout, backend=backend)
 
-        self.num_tokens = 1  # T
-        width = feature_dim
-        self.reduction: nn.Conv2d | nn.Linear | None = None
-        if reduce_dim is not None and feature_shape is not None and reduce == "conv1x1":
-            channels, height, breadth = feature_shape
-            self.reduction = nn.Conv2d(channels, reduce_dim, kernel_size=1, bias=False)
-            width = reduce_dim * height * breadth
-        elif reduce_dim is not None:
-            self.reduction = nn.Linear(feature_dim, reduce_dim, bias=False)
-            width = reduce_dim
-        if feature_shape is not None and tokens == "spatial":
-            self.num_tokens = feature_shape[1] * feature_shape[2]
-            width //= self.num_tokens
-        self.slot_attention = SlotAttention(num_slots, width, num_iterations, backend=backend) if attends else None
-        if measure == "enhanced":
-            self.cross_attention = CrossAttention(width, num_heads, dropout, backend=backend)
-        self.anchors = Anchors(num_classes, feature_dim, anchor) if anchor and num_classes else None
-        self.bank = MemoryBank(num_classes, memory_bank, feature_dim) if memory_bank and num_classes else None
+    @classmethod
+    def build(cls, options: Options, context: Context) -> SlotCrossAttentionCEM:
+        """See :class:`~cem.Surrogate`; as many heads as the width of a token allows, four at most."""
+        shape, (kind, size) = context.feature_shape, parsed_reduction(options.reduction)
+        if kind == "auto":
+            wide = math.prod(shape) > WIDEST_UNREDUCED and not options.spatial
+            kind, size = ("linear", REDUCED_WIDTH) if wide else ("none", 0)
+        if len(shape) != 3 and (kind == "conv" or options.spatial):
+            raise UsageError(f"spatial tokens and conv reductions need features (C, H, W), got {shape}")
+        reduction: nn.Module | None = None
+        if kind == "linear":
+            reduction, shape = linear_reduction(math.prod(shape), size), (size,)
+        elif kind == "conv":
+            reduction, shape = conv_reduction(shape, size), (size, *shape[1:])
+        if len(shape) != 3 and options.spatial:
+            raise UsageError(f"--attention.spatial needs a map, which --attention.reduction {options.reduction} is not")
+        width = shape[0] if options.spatial else math.prod(shape)
+        threshold: float | Ramp | None = options.threshold
+        if options.ramp_from is not None:
+            end = options.threshold or coupled_threshold(options.var_threshold, context.noise_std)
+            threshold = Ramp(options.ramp_from, end)
+        same = ("num_slots", "eps_var", "var_threshold", "spatial", "gamma", "hinge", "dropout")
+        surrogate = cls(
+            width, num_heads=math.gcd(4, width), reg_strength=context.noise_std, num_classes=context.num_classes,
+            reduction=reduction, threshold=threshold, backend=context.backend,
+            **{name: getattr(options, name) for name in same},
+        )  # fmt: skip
+        surrogate.trained = options.trained
+        return surrogate.requires_grad_(options.trained != "frozen")
 
-    def _rows(self, features: Tensor) -> Tensor:
-        """``[B, D]`` or ``[B, C, H, W]`` to ``[B, D]`` in fp32 or wider.
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """Whether all of its operators run as kernels: the others ask the device for the largest class."""
+        return self.backend in ("auto", "triton")
 
-        Not in half precision: the spread inside a class that is left when training succeeds is lost in its rounding.
-        (Products may be in half precision: they add to the tokens through gates.)
-        """
-        validation.check_float("features", features)
-        shape = self.feature_shape
-        maps_fit = features.dim() == 4 and (shape is None or tuple(features.shape[1:]) == tuple(shape))
-        if not (features.dim() == 2 or maps_fit) or math.prod(features.shape[1:]) != self.feature_dim:
-            maps = "[B, C, H, W] with as many numbers" if shape is None else f"[B, {', '.join(map(str, shape))}]"
-            raise ValueError(
-                f"features must have shape [B, D={self.feature_dim}] or {maps}, got {list(features.shape)}"
-            )
-        if self.reduction is not None:
-            validation.check_together(features, [("reduction.weight", self.reduction.weight)])
-        return features.to(torch.promote_types(features.dtype, torch.float32)).flatten(1)
-
-    def _reduced(self, rows: Tensor) -> Tensor:
-        """``[B, D]`` to ``[B, T, width]``: reduced where that was asked for; and cut into tokens."""
-        if self.reduction is not None:
-            weight = self.reduction.weight.to(rows.dtype)
-            with torch.autocast(rows.device.type, enabled=False):
-                if self.feature_shape is not None and isinstance(self.reduction, nn.Conv2d):
-                    rows = F.conv2d(rows.reshape(-1, *self.feature_shape), weight).flatten(1)
-                else:
-                    rows = F.linear(rows, weight)
-        return self._tokens(rows)
-
-    def _classes(self, labels: Tensor) -> tuple[Tensor, int]:
-        """Labels and the number of classes; those of the labels themselves where ``num_classes`` is None."""
-        if self.num_classes is not None:
-            return labels, self.num_classes
-        classes, labels = torch.unique(labels, return_inverse=True)
-        return labels, max(len(classes), 1)
-
-    def _tokens(self, rows: Tensor) -> Tensor:
-        """``[B, width]`` to ``[B, T, D]``. A map's positions are its fastest index; a token is its channels at one."""
-        return rows.unflatten(1, (-1, self.num_tokens)).mT
-
-    def begin_epoch(self, progress: float) -> None:
-        """See :class:`Surrogate`."""
-        self.threshold.begin_epoch(progress)
-
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        unique_labels: Tensor | None = None,
-        *,
-        slot_noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The penalty and its monitor.
+    def measure(self, batch: Batch, *, slot_noise: Tensor | None = None) -> Measured:
+        """See :class:`~cem.Surrogate`.
 
         Args:
-            features: ``[B, D]`` or ``[B, C, H, W]``, clean, on the encoder's graph. Of half-precision features the
-                kernels multiply matrices in that dtype; all else is in fp32, and so are the losses.
-            labels: ``[B]`` integer classes.
-            unique_labels: classes to restrict to (one host synchronization). The original passes
-                ``torch.unique(labels)``, which is every class, and is the same as passing nothing.
-            slot_noise: the slots' draw ``ε [K, S, D]``, for tests and reproductions.
-
-        Returns:
-            ``rob_loss`` and ``intra_mse``, 0-dim. Zero and attached to the graph where no class has ``min_samples``
-            (with ``anchor``, in training: where there is no sample).
-
-        Raises:
-            TypeError, ValueError: see :meth:`cem_kernels.ClassGroups.from_labels` and the operators.
+            batch: labels and clean features are used.
+            slot_noise: the slots' draw ``ε [K, S, D]``, for reproductions.
         """
-        brought = self._rows(features)
-        validation.check_labels(labels, self.num_classes)
-        if labels.shape != brought.shape[:1]:
-            raise ValueError(f"labels must have shape [B={len(brought)}], got {list(labels.shape)}")
-        if unique_labels is not None:
-            validation.check_labels(unique_labels, self.num_classes, "unique_labels")
-            chosen = torch.isin(labels, unique_labels)
-            brought, labels = brought[chosen], labels[chosen]
-        rows, (classes, num_classes), bound = brought, self._classes(labels), self.max_class_size
-        remembering = self.bank if self.training else None
-        if remembering is not None:
-            rows, classes = remembering.extend(self._for_all(brought, labels), labels)
-            num_classes *= 2  # behind the classes, what is not remembered yet
-            bound = None if bound is None else bound + remembering.size
-            if slot_noise is not None and self.slot_attention is not None:
-                self.slot_attention.check_noise(slot_noise, num_classes // 2)
-                slot_noise = slot_noise.repeat(2, 1, 1)
-        groups = ClassGroups.from_labels(classes, num_classes, max_class_size=bound)
-        product_dtype = features.dtype if features.dtype in (torch.bfloat16, torch.float16) else None
-        measured = self._enhanced if self.measure == "enhanced" else self._around_slots
-        result = measured(rows, groups, slot_noise, product_dtype)
-        rob_loss, intra_mse = result.rob_loss, result.intra_mse
-        if remembering is not None:
-            rob_loss, intra_mse = self._of_batch(result, labels, groups)
-            remembering.remember(brought, labels)
-        # Half a logarithm of a ratio of variances is one of deviations: nats.
-        return rob_loss / 2 if self.penalty == "entropy" else rob_loss, intra_mse
-
-    def _enhanced(
-        self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
-    ) -> ClassVariance:
-        """Of what samples are, normalized, after reading the slots of their class."""
-        tokens, _ = Normalized.apply(self._reduced(rows))
-        assert self.slot_attention is not None
+        features, groups = self.grouped(batch)
+        product_dtype = batch.features.dtype if batch.features.dtype in HALF else None
+        if self.reduction is not None:
+            with torch.autocast(features.device.type, enabled=False):
+                features = self.reduction(features)
+        tokens, _ = Normalized.apply((spatial if self.spatial else flat)(features, self.feature_dim))
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
-        return cem_kernels.class_variance(enhanced, groups, **self._penalized(enhanced, groups), backend=self.backend)
+        threshold = self.threshold if isinstance(self.threshold, float) else self.threshold()
+        result = class_variance(
+            enhanced, groups, threshold=threshold, eps_var=self.eps_var, gamma=self.gamma,
+            min_samples=self.min_samples, hinge=self.hinge, backend=self.backend,
+        )  # fmt: skip
+        own_loss = None if self.trained == "frozen" else result.rob_loss
+        return self.measured(result)._replace(own_loss=own_loss)
 
-    def _around_slots(
-        self, rows: Tensor, groups: ClassGroups, slot_noise: Tensor | None, product_dtype: torch.dtype | None
-    ) -> ClassVariance:
-        """Of features as they are, around the centroids of the slots that they belong to.
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """See :class:`~cem.Term`."""
+        if not isinstance(self.trained, float):
+            return {}
+        return {"adam": torch.optim.Adam(self.parameters(), lr=self.trained)}
 
-        Slots may be of a projection. The variance is not: the noise of a projection is not ``σ``.
-        """
-        tokens = self._tokens(rows)
-        options = {**self._penalized(tokens, groups), "backend": self.backend}
-        if self.anchors is not None and self.training:
-            del options["min_samples"]  # a single sample has a distance to its centroid
-            return self.anchors(rows, groups, **options)
-        if self.slot_attention is None:  # to a single slot everything belongs, whatever it is
-            return cem_kernels.class_variance(tokens, groups, **options)
-        with torch.no_grad():
-            normal, _ = Normalized.apply(self._reduced(rows))
-            slots = self.slot_attention(normal, groups, slot_noise, product_dtype)
-            attention = cem_kernels.slot_assignments(normal, slots, groups, self.slot_attention.weights())
-        return cem_kernels.slot_variance(tokens, attention, groups, **options)
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """See :class:`~cem.Term`."""
+        return list(self.parameters()) if self.trained == "shared" else []
 
-    def _penalized(self, features: Tensor, groups: ClassGroups) -> dict[str, Any]:
-        """How variances become a penalty: options of the operators."""
-        if self.penalty == "entropy":
-            nothing = {"threshold": NEXT_TO_NOTHING, "eps_var": NEXT_TO_NOTHING}
-            return {**nothing, "gamma": self.reg_strength**2, "min_samples": self.min_samples, "hinge": "identity"}
-        if self.training:
-            # A memory's places that are not filled yet are classes behind these.
-            self.threshold.observe(features, groups, self.min_samples, self.num_classes or groups.num_classes)
-        numbers = {"eps_var": self.eps_var, "gamma": self.gamma, "min_samples": self.min_samples}
-        return {"threshold": self.threshold(), **numbers, "hinge": self.hinge}
+    def before_epoch(self, epoch: int, epochs: int) -> None:
+        """See :class:`~cem.Term`: moves a ramp."""
+        if isinstance(self.threshold, Ramp):
+            self.threshold.before_epoch(epoch, epochs)
 
-    def _for_all(self, brought: Tensor, labels: Tensor) -> Tensor:
-        """``brought`` with gradients as large as if those of what is remembered were the batch's too.
+    def extra_repr(self) -> str:
+        threshold = f", threshold={self.threshold:g}" if isinstance(self.threshold, float) else ""
+        return (
+            f"{self.feature_dim}, num_classes={self.num_classes}, spatial={self.spatial}{threshold}, "
+            f"hinge={self.hinge!r}, backend={self.backend!r}"
+        )
 
-        A class of 3 samples and 60 remembered ones passes on 3/63 of its gradient otherwise: as much less as there is
-        in the memory.
-        """
-        assert self.bank is not None
-        remembered = self.bank.written.clamp(max=self.bank.size)
-        counts = ClassGroups.from_labels(labels, len(remembered)).counts
-        factor = (1 + remembered / counts.clamp(min=1))[labels].to(brought.dtype)[:, None]
-        rows = brought.view_as(brought)
-        if rows.requires_grad:
-            rows.register_hook(lambda gradient: factor * gradient)
-        return rows
 
-    def _of_batch(self, result: ClassVariance, labels: Tensor, groups: ClassGroups) -> tuple[Tensor, Tensor]:
-        """The losses over the classes of the batch, weighted by its samples alone: the others do not change."""
-        counts = ClassGroups.from_labels(labels, self.num_classes or 1).counts
-        counts = torch.where(groups.counts[: len(counts)] >= self.min_samples, counts, 0).to(result.class_mse.dtype)
-        share = counts / counts.sum().clamp(min=1)
-        return (share * result.class_penalty[: len(share)]).sum(), (share * result.class_mse[: len(share)]).sum()
+def linear_reduction(feature_dim: int, width: int) -> nn.Module:
+    """A linear map of flattened features, for ``reduction``.
 
-    def own_loss(self, features: Tensor, labels: Tensor) -> Tensor | None:
-        """See :class:`Surrogate`. Both losses are means over samples, tokens and columns, of normalized features.
+    Args:
+        feature_dim: width of one sample's flattened features.
+        width: what it projects to: the surrogate's ``feature_dim``.
 
-        ``likelihood``: ``−log Σ_s N(x; slot_s, 1) / S`` a column, without its constant; ``reconstruction``:
-        ``(x − Σ_s p_s slot_s)²``. Classes of fewer than ``min_samples`` are left out here too. A reduction gets no
-        gradient: it could make all samples alike.
-        """
-        if self.objective == "penalty":
-            return None
-        assert self.slot_attention is not None  # the constructor sees to that
-        rows = self._rows(features).detach()
-        validation.check_labels(labels, self.num_classes)
-        validation.check_shape("labels", labels, {"B": len(rows)})
-        classes, num_classes = self._classes(labels)
-        groups = ClassGroups.from_labels(classes, num_classes, max_class_size=self.max_class_size)
-        counted = (groups.counts >= self.min_samples)[groups.labels]
-        rows = torch.where(counted[:, None], rows, 0)
-        tokens, _ = Normalized.apply(self._reduced(rows).detach())
-        slots = self.slot_attention(tokens, groups)
-        own = slots.index_select(0, groups.labels)[:, None]  # [B, 1, S, D]
-        if self.objective == "reconstruction":
-            attention = cem_kernels.slot_assignments(tokens, slots, groups, self.slot_attention.weights())
-            loss = (tokens - (attention[..., None] * own).sum(dim=2)).square().mean(dim=(1, 2))
-        else:
-            distance = (tokens[:, :, None] - own).square().sum(dim=3)
-            likelihood = torch.logsumexp(-distance / 2, dim=2) - math.log(slots.shape[1])
-            loss = -likelihood.mean(dim=1) / tokens.shape[2]
-        return torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
+    Returns:
+        A module ``[B, ...]`` → ``[B, width]``, without a bias.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example::
+
+        >>> import cem
+        >>> surrogate = cem.SlotCrossAttentionCEM(
+        ...     32, num_classes=10, reg_strength=0.1, reduction=cem.linear_reduction(128, 32)
+        ... )
+    """
+    check_sizes(feature_dim=feature_dim, width=width)
+    return nn.Sequential(nn.Flatten(), nn.Linear(feature_dim, width, bias=False))
+
+
+def conv_reduction(feature_shape: tuple[int, ...], channels: int) -> nn.Module:
+    """A 1×1 convolution of maps, for ``reduction``.
+
+    Args:
+        feature_shape: ``(C, H, W)`` of one sample's features.
+        channels: what it leaves of ``C``: the surrogate's ``feature_dim`` with ``spatial``, else that is
+            ``channels·H·W``.
+
+    Returns:
+        A module ``[B, C, H, W]`` or ``[B, C·H·W]`` → ``[B, channels, H, W]``, without a bias.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example::
+
+        >>> import cem
+        >>> surrogate = cem.SlotCrossAttentionCEM(
+        ...     4, num_classes=10, reg_strength=0.1, spatial=True, reduction=cem.conv_reduction((8, 7, 7), 4)
+        ... )
+    """
+    check_sizes(C=feature_shape[0], channels=channels)
+    convolution = nn.Conv2d(feature_shape[0], channels, kernel_size=1, bias=False)
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, feature_shape), convolution)
+
+
+def parsed_reduction(text: str) -> tuple[str, int]:
+    """``"linear128"`` → ``("linear", 128)``; ``auto`` and ``none`` have no number.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    found = re.fullmatch(r"(linear|conv)([1-9][0-9]*)", text)
+    if found is None and text not in ("auto", "none"):
+        raise UsageError(f"--attention.reduction takes auto, none, linearN or convN, got {text!r}")
+    return (found[1], int(found[2])) if found else (text, 0)

@@ -1,9 +1,20 @@
-"""What the trainer asks of a conditional-entropy surrogate."""
+"""What every surrogate is: a term that also answers the call of the original module."""
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from cem.options import Options as BaseOptions
+from cem.terms import Batch, Context, Measured, Term
+from cem_kernels.validation import check_float, check_labels
+
+ASSESSED = 128  # samples at a time, as a step has them by default
 
 
 def attached_zero(features: Tensor) -> Tensor:
@@ -15,46 +26,130 @@ def attached_zero(features: Tensor) -> Tensor:
     return features.flatten()[:0].sum(dtype=dtype)
 
 
-class Surrogate(nn.Module):
+class Surrogate(Term):
     """A differentiable stand-in for the conditional entropy of features given their class.
 
-    Subclasses implement ``forward(features, labels, unique_labels=None) -> (rob_loss, intra_mse)``:
-
-    * ``features`` ``[B, D]`` or ``[B, C, H, W]``, clean (before noise), on the encoder's graph;
-    * ``labels`` ``[B]``, int64;
-    * ``rob_loss``: 0-dim, fp32 or wider, the penalty that is minimized, attached to the graph of ``features``;
-    * ``intra_mse``: 0-dim, fp32 or wider, mean squared distance to the center; a monitor.
+    A subclass implements :meth:`~cem.Term.measure`, whose monitors have ``intra_mse``, the mean squared distance to the
+    center, and says what it is called.
 
     Attributes:
-        needs_refit: whether the trainer must call :meth:`refit` after every epoch.
+        name: what ``--surrogate`` calls it.
+        summary: one line for ``--help`` and reports.
+        schedule: how its weight λ changes over a run unless the user says: ``constant``, or ``rising``, the original's.
+        Options: its options; their ``weight`` is λ unless the user says.
+
+    Example::
+
+        >>> import torch, cem
+        >>> class Spread(cem.Surrogate):
+        ...     def measure(self, batch):
+        ...         loss = batch.features.var()
+        ...         return cem.Measured(loss, {"intra_mse": loss})
+        >>> rob_loss, intra_mse = Spread()(torch.tensor([[0.0], [2.0]]), torch.tensor([0, 0]))
+        >>> rob_loss
+        tensor(2.)
     """
 
-    needs_refit: bool = False
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    schedule: ClassVar[Literal["constant", "rising"]] = "constant"
 
-    def refit(self, features: Tensor, labels: Tensor) -> dict[str, float]:
-        """Refit on the whole training set's clean features ``[N, ...]`` and labels ``[N]``; default: nothing.
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Of a surrogate without options."""
 
-        Returns:
-            What the fit says about the features, by name, for the log.
-        """
-        return {}
+        weight: ClassVar[float] = 1.0
 
-    def begin_epoch(self, progress: float) -> None:
-        """Told at the start of every epoch with a penalty: ``progress`` goes from 0 (the first) to 1 (the last)."""
+    @classmethod
+    def build(cls, options: Any, context: Context) -> Surrogate:
+        """The surrogate of a run; by default ``cls()``."""
+        return cls()
 
-    def own_loss(self, features: Tensor, labels: Tensor) -> Tensor | None:
-        """What the surrogate's own parameters are trained on, 0-dim, if not ``rob_loss``; default: None, ``rob_loss``.
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None, *, images: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None, *, images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The penalty and its monitor, as the original module gives them.
 
         Args:
-            features, labels: as in ``forward``; features get no gradient from it.
+            features: ``[B, D]`` or ``[B, C, H, W]``, floating, clean (before noise), on the encoder's graph.
+            labels: ``[B]``, integer classes, on the features' device.
+            unique_labels: classes to restrict to (one host synchronization). The original passes
+                ``torch.unique(labels)``, which is every class, and is the same as passing nothing.
+            images: ``[B, C, H, W]``, for a surrogate that needs them.
+
+        Returns:
+            ``rob_loss``, 0-dim, fp32 or wider, attached to the graph of ``features``, and ``intra_mse``, 0-dim: the
+            mean squared distance to the center, a monitor.
+
+        Raises:
+            TypeError: features are not floating-point, or labels are not integers.
+            ValueError: shapes or devices do not fit, or a label is out of range.
         """
-        return None
+        if self.needs_images and images is None:
+            raise ValueError(f"{type(self).__name__} needs images=[B, C, H, W]")
+        if unique_labels is not None:
+            check_sample_shapes(features, labels)
+            check_labels(unique_labels, None, "unique_labels")
+            chosen = torch.isin(labels, unique_labels)
+            features, labels = features[chosen], labels[chosen]
+            images = None if images is None else images[chosen]
+        measured = self.measure(Batch(images, labels, features, features))
+        return measured.loss, measured.monitors["intra_mse"]
+
+    @torch.no_grad()
+    def assess(self, features: Tensor, labels: Tensor) -> float | None:
+        """Its penalty of given features ``[N, ...]``: the mean over batches of 128 at random, in evaluation mode.
+
+        A surrogate that is refitted after epochs is refitted to these; the surrogate itself stays as it is. ``None``
+        for one that needs images.
+        """
+        if self.needs_images:
+            return None
+        twin = copy.deepcopy(self).eval()
+        twin.after_epoch(features, labels)
+        order = torch.randperm(len(labels)).to(features.device)
+        losses = [twin(features[rows], labels[rows])[0].item() * len(rows) for rows in order.split(ASSESSED)]
+        return sum(losses) / len(labels)
+
+
+def check_sample_shapes(features: Tensor, labels: Tensor) -> None:
+    """Raise where features are not ``[B, D]`` or ``[B, C, H, W]`` with labels ``[B]`` on the same device.
+
+    Labels' values are read where classes are told apart, once a step.
+    """
+    check_float("features", features)
+    check_labels(labels, None)
+    if features.dim() not in (2, 4) or math.prod(features.shape[1:]) == 0:
+        raise ValueError(f"features must have shape [B, D] or [B, C, H, W], got {list(features.shape)}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape [B={len(features)}], got {list(labels.shape)}")
+    if labels.device != features.device:
+        raise ValueError(f"labels must be on the features' device {features.device}, got {labels.device}")
 
 
 class NoSurrogate(Surrogate):
     """The third choice: no penalty. Both results are zeros attached to the graph."""
 
-    def forward(self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    name = "none"
+    summary = "no penalty: the control"
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """None."""
+
+        weight: ClassVar[float] = 0.0
+
+    def measure(self, batch: Batch) -> Measured:
         """See :class:`Surrogate`."""
-        zero = attached_zero(features)
-        return zero, zero
+        zero = attached_zero(batch.features)
+        return Measured(zero, {"intra_mse": zero})
+
+    def assess(self, features: Tensor, labels: Tensor) -> float | None:
+        """It has no value."""
+        return None

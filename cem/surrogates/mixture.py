@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from cem.surrogates.base import Surrogate
+from cem.errors import BackendError
+from cem.options import Options as BaseOptions
+from cem.options import option
+from cem.surrogates.base import Surrogate, check_sample_shapes
 from cem.surrogates.kmeans import class_kmeans
-from cem_kernels.validation import check_float, check_labels, check_not_negative, check_positive, check_sizes
+from cem.terms import Batch, Context, Measured
+from cem_kernels.validation import check_labels, check_not_negative, check_positive, check_sizes
+
+MOST_DIRECTIONS = 100  # kept per class by the full fit
 
 
 class GaussianMixtureCEM(Surrogate):
     """Penalizes the variance of features around the mixture components of their own class.
 
-    :meth:`refit` fits a mixture of ``k`` components to each class's training features after every epoch. In
+    :meth:`after_epoch` fits a mixture of ``k`` components to each class's training features after every epoch. In
     a step, every sample goes to the mean of its own class that is nearest in feature space (Euclidean,
     whichever the fit, as in the original). For each cluster ``j`` of class ``c`` with ``n_j > 0`` samples in
     the batch::
@@ -41,14 +49,11 @@ class GaussianMixtureCEM(Surrogate):
         var_threshold: tau, the tolerated ratio of feature variance to noise variance.
         reg_strength: sigma, the standard deviation of the noise added to features; may be 0.
         gamma: added to both variances inside the logarithms, so that neither is 0; positive.
-        log_penalty: ``False`` takes ``sum_j pi_j (w_j + 0.001)`` instead: no logarithm, no threshold.
         max_iterations: Lloyd steps (``"kmeans"``) or EM steps (``"full"``) of one refit, at most.
         fit: ``"kmeans"``, in torch on the features' device, warm-started from the previous refit; or
             ``"full"``, scikit-learn's full-covariance mixture on the CPU after a PCA per class, started
             afresh every time. The penalty uses means, weights and traces of either; the full covariances speak
             in :meth:`information` alone, as in the original.
-        pca_components: ``r``, directions kept per class by the ``"full"`` fit; default
-            ``min(100, feature_dim)``. A class with fewer samples keeps as many as it has.
 
     Attributes:
         centroids: ``[K, k, D]``, component means.
@@ -60,12 +65,45 @@ class GaussianMixtureCEM(Surrogate):
 
     All of these are buffers of static shape, so a state dict resumes a run exactly.
 
+    Features are ``[B, D]`` or ``[B, C, H, W]`` with as many numbers, of any floating dtype; losses are fp32 (fp64 for
+    fp64 features). Samples of classes that no fit has seen are left out; with no other sample the losses are zero.
+
     Raises:
-        ValueError: a size below 1, a negative or non-finite constant, an unknown ``fit``, or
-            ``pca_components`` with ``fit="kmeans"`` or above ``feature_dim``.
+        ValueError: a size below 1, a negative or non-finite constant, or an unknown ``fit``.
+
+    Example::
+
+        >>> import torch, cem
+        >>> surrogate = cem.GaussianMixtureCEM(feature_dim=4, num_classes=2, num_clusters=3, reg_strength=0.1)
+        >>> features, labels = torch.randn(40, 4), torch.arange(40) % 2
+        >>> nats = surrogate.after_epoch(features, labels)["information_nats"]
+        >>> rob_loss, intra_mse = surrogate(features.requires_grad_(), labels)
+        >>> rob_loss.backward()
     """
 
-    needs_refit = True
+    name = "mixture"
+    summary = "a Gaussian mixture per class, refitted after every epoch: the penalty of the CEM paper"
+    schedule = "rising"
+    needs_epoch_features = True
+    capturable = False
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Of ``--surrogate mixture``.
+
+        Attributes:
+            clusters: Components per class; without it 5 where the encoder ends in a sigmoid, else 15.
+            var_threshold: Variance around a component that is tolerated, in units of the noise's variance.
+            gamma: Variance added inside both logarithms.
+            fit: kmeans: k-means++ in PyTorch, on the training device. full: scikit-learn on the CPU, with a PCA and
+                full covariances; slower.
+        """
+
+        weight: ClassVar[float] = 16.0
+        clusters: int | None = option(None, least=1)
+        var_threshold: float = option(0.125, least=0)
+        gamma: float = option(0.01, above=0)
+        fit: Literal["kmeans", "full"] = option("kmeans")
 
     centroids: Tensor
     weights: Tensor
@@ -83,10 +121,8 @@ class GaussianMixtureCEM(Surrogate):
         var_threshold: float = 0.125,
         reg_strength: float = 0.025,
         gamma: float = 0.01,
-        log_penalty: bool = True,
         max_iterations: int = 50,
         fit: Literal["kmeans", "full"] = "kmeans",
-        pca_components: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -96,55 +132,41 @@ class GaussianMixtureCEM(Surrogate):
         check_positive(gamma=gamma)
         if fit not in ("kmeans", "full"):
             raise ValueError(f"fit must be 'kmeans' or 'full', got {fit!r}")
-        if fit == "kmeans" and pca_components is not None:
-            raise ValueError(f"pca_components={pca_components} needs fit='full', got fit='kmeans'")
-        r = min(100, feature_dim) if pca_components is None else pca_components
-        if not 1 <= r <= feature_dim:
-            raise ValueError(f"pca_components must be in 1..feature_dim={feature_dim}, got {r}")
-
-        self.feature_dim = feature_dim
-        self.num_classes = num_classes
-        self.num_clusters = num_clusters
-        self.var_threshold = var_threshold
-        self.reg_strength = reg_strength
-        self.gamma = gamma
-        self.log_penalty = log_penalty
-        self.max_iterations = max_iterations
-        self.fit = fit
-
+        self.feature_dim, self.num_classes, self.num_clusters = feature_dim, num_classes, num_clusters
+        self.var_threshold, self.reg_strength, self.gamma = var_threshold, reg_strength, gamma
+        self.max_iterations, self.fit = max_iterations, fit
         self.register_buffer("centroids", torch.zeros(num_classes, num_clusters, feature_dim))
         self.register_buffer("weights", torch.zeros(num_classes, num_clusters))
         self.register_buffer("variances", torch.zeros(num_classes, num_clusters))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
         if fit == "full":
+            r = min(MOST_DIRECTIONS, feature_dim)
             self.register_buffer("directions", torch.zeros(num_classes, r, feature_dim))
             self.register_buffer("covariances", torch.zeros(num_classes, num_clusters, r, r))
 
-    def forward(self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Penalty of a batch; no host sync on a GPU, no float atomics.
+    @classmethod
+    def build(cls, options: Options, context: Context) -> GaussianMixtureCEM:
+        """See :class:`~cem.Surrogate`."""
+        if context.backend == "triton":
+            raise BackendError(f"the surrogate {cls.name} has no 'triton' backend: it is plain PyTorch")
+        return cls(
+            torch.Size(context.feature_shape).numel(),
+            context.num_classes,
+            num_clusters=options.clusters or (5 if context.bounded else 15),
+            var_threshold=options.var_threshold,
+            reg_strength=context.noise_std,
+            gamma=options.gamma,
+            fit=options.fit,
+        )
 
-        Args:
-            features: ``[B, D]`` or ``[B, C, H, W]`` with ``C·H·W = D``, any floating dtype.
-            labels: ``[B]``, integer, in ``0..K-1`` (checked on the CPU only: elsewhere it would cost a sync).
-            unique_labels: ``[U]``, integer: only these classes count; default: all.
+    def measure(self, batch: Batch) -> Measured:
+        """See :class:`~cem.Surrogate`; no host sync on a GPU, no float atomics.
 
-        Returns:
-            ``(rob_loss, intra_mse)``, 0-dim, fp32 (fp64 for fp64 features), differentiable in ``features``.
-            ``intra_mse`` is the mean over columns of the squared distance to the nearest centroid, averaged
-            within each class and then over classes. Samples of unfitted classes are left out; with no other
-            sample both results are zero, and so is their gradient.
-
-        Raises:
-            ValueError: wrong rank, width, shape, device, or label out of range.
-            TypeError: features not floating, or labels not integer.
+        ``intra_mse`` is the mean over columns of the squared distance to the nearest centroid, averaged within each
+        class and then over classes.
         """
-        z = self._flatten(features)
-        labels = self._check_labels(labels, z)
-        counted_class = self.class_counts > 0
-        if unique_labels is not None:
-            check_labels(unique_labels, self.num_classes)
-            counted_class &= torch.zeros_like(counted_class).index_fill_(0, unique_labels.long(), True)
-        counted = counted_class[labels]
+        z, labels = self._checked(batch.features, batch.labels)
+        counted = (self.class_counts > 0)[labels]
         # A sample that does not count is replaced, not multiplied by zero: it may hold NaN or infinity.
         z = z.masked_fill(~counted[:, None], 0.0)
 
@@ -172,16 +194,13 @@ class GaussianMixtureCEM(Surrogate):
         training_samples = (weights * self.class_counts[:, None]).clamp(min=1)
         a = (10 * n / training_samples).clamp(max=0.99)
         variance = a * (total / n.clamp(min=1)) + (1 - a) * stored
-        if self.log_penalty:
-            threshold = self.var_threshold * self.reg_strength**2
-            penalty = (torch.log(variance + self.gamma) - math.log(threshold + self.gamma)).relu()
-        else:
-            penalty = variance + 0.001
+        threshold = self.var_threshold * self.reg_strength**2
+        penalty = (torch.log(variance + self.gamma) - math.log(threshold + self.gamma)).relu()
         rob_loss = torch.where(n > 0, weights * penalty, 0.0).sum() / num_present
-        return rob_loss, intra_mse
+        return Measured(rob_loss, {"intra_mse": intra_mse})
 
     @torch.no_grad()
-    def refit(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+    def after_epoch(self, features: Tensor, labels: Tensor) -> Mapping[str, float]:
         """Fit the mixture of each class to the whole training set's clean features.
 
         Random numbers (seeds of classes fitted for the first time; scikit-learn's ``random_state``) come from
@@ -199,8 +218,7 @@ class GaussianMixtureCEM(Surrogate):
             ValueError: wrong rank, width, shape, device, label out of range, or features that are not finite.
             TypeError: features not floating, or labels not integer.
         """
-        x = self._flatten(features)
-        labels = self._check_labels(labels, x)
+        x, labels = self._checked(features, labels)
         check_labels(labels.cpu(), self.num_classes)  # their range too, on every device: a refit may wait
         if len(x) > 0:
             low, high = (bound.item() for bound in torch.aminmax(x))  # NaN if there is one
@@ -240,17 +258,6 @@ class GaussianMixtureCEM(Surrogate):
         self.variances.copy_(self.covariances.diagonal(dim1=-2, dim2=-1).sum(-1) / self.feature_dim)
 
     @torch.no_grad()
-    def covariance(self, label: int) -> Tensor:
-        """Covariances ``[k, D, D]`` of one class's components in feature space.
-
-        Isotropic for ``fit="kmeans"``; of rank ``r`` at most for ``fit="full"``.
-        """
-        if self.fit == "kmeans":
-            identity = torch.eye(self.feature_dim).to(self.variances)
-            return self.variances[label, :, None, None] * identity
-        return self.directions[label].T @ self.covariances[label] @ self.directions[label]
-
-    @torch.no_grad()
     def information(self, noise_std: float) -> float:
         """Bound [nats] on the information about the input in features sent with noise ``N(0, noise_std² I)``.
 
@@ -271,7 +278,7 @@ class GaussianMixtureCEM(Surrogate):
             raise ValueError(f"noise_std must be positive and finite, got {noise_std}")
         fitted = self.class_counts > 0
         if not fitted.any():
-            raise RuntimeError("information() needs a fitted mixture: call refit() first")
+            raise RuntimeError("information() needs a fitted mixture: call after_epoch() first")
         if self.fit == "kmeans":
             log_ratio = self.feature_dim * torch.log1p(self.variances.double() / noise_std**2)
         else:
@@ -285,24 +292,20 @@ class GaussianMixtureCEM(Surrogate):
         per_class = (weights * log_ratio / 2 - torch.xlogy(weights, weights)).sum(1)
         return per_class[fitted].mean().item()
 
-    def _flatten(self, features: Tensor) -> Tensor:
-        """``[B, D]`` in fp32 or wider."""
-        check_float("features", features)
-        if features.dim() not in (2, 4) or math.prod(features.shape[1:]) != self.feature_dim:
-            raise ValueError(
-                f"features must have shape [B, D={self.feature_dim}] or [B, C, H, W] with "
-                f"C*H*W = {self.feature_dim}, got {list(features.shape)}"
-            )
-        return features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
-
-    def _check_labels(self, labels: Tensor, z: Tensor) -> Tensor:
-        """The labels of ``z``, int64."""
+    def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, D]`` in fp32 or wider, and labels, int64."""
+        check_sample_shapes(features, labels)
         check_labels(labels, self.num_classes)
-        if labels.shape != z.shape[:1]:
-            raise ValueError(f"labels must have shape [B={len(z)}], got {list(labels.shape)}")
-        if labels.device != z.device:
-            raise ValueError(f"labels must be on the features' device {z.device}, got {labels.device}")
-        return labels.long()
+        rows = features.flatten(1)
+        if rows.shape[1] != self.feature_dim:
+            raise ValueError(f"a sample must have feature_dim={self.feature_dim} features, got {list(features.shape)}")
+        return rows.to(torch.promote_types(features.dtype, torch.float32)), labels.long()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.feature_dim}, num_classes={self.num_classes}, num_clusters={self.num_clusters}, "
+            f"reg_strength={self.reg_strength:g}, fit={self.fit!r}"
+        )
 
 
 def _fit_gaussian_mixture(

@@ -164,16 +164,11 @@ class SlotAttention(nn.Module):
             product_dtype: see :func:`cem_kernels.slot_attention`.
         """
         groups = _groups_of_rows(tokens) if groups is None else groups
+        slots = self.initial_slots(groups.num_classes, slot_noise)
         return cem_kernels.slot_attention(
-            tokens,
-            self.initial_slots(groups.num_classes, slot_noise),
-            groups,
-            self.weights(),
-            num_iterations=self.num_iterations,
-            eps=self.eps,
-            product_dtype=product_dtype,
-            backend=self.backend,
-        )
+            tokens, slots, groups, self.weights(), num_iterations=self.num_iterations, eps=self.eps,
+            product_dtype=product_dtype, backend=self.backend,
+        )  # fmt: skip
 
 
 class CrossAttention(nn.Module):
@@ -193,13 +188,7 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        feature_dim: int,
-        num_heads: int = 4,
-        dropout: float = 0.0,
-        ffn_mult: int = 4,
-        *,
-        backend: str = "auto",
+        self, feature_dim: int, num_heads: int = 4, dropout: float = 0.0, ffn_mult: int = 4, *, backend: str = "auto"
     ) -> None:
         super().__init__()
         validation.check_sizes(feature_dim=feature_dim, num_heads=num_heads, ffn_mult=ffn_mult)
@@ -208,12 +197,7 @@ class CrossAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         backends.check_available(backend, "cross_attention", CROSS_ATTENTION)
-        self.feature_dim, self.num_heads, self.dropout, self.backend = (
-            feature_dim,
-            num_heads,
-            dropout,
-            backend,
-        )
+        self.feature_dim, self.num_heads, self.dropout, self.backend = (feature_dim, num_heads, dropout, backend)
         self.ln_q = nn.LayerNorm(feature_dim)
         self.ln_kv = nn.LayerNorm(feature_dim)
         self.ln_ff = nn.LayerNorm(feature_dim)
@@ -238,11 +222,7 @@ class CrossAttention(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        tokens: Tensor,
-        slots: Tensor,
-        groups: ClassGroups | None = None,
-        product_dtype: torch.dtype | None = None,
+        self, tokens: Tensor, slots: Tensor, groups: ClassGroups | None = None, product_dtype: torch.dtype | None = None
     ) -> Tensor:
         """Tokens ``[B, T, D]`` after reading the slots ``[K, S, D]`` of their classes.
 
@@ -256,14 +236,9 @@ class CrossAttention(nn.Module):
         single = groups is None and tokens.dim() == 2
         tokens = tokens[None] if single else tokens
         groups = _groups_of_rows(tokens) if groups is None else groups
+        dropout = self.dropout if self.training else 0.0
         out = cem_kernels.cross_attention(
-            tokens,
-            slots,
-            groups,
-            self.weights(),
-            num_heads=self.num_heads,
-            dropout=self.dropout if self.training else 0.0,
-            product_dtype=product_dtype,
-            backend=self.backend,
-        )
+            tokens, slots, groups, self.weights(), num_heads=self.num_heads, dropout=dropout,
+            product_dtype=product_dtype, backend=self.backend,
+        )  # fmt: skip
         return out[0] if single else out

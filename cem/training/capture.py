@@ -1,6 +1,6 @@
-"""The surrogate's part of a training step as a CUDA graph: recorded once, launched whole in every step.
+"""A term's part of a training step as a CUDA graph: recorded once, launched whole in every step.
 
-The attention surrogate is a long row of small kernels, forward and backward. Launched one by one, the device may wait
+A term may be a long row of small kernels, forward and backward. Launched one by one, the device may wait
 for the host between them; a graph is one launch.
 """
 
@@ -10,55 +10,71 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from cem.options import ConfigError
-from cem.surrogates.base import Surrogate
-from cem.training.injection import Penalty, penalty_of
+from cem.errors import UsageError
+from cem.terms import Batch, Term
+from cem.training.injection import Answer, gradients_of
 
 T = TypeVar("T")
 WARM_UP = 3
+WAITS = (
+    "--capture: a term waits for the device in every call, which a CUDA graph cannot. Let all of its operators run as "
+    "kernels (--backend triton) and leave CEM_KERNELS_DEBUG unset"
+)
 
 
-class CapturedPenalty:
-    """:func:`~cem.training.injection.penalty_of` for one surrogate, replayed from a CUDA graph.
+class CapturedTerm:
+    """:func:`~cem.training.injection.gradients_of` for one term, replayed from a CUDA graph.
 
     Every replay draws random numbers of its own, and those that the ordinary way would have drawn: kernels in a graph
     take their place in PyTorch's generator from the device. Parameters are read where they lie, so optimizers and
     checkpoints must write to them in place, as PyTorch's do; which of them are trained is settled by now.
 
-    Construction runs the surrogate a few times, which draws random numbers too.
+    Construction measures a few times, which draws random numbers too.
 
     Args:
-        surrogate: on ``device``, in the mode in which it is to be captured; fp32 features, labels from 0.
-        shape: ``[B, D]`` or ``[B, C, H, W]`` of the features to capture it for.
+        term: on ``device``, in the mode in which it is to be captured.
+        feature_shape: ``[B, D]`` or ``[B, C, H, W]`` of the features to capture it for, fp32.
+        image_shape: ``[B, C, H, W]`` of the images.
         device: a CUDA device.
 
     Raises:
-        ConfigError: the surrogate waits for the device, which a graph cannot.
+        UsageError: the term waits for the device, which a graph cannot.
     """
 
-    def __init__(self, surrogate: Surrogate, shape: tuple[int, ...], device: torch.device) -> None:
-        self._surrogate, self._training = surrogate, surrogate.training
+    def __init__(
+        self, term: Term, feature_shape: tuple[int, ...], image_shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        if not term.capturable:
+            raise UsageError(WAITS)
+        self._term, self._training = term, term.training
         # What lies in them while recording decides nothing: the graph has no branch that depends on values.
-        self._z = z = torch.zeros(shape, device=device)
-        self._labels = labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
-        before = {name: value.clone() for name, value in surrogate.state_dict().items()}
-        self._penalty, self._replay = record(lambda: penalty_of(surrogate, z, labels), device)
-        surrogate.load_state_dict(before)  # in place: a memory would have filled with what was recorded
+        self._batch = batch = Batch(
+            torch.zeros(image_shape, device=device) if term.needs_images else None,
+            torch.zeros(feature_shape[0], dtype=torch.int64, device=device),
+            torch.zeros(feature_shape, device=device),
+            torch.zeros(feature_shape, device=device),
+        )
+        before = {name: value.clone() for name, value in term.state_dict().items()}
+        self._answer, self._replay = record(lambda: gradients_of(term, batch), device)
+        term.load_state_dict(before)  # in place: running moments have moved by what was recorded
 
-    def __call__(self, z: Tensor, labels: Tensor) -> Penalty:
-        """The penalty of a batch, see :func:`~cem.training.injection.penalty_of`.
+    def __call__(self, batch: Batch) -> Answer:
+        """The term's answer to a batch, see :func:`~cem.training.injection.gradients_of`.
 
-        A batch of another shape, such as the last one of an epoch, and a surrogate in the other mode take the ordinary
-        way. The result of a replay is overwritten by the next one: whatever is to stay must be copied.
+        A batch of another shape, such as the last one of an epoch, and a term in the other mode take the ordinary way.
+        The result of a replay is overwritten by the next one: whatever is to stay must be copied.
         """
-        if z.shape != self._z.shape or self._surrogate.training != self._training:
-            return penalty_of(self._surrogate, z, labels)
-        self._z.copy_(z.detach())
-        self._labels.copy_(labels)
+        kept = self._batch
+        if batch.features.shape != kept.features.shape or self._term.training != self._training:
+            return gradients_of(self._term, batch)
+        kept.features.copy_(batch.features.detach())
+        kept.sent.copy_(batch.sent.detach())
+        kept.labels.copy_(batch.labels)
+        if kept.images is not None and batch.images is not None:
+            kept.images.copy_(batch.images)
         self._replay()
-        return self._penalty
+        return self._answer
 
 
 def record(work: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], None]]:
@@ -68,7 +84,7 @@ def record(work: Callable[[], T], device: torch.device) -> tuple[T, Callable[[],
         What ``work`` returned while it was recorded, and what runs it again, into the same memory.
 
     Raises:
-        ConfigError: ``work`` waits for the device.
+        UsageError: ``work`` waits for the device.
     """
     with torch.cuda.device(device):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -91,9 +107,6 @@ def _check_never_waits(work: Callable[[], object]) -> None:
     try:
         work()
     except RuntimeError as error:
-        raise ConfigError(
-            "--capture: this surrogate waits for the device in every call, which a CUDA graph cannot. Let all of its "
-            "operators run as kernels (--backend triton) and leave CEM_KERNELS_DEBUG unset"
-        ) from error
+        raise UsageError(WAITS) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 from pathlib import Path
@@ -11,29 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = "cem-checkpoint-1"
+from cem.errors import CheckpointError
+from cem.files import replacing
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not of this run; the message says which file and why."""
+FORMAT = "cem-checkpoint-2"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` (tensors and plain Python values) to ``path``, or leave what was there.
-
-    The file is complete on disk under a temporary name before it takes its place, so neither a crash nor a
-    power cut leaves half a checkpoint.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write ``content`` (tensors and plain Python values) to ``path``, or leave what was there."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **content}, temporary)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,19 +1,16 @@
-"""One step's gradients: how classification and penalty meet in the encoder.
+"""One step's gradients: how classification and terms meet in the encoder.
 
-Both procedures leave in ``.grad`` what one backward of ``cross_entropy + lambda_eff * rob_loss`` would: they
-differ in what crosses the cut and in cost. The surrogate sees clean features, the server sees what the
-defense made of them.
+Both procedures leave in ``.grad`` what one backward of ``cross_entropy + Σ weight * loss`` would: they differ in what
+crosses the cut and in cost. Terms see clean features and what the defenses made of them, the server only the latter.
 
 The names of a step's regions are those under which a trace shows them (:mod:`cem.training.tracing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,163 +18,173 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from cem.models import SplitModel
-from cem.surrogates.base import Surrogate
+from cem.terms import Batch, Term
+
+if TYPE_CHECKING:
+    from cem.training.weighted import WeightedTerm
+
+
+class Answer(NamedTuple):
+    """A term's answer to a batch; nothing of it is attached to a graph.
+
+    Attributes:
+        loss: 0-dim.
+        monitors: 0-dim tensors by name.
+        finite: 0-dim bool, whether ``loss`` and all gradients are.
+        features_grad, sent_grad: of ``loss``, shaped like features; ``None`` where it does not depend on them.
+        own_grads: of the term's own loss to each of its parameters with ``requires_grad``, in their order; ``None``
+            where it does not depend on it.
+    """
+
+    loss: Tensor
+    monitors: dict[str, Tensor]
+    finite: Tensor
+    features_grad: Tensor | None
+    sent_grad: Tensor | None
+    own_grads: list[Tensor | None]
 
 
 @dataclass
 class Step:
-    """What a step measured; 0-dim tensors on the device, detached, so that reading them is the caller's
-    decision.
+    """What a step measured; 0-dim tensors on the device, detached, so that reading them is the caller's decision.
 
     Attributes:
         cross_entropy: mean over the batch.
-        rob_loss: the penalty, before its weight; zero where ``skipped``.
-        intra_mse: the surrogate's monitor; zero where ``skipped``.
         correct: number of samples classified correctly, int64.
-        skipped: bool, whether the penalty or its gradient was not finite and was left out.
+        answers: by the keys of the terms that had a weight.
     """
 
     cross_entropy: Tensor
-    rob_loss: Tensor
-    intra_mse: Tensor
     correct: Tensor
-    skipped: Tensor
+    answers: dict[str, Answer] = field(default_factory=dict)
 
 
-class Penalty(NamedTuple):
-    """The surrogate's answer to a batch; nothing of it is attached to a graph.
-
-    Attributes:
-        rob_loss, intra_mse: 0-dim, see :class:`~cem.surrogates.base.Surrogate`.
-        finite: 0-dim bool, whether ``rob_loss`` and all gradients are.
-        z_grad: ``∂rob_loss/∂z``, shaped like ``z``.
-        grads: of each of the surrogate's parameters with ``requires_grad``, in their order: ``∂rob_loss``, or that of
-            the loss of its own, where it has one.
-    """
-
-    rob_loss: Tensor
-    intra_mse: Tensor
-    finite: Tensor
-    z_grad: Tensor
-    grads: list[Tensor]
-
-
-def penalty_of(surrogate: Surrogate, z: Tensor, labels: Tensor) -> Penalty:
-    """Forward and backward of the surrogate: all that it does in a step, apart from the encoder and the weight.
+def gradients_of(term: Term, batch: Batch) -> Answer:
+    """Forward and backward of a term: all that it does in a step, apart from the encoder and the weight.
 
     Args:
-        surrogate: the penalty.
-        z: clean features ``[B, ...]``; a detached copy of them is what the gradient is taken to.
-        labels: ``[B]``, int64.
+        term: what is measured.
+        batch: detached copies of its features are what gradients are taken to.
     """
-    z = z.detach().requires_grad_()
-    rob_loss, intra_mse = surrogate(z, labels)
-    trained = _trained(surrogate)
-    own_loss = surrogate.own_loss(z, labels) if trained else None
-    if own_loss is None:
-        grads = torch.autograd.grad(rob_loss, [z, *trained], materialize_grads=True)
+    z, sent = batch.features.detach().requires_grad_(), batch.sent.detach().requires_grad_()
+    loss, monitors, own_loss = term.measure(Batch(batch.images, batch.labels, z, sent))
+    own = _trained(term)
+    if own_loss is loss:  # one backward for both
+        grads = _grad(loss, [z, sent, *own])
     else:
-        grads = torch.autograd.grad(rob_loss, [z], materialize_grads=True)
-        grads += torch.autograd.grad(own_loss, trained, materialize_grads=True)
-    return Penalty(rob_loss.detach(), intra_mse.detach(), _all_finite(rob_loss, grads), grads[0], list(grads[1:]))
+        grads = _grad(loss, [z, sent], retain_graph=own_loss is not None) + _grad(own_loss, own)
+    detached = {name: value.detach() for name, value in monitors.items()}
+    return Answer(loss.detach(), detached, _all_finite(loss, grads), grads[0], grads[1], grads[2:])
 
 
 def combined(
-    model: SplitModel,
-    surrogate: Surrogate | None,
-    images: Tensor,
-    labels: Tensor,
-    lambda_eff: float,
-    clock: AbstractContextManager[object] | None = None,
-    penalize: Callable[[Tensor, Tensor], Penalty] | None = None,
-    amp: bool = False,
+    model: SplitModel, terms: Sequence[WeightedTerm], images: Tensor, labels: Tensor, amp: bool = False
 ) -> Step:
     """Compute the gradients of one step with a single backward of the encoder.
 
-    The server and the surrogate each get a detached copy of ``z`` and answer with a gradient for it; the
-    encoder runs backward once, from the sum. This is what a split system can do: only ``z`` and ``∂/∂z``
-    cross the cut.
+    The server and every term get detached copies of what crosses the cut and answer with gradients for it; the encoder
+    runs backward once, from the sum. This is what a split system can do: only features and their gradients cross it.
 
     Gradients accumulate into ``.grad``, as always; clear them first.
 
     Args:
         model: has ``encoder``, ``defense`` and ``server``.
-        surrogate: the penalty, or ``None`` for classification alone. Its parameters with ``requires_grad``
-            get ``lambda_eff`` times the gradient of what they are trained on.
+        terms: those with a weight in this epoch measure; all may train an adversary first. Their parameters with
+            ``requires_grad`` get the weighted gradient of their own loss.
         images: ``[B, C, H, W]``.
         labels: ``[B]``, int64.
-        lambda_eff: weight of the penalty, see :func:`cem.training.schedule.lambda_eff`.
-        clock: entered around the work that the penalty causes.
-        penalize: ``(z, labels)`` → what :func:`penalty_of` gives for ``surrogate``, computed in another way.
-        amp: encoder and server compute under bfloat16 autocast. What crosses the cut, the losses and the surrogate
-            are fp32 all the same.
+        amp: encoder and server compute under bfloat16 autocast. What crosses the cut, the losses and the terms are
+            fp32 all the same.
     """
     with record_function("encoder forward"):
         z = _encode(model, images, amp)
     with record_function("server"):
-        server_z = z.detach().requires_grad_()
-        logits = _classify(model, server_z, amp)
+        clean = z.detach().requires_grad_()
+        sent = model.defense(clean)
+        received = sent.detach().requires_grad_()
+        logits = _classify(model, received, amp)
         cross_entropy = F.cross_entropy(logits, labels)
         cross_entropy.backward()
-    z_grad, penalty = server_z.grad, None
-    assert z_grad is not None
-    if surrogate is not None:
-        with clock or nullcontext(), record_function("surrogate"):
-            penalty = (penalize or partial(penalty_of, surrogate))(z, labels)
-            # torch.where, and not a branch: a branch would wait for the device in every step.
-            z_grad = torch.where(penalty.finite, z_grad + lambda_eff * penalty.z_grad, z_grad)
-            for parameter, grad in zip(_trained(surrogate), penalty.grads, strict=True):
-                _accumulate(parameter, torch.where(penalty.finite, lambda_eff * grad, 0.0))
+    step = Step(cross_entropy.detach(), _correct(logits, labels))
+    sent_grad = received.grad
+    assert sent_grad is not None
+    batch = Batch(images, labels, z.detach(), sent.detach())
+    for each in terms:
+        with each.watch, record_function(each.key):
+            each.before_step(batch)
+            if each.now > 0:
+                answer = step.answers[each.key] = each.answer(batch)
+                sent_grad = _added(sent_grad, answer.sent_grad, answer.finite, each.now)
+                _train_own(each, answer)
     with record_function("encoder backward"):
+        sent.backward(sent_grad)
+        z_grad = clean.grad
+        assert z_grad is not None
+        for each in terms:
+            if each.now > 0:
+                answer = step.answers[each.key]
+                z_grad = _added(z_grad, answer.features_grad, answer.finite, each.now)
         z.backward(z_grad)
-    if penalty is None:
-        return _classified(cross_entropy, logits, labels)
-    return _classified(cross_entropy, logits, labels, penalty.rob_loss, penalty.intra_mse, penalty.finite)
+    return step
 
 
 def two_pass(
-    model: SplitModel,
-    surrogate: Surrogate | None,
-    images: Tensor,
-    labels: Tensor,
-    lambda_eff: float,
-    clock: AbstractContextManager[object] | None = None,
-    amp: bool = False,
+    model: SplitModel, terms: Sequence[WeightedTerm], images: Tensor, labels: Tensor, amp: bool = False
 ) -> Step:
     """The original procedure, kept to check :func:`combined` against; arguments and result are the same.
 
-    Backward of the penalty through surrogate and encoder, copy their gradients, clear, backward of the
-    cross-entropy, add ``lambda_eff`` times the copy. ``.grad`` must be empty on entry: clearing is part of
-    it.
+    Gradients of every term through the encoder first, then those of the cross-entropy, and their weighted sum.
     """
     with record_function("encoder forward"):
         z = _encode(model, images, amp)
     with record_function("server"):
-        logits = _classify(model, z, amp)
+        sent = model.defense(z)
+        logits = _classify(model, sent, amp)
         cross_entropy = F.cross_entropy(logits, labels)
-    if surrogate is None:
-        with record_function("server and encoder backward"):
-            cross_entropy.backward()
-        return _classified(cross_entropy, logits, labels)
-
-    with clock or nullcontext(), record_function("surrogate"):
-        rob_loss, intra_mse = surrogate(z, labels)
-        rob_loss.backward(retain_graph=True)
-        trained = _trained(model.encoder) + _trained(surrogate)
-        copies = [(p, p.grad) for p in trained if p.grad is not None]
-        for parameter in trained:
-            parameter.grad = None
-        finite = _all_finite(rob_loss, [grad for _, grad in copies])
+    step = Step(cross_entropy.detach(), _correct(logits, labels))
+    # A defense may hold its term as a part: what is the term's own gets its gradient once.
+    theirs = {id(parameter) for each in terms for parameter in each.term.parameters()}
+    client = [p for p in (*_trained(model.encoder), *_trained(model.defense)) if id(p) not in theirs]
+    kept = []
+    for each in terms:
+        with each.watch, record_function(each.key):
+            each.before_step(Batch(images, labels, z.detach(), sent.detach()))
+            if each.now > 0:
+                loss, monitors, own_loss = each.term.measure(Batch(images, labels, z, sent))
+                own = _trained(each.term)
+                through = _grad(loss, client, retain_graph=True)
+                of_own = _grad(own_loss, own, retain_graph=True)
+                detached = {name: value.detach() for name, value in monitors.items()}
+                finite = _all_finite(loss, [*through, *of_own])
+                answer = Answer(loss.detach(), detached, finite, None, None, of_own)
+                step.answers[each.key] = answer
+                _train_own(each, answer)
+                kept.append((each.now, answer.finite, through))
     with record_function("server and encoder backward"):
         cross_entropy.backward()
-    for parameter, grad in copies:
-        own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        parameter.grad = torch.where(finite, own + lambda_eff * grad, own)
-    return _classified(cross_entropy, logits, labels, rob_loss, intra_mse, finite)
+    for weight, finite, grads in kept:
+        for parameter, grad in zip(client, grads, strict=True):
+            if grad is not None:
+                own_grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = _added(own_grad, grad, finite, weight)
+    return step
 
 
 INJECTIONS: dict[str, Callable[..., Step]] = {"combined": combined, "two_pass": two_pass}
 """The procedures by the name that ``--injection`` takes."""
+
+
+def _added(total: Tensor, grad: Tensor | None, finite: Tensor, weight: float) -> Tensor:
+    """``total + weight * grad`` where that is finite, else ``total``: chosen on the device, which nobody waits for."""
+    return total if grad is None else torch.where(finite, total + weight * grad, total)
+
+
+def _train_own(each: WeightedTerm, answer: Answer) -> None:
+    """Accumulate what a term's own parameters are trained on."""
+    for parameter, grad in zip(_trained(each.term), answer.own_grads, strict=True):
+        if grad is not None:
+            kept = torch.where(answer.finite, each.now * grad, 0.0)
+            parameter.grad = kept if parameter.grad is None else parameter.grad + kept
 
 
 def _encode(model: SplitModel, images: Tensor, amp: bool) -> Tensor:
@@ -189,43 +196,30 @@ def _encode(model: SplitModel, images: Tensor, amp: bool) -> Tensor:
     return z.float().contiguous()
 
 
-def _classify(model: SplitModel, z: Tensor, amp: bool) -> Tensor:
-    """Logits for features ``z``, fp32 whatever they were computed in."""
-    noisy = model.defense(z)
+def _classify(model: SplitModel, received: Tensor, amp: bool) -> Tensor:
+    """Logits for what the server receives, fp32 whatever they were computed in."""
     if not amp:
-        return model.server(noisy)
-    with torch.autocast(z.device.type, dtype=torch.bfloat16):
-        logits = model.server(noisy)
+        return model.server(received)
+    with torch.autocast(received.device.type, dtype=torch.bfloat16):
+        logits = model.server(received)
     return logits.float()
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == labels).sum()
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _all_finite(rob_loss: Tensor, grads: Iterable[Tensor]) -> Tensor:
+def _grad(loss: Tensor | None, inputs: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor | None]:
+    """Gradients; ``None`` where ``loss``, if there is one, does not depend on an input."""
+    if loss is None or not (inputs and loss.requires_grad):
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph or None, allow_unused=True))
+
+
+def _all_finite(loss: Tensor, grads: Iterable[Tensor | None]) -> Tensor:
     # A sum over squares or absolute values could overflow where every element is finite; this cannot.
-    return torch.stack([rob_loss.isfinite(), *(grad.isfinite().all() for grad in grads)]).all()
-
-
-def _accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
-    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
-def _classified(
-    cross_entropy: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    rob_loss: Tensor | None = None,
-    intra_mse: Tensor | None = None,
-    finite: Tensor | None = None,
-) -> Step:
-    zero = cross_entropy.new_zeros(())
-    finite = torch.ones_like(zero, dtype=torch.bool) if finite is None else finite
-    return Step(
-        cross_entropy=cross_entropy.detach(),
-        rob_loss=zero if rob_loss is None else torch.where(finite, rob_loss.detach(), 0.0),
-        intra_mse=zero if intra_mse is None else torch.where(finite, intra_mse.detach(), 0.0),
-        correct=(logits.detach().argmax(dim=1) == labels).sum(),
-        skipped=~finite,
-    )
+    return torch.stack([loss.isfinite(), *(grad.isfinite().all() for grad in grads if grad is not None)]).all()

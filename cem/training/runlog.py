@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,20 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cem.files import replacing
+
 COLUMNS = (
-    "epoch",
-    "lr",
-    "lambda_eff",
-    "train_loss",
-    "cross_entropy",
-    "rob_loss",
-    "intra_mse",
-    "train_accuracy",
-    "val_accuracy",
-    "seconds",
-    "surrogate_seconds",
-)
-"""Columns of ``metrics.csv``; also the keys of a row of a run's history."""
+    "epoch", "lr", "lambda_eff", "train_loss", "cross_entropy", "rob_loss", "intra_mse", "train_accuracy",
+    "val_accuracy", "seconds", "surrogate_seconds",
+)  # fmt: skip
+"""First columns of ``metrics.csv``; what else terms say follows as ``NAME.MONITOR``. Keys of a row of the history."""
 
 
 class _ProgressBarHandler(logging.Handler):
@@ -78,9 +69,11 @@ def draw_or_log(log: logging.Logger, path: Path, draw: Callable[[Path], None]) -
 
 def epoch_line(row: Mapping[str, float], epochs: int) -> str:
     """One epoch of the history as a line for people."""
+    others = row["train_loss"] - row["cross_entropy"] - row["lambda_eff"] * row["rob_loss"]
+    more = f" + others {others:.3f}" if abs(others) > 1e-6 * abs(row["train_loss"]) else ""
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  lr {row['lr']:.2g}  λ {row['lambda_eff']:.3g}  "
-        f"loss {row['train_loss']:.3f} = ce {row['cross_entropy']:.3f} + λ·rob {row['rob_loss']:.3f}  "
+        f"loss {row['train_loss']:.3f} = ce {row['cross_entropy']:.3f} + λ·rob {row['rob_loss']:.3f}{more}  "
         f"train {row['train_accuracy']:.1%}  val {row['val_accuracy']:.1%}  "
         f"{row['seconds']:.1f} s (surrogate {row['surrogate_seconds']:.1f})"
     )
@@ -88,16 +81,7 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
 
 def write_metrics(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write the table of epochs, whole, in place of the one before: after a resume it holds no row twice."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS)
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(name for row in history for name in row)])))
         table.writeheader()
         table.writerows(history)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as indented JSON, atomically: a file that exists is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
 from pathlib import Path
@@ -16,17 +16,21 @@ from typing import Any
 import torch
 
 from cem.data import DataSplits
+from cem.defenses import DEFENSES, NOISE, Chain
+from cem.errors import CheckpointError, UsageError
 from cem.models.split import SplitModel, build_split_model
-from cem.options import ConfigError, resolve_device
+from cem.options import FORMAT, read_yaml, resolve_device
+from cem.terms import Context
 from cem.training import checkpoint
 from cem.training.config import TrainConfig, changed_options
+from cem.training.evaluation import isolated_random
 
 
 def new_run_dir(config: TrainConfig) -> Path:
     """Where a new run under ``config`` will lie: ``config.run_dir``, numbered if nobody asked for that name.
 
     Raises:
-        ConfigError: ``config.out`` is not empty, so the run would overwrite something.
+        UsageError: ``config.out`` is not empty, so the run would overwrite something.
     """
     run_dir = config.run_dir
     if config.out is None:
@@ -40,7 +44,7 @@ def new_run_dir(config: TrainConfig) -> Path:
         hint = f"to continue the run that lies there: {resume_command(run_dir)}"
     else:
         hint = "choose another --out"
-    raise ConfigError(f"run directory {run_dir} exists and is not empty: {hint}")
+    raise UsageError(f"run directory {run_dir} exists and is not empty: {hint}")
 
 
 def _is_free(run_dir: Path) -> bool:
@@ -59,17 +63,17 @@ def data_fingerprint(data: DataSplits) -> dict[str, int]:
 
 
 def check_same_data(before: Mapping[str, int], after: Mapping[str, int], run_dir: Path) -> None:
-    """Raise :class:`ConfigError` if the fingerprints differ: the run in ``run_dir`` was trained on other data."""
+    """Raise :class:`UsageError` if the fingerprints differ: the run in ``run_dir`` was trained on other data."""
     changed = [f"{name} (was {before.get(name)}, got {now})" for name, now in after.items() if before.get(name) != now]
     if changed:
-        raise ConfigError(f"the run in {run_dir} was trained on other data: {', '.join(changed)}")
+        raise UsageError(f"the run in {run_dir} was trained on other data: {', '.join(changed)}")
 
 
 def check_same(before: TrainConfig, after: TrainConfig, run_dir: Path) -> None:
-    """Raise :class:`ConfigError` if ``after`` cannot continue what ``before`` began in ``run_dir``."""
+    """Raise :class:`UsageError` if ``after`` cannot continue what ``before`` began in ``run_dir``."""
     changed = changed_options(before, after)
     if changed:
-        raise ConfigError(f"the run in {run_dir} cannot be continued with other options: {', '.join(changed)}")
+        raise UsageError(f"the run in {run_dir} cannot be continued with other options: {', '.join(changed)}")
 
 
 def resume_command(run_dir: Path) -> str:
@@ -77,35 +81,68 @@ def resume_command(run_dir: Path) -> str:
     return f"python -m cem.train --resume {shlex.quote(str(run_dir))}"
 
 
-def build_model(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitModel:
-    """The untrained model of a run.
-
-    Args:
-        config: the run's options.
-        data_facts: ``num_classes``, ``image_shape``, ``mean`` and ``std`` of its data.
-    """
-    return build_split_model(
-        config.arch,
-        num_classes=data_facts["num_classes"],
-        image_shape=data_facts["image_shape"],
-        mean=data_facts["mean"],
-        std=data_facts["std"],
-        cut_layer=config.cut_layer,
-        # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the threshold.
-        bottleneck="none" if config.centralized else config.bottleneck,
-        noise_std=0.0 if config.centralized else config.noise_std,
-        centralized=config.centralized,
+def context_of(config: TrainConfig, model: SplitModel, data_facts: Mapping[str, Any]) -> Context:
+    """What members of families may know of a run."""
+    image_shape, num_classes, train_size = (data_facts[name] for name in ("image_shape", "num_classes", "train_size"))
+    of_run = {name: getattr(config, name) for name in ("noise_std", "backend", "seed")}
+    return Context(
+        model.feature_shape, tuple(image_shape), num_classes, bounded=model.bounded, train_size=train_size, **of_run
     )
 
 
-def load_weights(model: SplitModel, content: dict[str, Any], path: Path) -> None:
-    """Load the model's three parts out of a checkpoint.
+def build_model(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitModel:
+    """The untrained model of a run, with its defenses.
+
+    Args:
+        config: the run's options.
+        data_facts: ``num_classes``, ``image_shape``, ``mean``, ``std`` and ``train_size`` of its data.
+    """
+    facts = {name: data_facts[name] for name in ("num_classes", "mean", "std")}
+    shape, whole = tuple(data_facts["image_shape"]), config.centralized
+    # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the penalty.
+    bottleneck = "none" if whole else config.bottleneck
+    model = build_split_model(
+        config.arch, image_shape=shape, cut_layer=config.cut_layer, bottleneck=bottleneck, centralized=whole, **facts
+    )
+    model.defense = Chain({}) if config.centralized else build_defenses(config, context_of(config, model, data_facts))
+    return model
+
+
+def build_defenses(config: TrainConfig, context: Context) -> Chain:
+    """The defenses of a run in their order; noise comes first unless it is named. Random states stay as they are."""
+    given = {DEFENSES[each].name: each for each in config.defenses}
+    members, weights = {}, {}
+    with isolated_random(config.seed, torch.device("cpu")):
+        for name, each in (given if NOISE in given else {NOISE: NOISE, **given}).items():
+            options = config.options_of(name) if name in given else DEFENSES[each].Options()
+            members[name], weights[name] = DEFENSES.build(each, context, options), options.weight
+        return Chain(members, weights)
+
+
+def load_weights(
+    model: SplitModel, content: dict[str, Any], path: Path, parts: Sequence[str] = ("encoder", "defense", "server")
+) -> None:
+    """Load parts of the model out of a checkpoint.
 
     Raises:
         CheckpointError: if they are another model's.
     """
-    for part in ("encoder", "defense", "server"):
+    for part in parts:
         checkpoint.load_state(getattr(model, part), content, part, path)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The options of the run in ``run_dir``.
+
+    Raises:
+        UsageError: it is no run directory.
+        CheckpointError: it is one of another version.
+    """
+    path = run_dir / "config.yaml"
+    found = read_yaml(path).get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{run_dir} was made by another version: its format is {found}, this one reads {FORMAT}")
+    return TrainConfig.from_yaml(path)
 
 
 def load_run(run_dir: Path | str, device: str = "auto") -> tuple[TrainConfig, SplitModel]:
@@ -114,12 +151,11 @@ def load_run(run_dir: Path | str, device: str = "auto") -> tuple[TrainConfig, Sp
     The model is in evaluation mode, where noise stays on, as it does in use. The data set is not needed.
 
     Raises:
-        ConfigError: if ``run_dir`` is no run directory, or there is no such device.
+        UsageError: if ``run_dir`` is no run directory, or there is no such device.
         CheckpointError: if ``best.pt`` is missing, damaged or another run's.
     """
     run_dir = Path(run_dir)
-    config = TrainConfig.from_yaml(run_dir / "config.yaml")
-    path = run_dir / "best.pt"
+    config, path = read_config(run_dir), run_dir / "best.pt"
     content = checkpoint.load(path)
     model = build_model(config, content["data_facts"])
     load_weights(model, content, path)
@@ -135,15 +171,9 @@ def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
 def versions() -> dict[str, str | None]:
     """Versions of what computed the numbers; ``None`` where a package is not installed."""
     found: dict[str, str | None] = {"python": python_version()}
-    for name, package in [
-        ("torch", "torch"),
-        ("triton", "triton"),
-        ("numpy", "numpy"),
-        ("scikit-learn", "scikit-learn"),
-        ("cem", "cem-kernels"),
-    ]:
+    for name in ("torch", "triton", "numpy", "scikit-learn", "cem"):
         try:
-            found[name] = version(package)
+            found[name] = version("cem-kernels" if name == "cem" else name)
         except PackageNotFoundError:
             found[name] = None
     return found
@@ -167,3 +197,8 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, all others KiB
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """What figures come from: ``peak_memory_bytes``, ``device``, ``versions``."""
+    return {"peak_memory_bytes": peak_memory(device), "device": device_name(device), "versions": versions()}

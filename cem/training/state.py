@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,35 +15,45 @@ from torch.utils.data import DataLoader
 
 from cem.data import ImageSet, load_data, make_loader
 from cem.data.images import Batch
+from cem.defenses import Chain
 from cem.options import resolve_device
-from cem.surrogates import NoSurrogate, Surrogate, build_surrogate
+from cem.surrogates import SURROGATES
 from cem.training import checkpoint, runs
 from cem.training.config import TrainConfig
 from cem.training.evaluation import isolated_random
 from cem.training.schedule import lr_factor
+from cem.training.weighted import WeightedTerm
+
+SURROGATE = "surrogate"
+_COUNTERS = ("random", "history", "skipped", "best", "best_epoch")
+_COLUMNS = {"loss": "rob_loss", "intra_mse": "intra_mse", "weight": "lambda_eff", "seconds": "surrogate_seconds"}
 
 
 class TrainState:
-    """Data, model, surrogate, optimizers and counters of one run.
+    """Data, model, terms, optimizers and counters of one run.
+
+    Args:
+        config: checked and resolved.
+        share: weight of the surrogate in an epoch, counted from 0.
 
     Attributes:
-        model: the :class:`~cem.models.SplitModel`, on ``device``.
-        surrogate: the penalty, or ``None`` if the run has none.
-        optimizers: ``sgd`` for the network (and a shared surrogate), ``surrogate`` for one that trains
-            separately.
+        model: the :class:`~cem.models.SplitModel` with its defenses, on ``device``.
+        defenses: what lies at the cut, a part of ``model``.
+        terms: what adds to the loss: the surrogate, if the run has one, then those of defenses.
+        optimizers: ``sgd`` for the network and what terms share with it; those of terms, ``TERM.NAME``.
         scheduler: of ``sgd``; stepped after every step.
         train, plain_train, val, test: loaders of ``(images, labels)``. ``plain_train`` is ``train`` in order
             and without augmentation.
         history: a dict per finished epoch, with the columns of ``metrics.csv``.
-        skipped: steps so far whose penalty was not finite.
+        skipped: steps so far in which a term was not finite.
         best: ``(weight of the penalty relative to λ, validation accuracy)`` of the best epoch so far.
         best_epoch: its number, from 1; 0 before the first.
 
     Raises:
-        ValueError: data set, architecture or surrogate refuse their options.
+        CemError: data set, architecture, surrogate or a defense refuse their options.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, share: Callable[[int], float]) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         self.history: list[dict[str, float]] = []
@@ -52,55 +65,42 @@ class TrainState:
         self.model = runs.build_model(config, self.data_facts).to(self.device)
         if config.amp:  # the layout for which processors have fast bfloat16 convolutions
             self.model = self.model.to(memory_format=torch.channels_last)
-        # Before the optimizers and the first checkpoint: a surrogate that appears later is in neither.
-        self.surrogate = self._build_surrogate() if config.penalized else None
+        assert isinstance(self.model.defense, Chain)
+        self.defenses = self.model.defense
+        # Before the optimizers and the first checkpoint: a term that appears later is in neither.
+        self.terms = self._build_terms(share)
         self._build_optimizers()
         self.random = checkpoint.random_state(self._shuffle, self.device)
 
     def warm_start(self, init_from: Path) -> None:
-        """Take the model's weights from another run's directory, or from a checkpoint file.
+        """Take encoder and server from another run's directory, or from a checkpoint file; its defenses may be others.
 
         Raises:
             CheckpointError: it is missing, damaged or another model's.
         """
         path = init_from / "best.pt" if init_from.is_dir() else init_from
-        runs.load_weights(self.model, checkpoint.load(path), path)
+        runs.load_weights(self.model, checkpoint.load(path), path, ("encoder", "server"))
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the names they have in a checkpoint."""
-        return {
-            "encoder": self.model.encoder,
-            "defense": self.model.defense,
-            "server": self.model.server,
-            "surrogate": self.surrogate or NoSurrogate(),
-        }
+        model = {"encoder": self.model.encoder, "defense": self.model.defense, "server": self.model.server}
+        return {**model, **{each.key: each.term for each in self.terms}}
 
     def save(self, path: Path) -> None:
         """Write all of it, and the random states, to ``path``."""
         self.random = checkpoint.random_state(self._shuffle, self.device)
-        checkpoint.save(
-            path,
-            {
-                **{name: part.state_dict() for name, part in self.parts().items()},
-                "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
-                "scheduler": self.scheduler.state_dict(),
-                "random": self.random,
-                "config": self.config.to_dict(),
-                "data_facts": self.data_facts,
-                "data_fingerprint": self.data_fingerprint,
-                "history": self.history,
-                "skipped": self.skipped,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-            },
-        )
+        content: dict[str, Any] = {name: part.state_dict() for name, part in self.parts().items()}
+        content["optimizers"] = {name: each.state_dict() for name, each in self.optimizers.items()}
+        content |= {"scheduler": self.scheduler.state_dict(), "config": self.config.to_dict()}
+        content |= {name: getattr(self, name) for name in ("data_facts", "data_fingerprint", *_COUNTERS)}
+        checkpoint.save(path, content)
 
     def restore(self, path: Path) -> None:
         """Inverse of :meth:`save`.
 
         Raises:
             CheckpointError: ``path`` is missing, damaged or another model's.
-            ConfigError: it was written under other options, or on other data.
+            UsageError: it was written under other options, or on other data.
         """
         content = checkpoint.load(path)
         runs.check_same(TrainConfig.from_dict(content["config"]), self.config, path.parent)
@@ -110,9 +110,8 @@ class TrainState:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.scheduler.load_state_dict(content["scheduler"])
-        self.history, self.skipped = content["history"], content["skipped"]
-        self.best, self.best_epoch = content["best"], content["best_epoch"]
-        self.random = content["random"]
+        for name in _COUNTERS:
+            setattr(self, name, content[name])
 
     def rewind_random(self) -> None:
         """Put all random states where construction or the last :meth:`save` or :meth:`restore` left them."""
@@ -134,61 +133,41 @@ class TrainState:
             return make_loader(images, config.batch_size, shuffle=False, num_workers=config.num_workers)
 
         self.train = make_loader(
-            self.data.train,
-            config.batch_size,
-            shuffle=True,
-            generator=self._shuffle,
-            num_workers=config.num_workers,
+            self.data.train, config.batch_size, shuffle=True, generator=self._shuffle, num_workers=config.num_workers
         )
         self.plain_train = in_order(replace(self.data.train, augment=None))
         self.val, self.test = in_order(self.data.val), in_order(self.data.test)
-        self.data_facts = {
-            "num_classes": self.data.num_classes,
-            "image_shape": self.data.image_shape,
-            "mean": self.data.mean,
-            "std": self.data.std,
-        }
+        facts = ("num_classes", "image_shape", "mean", "std")
+        self.data_facts = {name: getattr(self.data, name) for name in facts} | {"train_size": len(self.data.train)}
         self.data_fingerprint = runs.data_fingerprint(self.data)
 
-    def _build_surrogate(self) -> Surrogate:
-        config = self.config
-        # Runs of one seed under different surrogates begin with the same weights, order of samples and noise.
-        with isolated_random(config.seed, self.device):
-            surrogate = build_surrogate(
-                config.surrogate,
-                feature_shape=self.model.feature_shape,
-                num_classes=self.data.num_classes,
-                noise_std=config.noise_std,
-                var_threshold=config.var_threshold,
-                measure=config.measure,
-                penalty=config.penalty,
-                hinge=config.hinge,
-                threshold=config.threshold,
-                threshold_value=config.threshold_value,
-                threshold_quantile=config.threshold_quantile,
-                eps_var=config.eps_var,
-                gamma=config.gamma,
-                objective=config.surrogate_objective,
-                anchor=config.anchor,
-                memory_bank=config.memory_bank,
-                num_slots=config.num_slots,
-                tokens=config.tokens,
-                reduce=config.reduce,
-                reduce_dim=config.reduce_dim,
-                gmm_fit=config.gmm_fit,
-                backend=config.backend,
-                sigmoid=config.arch.endswith("_sgm"),
-            ).to(self.device)
-        return surrogate.requires_grad_(config.surrogate_policy != "frozen")
+    def _build_terms(self, share: Callable[[int], float]) -> list[WeightedTerm]:
+        config, found = self.config, []
+        if config.penalized:
+            context = runs.context_of(config, self.model, self.data_facts)
+            name = config.surrogate_name
+            # Runs of one seed under different surrogates begin with the same weights, order of samples and noise.
+            with isolated_random(config.seed, self.device):
+                surrogate = SURROGATES.build(config.surrogate, context, config.options_of(name))
+            first = config.penalty_from - 1
+            found.append(WeightedTerm(SURROGATE, name, surrogate.to(self.device), share, first, self.device, _COLUMNS))
+        for name, term in self.defenses.terms.items():
+            weight = partial(_constant, self.defenses.weights[name])
+            found.append(WeightedTerm(f"defenses.{name}", name, term.to(self.device), weight, 0, self.device))
+        return found
 
     def _build_optimizers(self) -> None:
         config = self.config
-        trained = list(self.model.parameters())
-        own = list(self.surrogate.parameters()) if self.surrogate is not None else []
-        if config.surrogate_policy == "shared":
-            trained += own
-        sgd = torch.optim.SGD(trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        # A defense may hold its term as a part: what is the term's own is not the network's.
+        own = {id(parameter) for each in self.terms for parameter in each.term.parameters()}
+        network = [parameter for parameter in self.model.parameters() if id(parameter) not in own]
+        network += [parameter for each in self.terms for parameter in each.term.shared_parameters()]
+        sgd = torch.optim.SGD(network, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
         self.optimizers: dict[str, torch.optim.Optimizer] = {"sgd": sgd}
-        if own and config.surrogate_policy == "separate":
-            self.optimizers["surrogate"] = torch.optim.Adam(own, lr=config.surrogate_lr)
+        for each in self.terms:
+            self.optimizers |= {f"{each.key}.{name}": own for name, own in each.term.optimizers().items()}
         self.scheduler = LambdaLR(sgd, lr_factor(config.epochs, len(self.train), config.warmup_epochs))
+
+
+def _constant(weight: float, epoch: int) -> float:
+    return weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -16,23 +16,20 @@ from typing import Any
 from torch.profiler import record_function
 from tqdm import tqdm
 
+from cem.errors import DivergedError
+from cem.files import write_json
 from cem.report.curves import draw_curves
 from cem.report.tsne import MAX_SAMPLES, draw_tsne
-from cem.surrogates import Surrogate
 from cem.training import checkpoint, runs
-from cem.training.capture import CapturedPenalty
+from cem.training.capture import CapturedTerm
 from cem.training.config import TrainConfig
 from cem.training.evaluation import accuracy, collect_features, first_not_finite, isolated_random
 from cem.training.injection import INJECTIONS
-from cem.training.meter import EpochMeter, Stopwatch
-from cem.training.runlog import draw_or_log, epoch_line, run_log, write_json, write_metrics
+from cem.training.meter import EpochMeter
+from cem.training.runlog import COLUMNS, draw_or_log, epoch_line, run_log, write_metrics
 from cem.training.schedule import epoch_lr, lambda_eff
-from cem.training.state import TrainState
+from cem.training.state import SURROGATE, TrainState
 from cem.training.tracing import traced_steps
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss, the model or its features are no longer finite; the message names the epoch."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -49,8 +46,7 @@ class Trainer:
     anything is written. :meth:`fit` then trains.
 
     Args:
-        config: the options. When resuming, those of the run: ``TrainConfig.from_yaml(run_dir /
-            "config.yaml")``, with ``out`` naming the directory.
+        config: the options. When resuming, those of the run, with ``out`` naming the directory.
         resume: continue the run that lies in ``config.run_dir`` from its last finished epoch. On the same
             device and with the same versions, the numbers are those of a run that never stopped.
 
@@ -58,31 +54,30 @@ class Trainer:
         run_dir: where the run's files lie. Without ``config.out``: ``config.run_dir``, or, for a new run whose
             name is taken, the first free one of ``NAME-2``, ``NAME-3``, ...
         finished: content of ``summary.json`` if the run to resume had reached its end, else ``None``.
-        state: data, model, surrogate and optimizers.
+        state: data, model, terms and optimizers.
 
     Raises:
-        ConfigError: an option cannot be used, ``config.out`` is taken, the surrogate cannot be captured, or, when
-            resuming, an option or the data differ.
+        UsageError: an option cannot be used, ``config.out`` is taken, a term cannot be captured, or, when resuming, an
+            option or the data differ; or architecture, surrogate or a defense refuse their options.
+        DataError: the data set is not there or cannot be read.
         CheckpointError: ``last.pt`` or, for a new run, ``init_from`` is missing, damaged or another model's.
-        ValueError: data set, architecture or surrogate refuse their options.
-        BackendUnavailableError: the surrogate does not have ``config.backend``.
+        BackendError: the surrogate does not have ``config.backend``.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
-        config.validate()
-        self.config = config = config.resolved()
+        self.config = config = config.checked().resolved()
         self.run_dir = config.run_dir if resume else runs.new_run_dir(config)
         self.finished = runs.read_summary(self.run_dir) if resume else None
         # There is no log to put warnings into before it is certain that there will be a run.
         with warnings.catch_warnings(record=True) as self._warnings:
-            self.state = TrainState(config)
+            self.state = TrainState(config, self._weight)
         if resume:
             self.state.restore(self.run_dir / "last.pt")
         elif config.init_from is not None:
             self.state.warm_start(config.init_from)
-        self._captured = self._capture() if config.capture else None
+        if config.capture:
+            self._capture()
         self._resumed = resume
-        self._warm = config.init_from is not None
 
     def fit(self) -> dict[str, Any]:
         """Train until the last epoch, score the best one on the test set, draw the pictures.
@@ -96,7 +91,7 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: the log says how to resume.
-            TrainingDiverged: the cross-entropy of an epoch, the model after it, or its features for a refit are
+            DivergedError: the cross-entropy of an epoch, the model after it, or its features for a refit are
                 not finite; the epoch before it stays in ``last.pt``.
         """
         if self.finished is not None:
@@ -108,40 +103,31 @@ class Trainer:
                 self._train()
                 return self._finish()
             except KeyboardInterrupt:
-                self._log.warning(
-                    "interrupted; %d of %d epochs are saved. Resume with: %s",
-                    len(self.state.history),
-                    self.config.epochs,
-                    runs.resume_command(self.run_dir),
-                )
+                saved = f"{len(self.state.history)} of {self.config.epochs} epochs are saved"
+                self._log.warning(f"interrupted; {saved}. Resume with: {runs.resume_command(self.run_dir)}")
                 raise
-            except TrainingDiverged as error:
+            except DivergedError as error:
                 self._log.error("%s", error)
                 raise
             except Exception:
                 self._log.exception("training failed")
                 raise
 
-    def _capture(self) -> CapturedPenalty:
-        """The surrogate as a graph for full batches. It draws random numbers, which ``_start`` takes back."""
-        state = self.state
-        assert state.surrogate is not None  # validate() sees to that
-        batch_size = min(self.config.batch_size, len(state.data.train))
-        return CapturedPenalty(state.surrogate, (batch_size, *state.model.feature_shape), state.device)
+    def _capture(self) -> None:
+        """Terms as graphs for full batches. That draws random numbers, which ``_start`` takes back."""
+        state, batch_size = self.state, min(self.config.batch_size, len(self.state.data.train))
+        features, images = (batch_size, *state.model.feature_shape), (batch_size, *state.data.image_shape)
+        for each in state.terms:
+            each.answer = CapturedTerm(each.term, features, images, state.device)
 
     def _start(self) -> None:
         """The first lines of the log, and the files that make a run resumable from its very beginning."""
-        config, state = self.config, self.state
+        config, state, data = self.config, self.state, self.state.data
+        shape = "×".join(map(str, state.model.feature_shape))
+        terms = ", ".join(each.name for each in state.terms) or "no penalty"
         self._log.info(
-            "%s: %d images to train on, %d to validate, %d to test; %s, z %s; surrogate %s; %s",
-            config.data,
-            len(state.data.train),
-            len(state.data.val),
-            len(state.data.test),
-            config.arch,
-            "×".join(map(str, state.model.feature_shape)),
-            config.surrogate if config.penalized else "none",
-            runs.device_name(state.device),
+            f"{config.data}: {len(data.train)} images to train on, {len(data.val)} to validate, {len(data.test)} to "
+            f"test; {config.arch}, z {shape}; {terms}; {runs.device_name(state.device)}"
         )
         for warning in self._warnings:
             self._log.warning("%s: %s", warning.category.__name__, warning.message)
@@ -163,7 +149,7 @@ class Trainer:
         board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
         with board, self._trace() as self._end_of_step:
             for epoch in range(done, self.config.epochs):
-                row, monitors = self._epoch(epoch)
+                row = self._epoch(epoch)
                 # Validation accuracy alone would choose an early epoch, which the penalty has hardly shaped. The
                 # original's rule for its weight says which are late, whatever is trained, so that all runs choose
                 # among the same epochs.
@@ -177,11 +163,7 @@ class Trainer:
                 write_metrics(run_dir / "metrics.csv", state.history)
                 for name in row.keys() - {"epoch"}:
                     board.add_scalar(name, row[name], epoch + 1)
-                for name, value in monitors.items():
-                    board.add_scalar(f"refit/{name}", value, epoch + 1)
                 self._log.info("%s%s", epoch_line(row, self.config.epochs), "  best" if best else "")
-                if monitors:
-                    self._log.info("refit: %s", ", ".join(f"{name} {value:.6g}" for name, value in monitors.items()))
 
     def _trace(self) -> AbstractContextManager[Callable[[], None]]:
         """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
@@ -189,71 +171,56 @@ class Trainer:
         done, per_epoch = len(state.history), len(state.train)
         first = max(done, config.penalty_from - 1) if config.penalized else done
         return traced_steps(
-            self.run_dir / "trace.json.gz",
-            self._log,
-            state.device,
-            steps=config.profile_steps,
-            begin=(first - done) * per_epoch,
-            total=(config.epochs - done) * per_epoch,
-        )
+            self.run_dir / "trace.json.gz", self._log, state.device, steps=config.profile_steps,
+            begin=(first - done) * per_epoch, total=(config.epochs - done) * per_epoch,
+        )  # fmt: skip
 
-    def _epoch(self, epoch: int) -> tuple[dict[str, float], Mapping[str, float]]:
-        """Train and validate epoch ``epoch``, counted from 0.
-
-        Returns:
-            Its row of the history, and what a refit of the surrogate had to say, by name.
-        """
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        """Train and validate epoch ``epoch``, counted from 0; return its row of the history."""
         config, state = self.config, self.state
-        monitors: Mapping[str, float] = {}
-        share = self._rising_share(epoch)
-        weight = config.weight * (float(share > 0) if config.lambd_schedule == "constant" else share)
-        watch = Stopwatch(state.device)
         start = time.perf_counter()
-        means = self._steps(epoch, weight, watch)
+        state.defenses.prepare(state.model, epoch)
+        for each in state.terms:
+            each.before_epoch(epoch, config.epochs)
+        means, measured = self._steps(epoch)
         # Before anything is made of the model: neither a refit nor best.pt can do with what is not a number.
         if not math.isfinite(means["cross_entropy"]):
             raise self._diverged(f"the cross-entropy of epoch {epoch + 1} is {means['cross_entropy']}")
         broken = first_not_finite(state.model)
         if broken is not None:
             raise self._diverged(f"after epoch {epoch + 1} the model's {broken} is not finite")
-        if state.surrogate is not None and state.surrogate.needs_refit:
-            with watch:
-                monitors = self._refit(state.surrogate, epoch)
-        surrogate_seconds = watch.read()
-        seconds = time.perf_counter() - start
-        self._count_skipped(int(means.pop("skipped")), epoch)
-        row = {
-            "epoch": epoch + 1,
-            "lr": epoch_lr(config.lr, epoch, config.epochs),
-            "lambda_eff": weight,
-            "train_loss": means["cross_entropy"] + weight * means["rob_loss"],
-            **means,
-            "val_accuracy": accuracy(state.model, state.val, state.device, config.seed, amp=config.amp),
-            "seconds": seconds,
-            "surrogate_seconds": surrogate_seconds,
-        }
-        return row, monitors
+        fitted = self._after_epoch(epoch)
+        row = dict.fromkeys(COLUMNS, 0.0) | means | {"train_loss": means["cross_entropy"]}
+        row |= {"epoch": epoch + 1, "lr": epoch_lr(config.lr, epoch, config.epochs)}
+        for each in state.terms:
+            found = measured.get(each.key, {})
+            self._count_skipped(each.name, int(found.pop("skipped", 0)), epoch)
+            row["train_loss"] += each.now * found.get("loss", 0.0)
+            found |= {**fitted.get(each.key, {}), "weight": each.now, "seconds": each.watch.read()}
+            row |= each.columns(found)
+        row["seconds"] = time.perf_counter() - start
+        row["val_accuracy"] = accuracy(state.model, state.val, state.device, config.seed, amp=config.amp)
+        return row
+
+    def _weight(self, epoch: int) -> float:
+        """λ_eff of an epoch, counted from 0."""
+        share = self._rising_share(epoch)
+        return self.config.weight * (float(share > 0) if self.config.lambd_schedule == "constant" else share)
 
     def _rising_share(self, epoch: int) -> float:
         """Weight of the penalty in an epoch, counted from 0, relative to λ, where it rises; 0 before there is one."""
         if epoch + 1 < self.config.penalty_from:
             return 0.0
-        return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self._warm)
+        return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self.config.init_from is not None)
 
-    def _diverged(self, what: str) -> TrainingDiverged:
+    def _diverged(self, what: str) -> DivergedError:
         lr, lambd = self.config.lr, self.config.weight
-        return TrainingDiverged(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
+        return DivergedError(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
 
-    def _steps(self, epoch: int, weight: float, watch: Stopwatch) -> dict[str, float]:
-        """The training steps of an epoch, and what they measured."""
+    def _steps(self, epoch: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """The training steps of an epoch, and what they measured; see :meth:`EpochMeter.read`."""
         state = self.state
-        inject = partial(INJECTIONS[self.config.injection], amp=self.config.amp)
-        if self._captured is not None:
-            inject = partial(inject, penalize=self._captured)
-        surrogate = state.surrogate if weight > 0 else None
-        if surrogate is not None:
-            first, last = self.config.penalty_from - 1, self.config.epochs - 1
-            surrogate.begin_epoch((epoch - first) / (last - first) if last > first else 1.0)
+        inject = INJECTIONS[self.config.injection]
         meter = EpochMeter(state.device)
         for part in state.parts().values():
             part.train()
@@ -264,7 +231,7 @@ class Trainer:
                 labels = labels.to(state.device, non_blocking=True)
                 for optimizer in state.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
-                step = inject(state.model, surrogate, images, labels, weight, watch)
+                step = inject(state.model, state.terms, images, labels, amp=self.config.amp)
                 with record_function("optimizer"):
                     for optimizer in state.optimizers.values():
                         optimizer.step()
@@ -272,28 +239,36 @@ class Trainer:
                 meter.add(step, len(labels))
                 self._end_of_step()
                 if bar.update():  # true only when the bar is redrawn: reading the meter waits for the device
-                    now = meter.read()
-                    terms = f"ce {now['cross_entropy']:.3f}, rob {now['rob_loss']:.3f}"
-                    bar.set_postfix_str(f"{terms}, accuracy {now['train_accuracy']:.1%}")
+                    now, measured = meter.read()
+                    losses = "".join(f", {key} {values['loss']:.3f}" for key, values in measured.items())
+                    bar.set_postfix_str(f"ce {now['cross_entropy']:.3f}{losses}, accuracy {now['train_accuracy']:.1%}")
         return meter.read()
 
-    def _refit(self, surrogate: Surrogate, epoch: int) -> Mapping[str, float]:
-        """Refit on clean features of the whole training set; the run's random states stay as they are."""
+    def _after_epoch(self, epoch: int) -> dict[str, dict[str, float]]:
+        """Refits on clean features of the whole training set, and what they say, by the term's key.
+
+        The run's random states stay as they are.
+        """
         state, seed = self.state, self.config.seed + epoch
-        features, labels = collect_features(state.model, state.plain_train, state.device, seed, noisy=False)
+        wanted = [each for each in state.terms if each.term.needs_epoch_features]
+        if not wanted:
+            return {}
+        with wanted[0].watch:
+            features, labels = collect_features(state.model, state.plain_train, state.device, seed, noisy=False)
         # Weights that are finite can be so large that features are not.
         if not features.isfinite().all():
             raise self._diverged(f"after epoch {epoch + 1} features are not finite")
-        with isolated_random(seed, state.device):
-            return surrogate.refit(features, labels)
+        found = {}
+        for each in wanted:
+            with each.watch, isolated_random(seed, state.device):
+                found[each.key] = dict(each.term.after_epoch(features, labels))
+        return found
 
-    def _count_skipped(self, skipped: int, epoch: int) -> None:
+    def _count_skipped(self, name: str, skipped: int, epoch: int) -> None:
         if skipped and not self.state.skipped:
             self._log.warning(
-                "the penalty or its gradient was not finite in %d steps of epoch %d; such steps follow the "
-                "classification loss alone, and summary.json counts them (this is said once)",
-                skipped,
-                epoch + 1,
+                f"{name} or its gradient was not finite in {skipped} steps of epoch {epoch + 1}; such steps follow the "
+                "other losses alone, and summary.json counts them (this is said once)"
             )
         self.state.skipped += skipped
 
@@ -311,20 +286,13 @@ class Trainer:
             "rob_loss": best["rob_loss"],
             # A monitor that overflowed is no reason to skip a step, and JSON has no word for infinity.
             "intra_mse": best["intra_mse"] if math.isfinite(best["intra_mse"]) else None,
-            "parameters": {
-                name: sum(parameter.numel() for parameter in state.parts()[name].parameters())
-                for name in ("encoder", "server", "surrogate")
-            },
+            "parameters": {SURROGATE: 0}
+            | {name: sum(each.numel() for each in part.parameters()) for name, part in state.parts().items()},
             "skipped_steps": state.skipped,
-            "peak_memory_bytes": runs.peak_memory(state.device),
-            "device": runs.device_name(state.device),
-            "versions": runs.versions(),
+            **runs.origin(state.device),
         }
-        draw_or_log(
-            self._log,
-            self.run_dir / "curves.png",
-            lambda file: draw_curves(state.history, file, best_epoch=state.best_epoch),
-        )
+        curves = partial(draw_curves, state.history, best_epoch=state.best_epoch)
+        draw_or_log(self._log, self.run_dir / "curves.png", curves)
         draw_or_log(self._log, self.run_dir / "tsne.png", self._draw_features)
         write_json(self.run_dir / "summary.json", summary)
         self._log.info("test accuracy %.1f %%, of epoch %d", 100 * summary["test_accuracy"], state.best_epoch)

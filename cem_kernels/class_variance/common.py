@@ -1,4 +1,4 @@
-"""What the PyTorch backends of class and slot variance share."""
+"""What the PyTorch backends of both variances share."""
 
 from __future__ import annotations
 

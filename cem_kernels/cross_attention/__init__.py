@@ -16,16 +16,16 @@ from cem_kernels.groups import ClassGroups
 __all__ = ["CrossAttentionWeights", "cross_attention"]
 
 
-def _triton(*args: Any, **options: Any) -> Tensor:
+def _triton() -> Callable[..., Tensor]:
     from cem_kernels.cross_attention import triton  # only here, because importing needs Triton
 
-    return triton.cross_attention(*args, **options)
+    return triton.cross_attention
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.cross_attention,
     "eager": eager.cross_attention,
-    "triton": _triton,
+    "triton": _triton,  # loaded when it is picked
 }
 
 
@@ -90,5 +90,6 @@ def cross_attention(
     with torch.autocast(tokens.device.type, enabled=False):
         wide = CrossAttentionWeights(*(weight.to(dtype) for weight in weights))
         # The others have one dtype for everything.
-        options = {"product_dtype": product_dtype} if implementation is _triton else {}
+        plain = implementation in (eager.cross_attention, reference.cross_attention)
+        options = {} if plain else {"product_dtype": product_dtype}
         return implementation(tokens, slots.to(dtype), groups, wide, num_heads, dropout, **options)

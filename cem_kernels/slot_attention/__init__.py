@@ -11,22 +11,21 @@ from torch import Tensor
 from cem_kernels import backends, validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.slot_attention import eager, reference
-from cem_kernels.slot_attention.assign import slot_assignments
 from cem_kernels.slot_attention.weights import SlotAttentionWeights
 
-__all__ = ["SlotAttentionWeights", "slot_assignments", "slot_attention"]
+__all__ = ["SlotAttentionWeights", "slot_attention"]
 
 
-def _triton(*args: Any, **options: Any) -> Tensor:
+def _triton() -> Callable[..., Tensor]:
     from cem_kernels.slot_attention import triton  # only here, because importing needs Triton
 
-    return triton.slot_attention(*args, **options)
+    return triton.slot_attention
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.slot_attention,
     "eager": eager.slot_attention,
-    "triton": _triton,
+    "triton": _triton,  # loaded when it is picked
 }
 
 
@@ -90,5 +89,6 @@ def slot_attention(
     with torch.autocast(tokens.device.type, enabled=False):
         wide = SlotAttentionWeights(*(weight.to(dtype) for weight in weights))
         # The others have one dtype for everything.
-        options = {"product_dtype": product_dtype} if implementation is _triton else {}
+        plain = implementation in (eager.slot_attention, reference.slot_attention)
+        options = {} if plain else {"product_dtype": product_dtype}
         return implementation(tokens, slots.to(dtype), groups, wide, num_iterations, eps, **options)

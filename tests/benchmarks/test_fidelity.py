@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from benchmarks import fidelity
-from cem.attacks import Attack, AttackConfig
-from cem.training import TrainConfig, train
-from cem.training.checkpoint import CheckpointError
+from cem.attacks.config import AttackConfig
+from cem.attacks.run import Attack
+from cem.errors import CheckpointError
+from cem.training.config import TrainConfig
+from cem.training.trainer import train
 
 ATTACK = AttackConfig(
     attackers=("deconvC4",),
@@ -28,7 +30,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     first = folder / "noise0"
     config = TrainConfig(
-        train_size=200, epochs=1, surrogate="none", lambd=0.0, cut_layer=2, noise_std=0.1, device="cpu", out=first
+        train_size=200, epochs=1, surrogate="none", cut_layer=2, noise_std=0.1, device="cpu", out=first
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
@@ -42,12 +44,12 @@ def runs(tmp_path_factory):
         (copy / "config.yaml").write_text(options.replace("noise_std: 0.1\n", f"noise_std: {noise_std}\n"))
         attack = json.loads((copy / "attack" / "attack.json").read_text())
         attack["test_target"]["mse"] += i
-        del attack["information"]["values"]["class_entropy"]  # as if by an older release
+        del attack["information"]["values"]["centroid"]  # as if attacked before there was one
         (copy / "attack" / "attack.json").write_text(json.dumps(attack))
     return [folder / f"noise{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize("missing", ["", "best.pt", "attack"], ids=["all there", "no weights", "an older release"])
+@pytest.mark.parametrize("missing", ["", "best.pt", "attack"], ids=["all there", "no weights", "a value missing"])
 def test_values_are_those_that_the_attack_has_written_or_would_write(runs, tmp_path, missing):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run, ignore=shutil.ignore_patterns("best.pt") if missing == "best.pt" else None)
@@ -71,12 +73,11 @@ def test_command_writes_and_prints_how_well_each_value_ranks_the_errors(runs, tm
     fidelity.main()
     content = json.loads(out.read_text())
     assert [row["run"] for row in content["runs"]] == ["noise0", "noise1", "noise2", "noise3"]
-    # The same features in more noise say less, by the nats that cross it; their relative variance does not change.
-    assert content["spearman"]["nats"] == {"rho": -1.0, "low": -1.0, "high": -1.0, "runs": 4, "note": ""}
-    assert content["spearman"]["relative_variance"]["note"] == "the value is the same in all runs"
-    assert content["of_recommended"]["nats"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
-    assert not {"class_entropy", "relative_variance"} & content["of_recommended"].keys()
-    assert "nats                 -1.000  [-1.000, -1.000]  4 runs; class_entropy +0.000" in capsys.readouterr().out
+    # The same features in more noise say less, by the nats that cross it.
+    assert content["spearman"]["log_det"] == {"rho": -1.0, "low": -1.0, "high": -1.0, "runs": 4, "note": ""}
+    assert content["of_recommended"]["log_det"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert "centroid" not in content["of_recommended"]
+    assert "log_det              -1.000  [-1.000, -1.000]  4 runs; centroid +0.000" in capsys.readouterr().out
 
 
 def test_a_folder_stands_for_the_runs_in_it(runs, tmp_path):
@@ -94,7 +95,7 @@ def test_command_refuses_a_folder_without_runs(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path} is no run and holds none" in capsys.readouterr().err
 
 
-def test_an_older_run_without_its_weights_is_refused(runs, tmp_path):
+def test_a_run_without_a_value_and_its_weights_is_refused(runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(runs[1], copy, ignore=shutil.ignore_patterns("*.pt"))
     with pytest.raises(CheckpointError, match=r"best\.pt"):

@@ -92,6 +92,12 @@ def test_a_gradient_that_cancels_is_measured_against_the_largest():
     found = exact | {"gradient of b": torch.tensor([6e-6])}
     assert errors_of(found, exact)["gradient of b"] == pytest.approx(1e-6)
     found, exact = exact | {"gradient of b": torch.tensor([9e-6])}, exact | {"gradient of b": torch.tensor([6e-6])}
+    assert errors_of(found, exact)["gradient of b"] == pytest.approx(3e-6 / 6e-3)  # a single number
+
+
+def test_a_gradient_of_several_numbers_is_measured_against_less_of_the_largest():
+    exact = {"gradient of a": torch.full((4,), 3.0), "gradient of b": torch.tensor([6e-6, 0.0])}
+    found = exact | {"gradient of b": torch.tensor([9e-6, 0.0])}
     assert errors_of(found, exact)["gradient of b"] == pytest.approx(3e-6 / 6e-4)
 
 
@@ -247,7 +253,7 @@ def test_a_peer_may_be_quicker_without_a_graph_than_with_one():
 
 
 def test_a_training_step_may_grow_by_a_twentieth():
-    added = {"recommended": {"median": 0.08}, "recommended captured": {"median": 0.03}}
+    added = {"centroid": {"median": 0.08}, "centroid captured": {"median": 0.03}}
     verdicts = [t["reached"] for t in cases.judge_training({"name": "step", "backend": "triton", "added": added})]
     assert verdicts == [False, True, None, None]
     of_eager = cases.judge_training({"name": "step", "backend": "eager", "added": added})

@@ -95,7 +95,7 @@ def fake_steps(monkeypatch, **broken):
 def test_training_steps_are_timed_without_with_and_captured(monkeypatch):
     fake_steps(monkeypatch)
     record = training.measure_training("cpu", rounds=3)
-    each = ["recommended", "recommended captured", "attention", "attention captured"]
+    each = ["centroid", "centroid captured", "attention", "attention captured"]
     assert list(record["step_seconds"]) == ["none", *each]
     assert list(record["added"]) == each
     assert (record["backend"], record["absent"]) == ("triton", {})
@@ -104,11 +104,11 @@ def test_training_steps_are_timed_without_with_and_captured(monkeypatch):
 def test_training_says_what_could_not_run(monkeypatch):
     fake_steps(monkeypatch, triton=BackendUnavailableError("no kernels"), captured=RuntimeError("no graph"))
     record = training.measure_training("cpu", rounds=3)
-    assert list(record["step_seconds"]) == ["none", "recommended", "attention"]
+    assert list(record["step_seconds"]) == ["none", "centroid", "attention"]
     assert record["backend"] == "eager"
     assert record["absent"] == {
         "triton": "BackendUnavailableError: no kernels",
-        "recommended captured": "RuntimeError: no graph",
+        "centroid captured": "RuntimeError: no graph",
         "attention captured": "RuntimeError: no graph",
     }
 

@@ -59,11 +59,9 @@ def page_of(results, **files):
     return (results.parent / "performance.md").read_text(encoding="utf-8")
 
 
-def part(text, *headings):
-    """What stands below the last of these headings, each inside the one before."""
-    for level, heading in enumerate(headings, start=2):
-        text = text.split(f"\n{'#' * level} {heading}\n", 1)[1].split(f"\n{'#' * level} ", 1)[0]
-    return text
+def part(text, *titles):
+    """What stands below the heading that these titles make."""
+    return text.split(f"\n## {': '.join(titles)}\n", 1)[1].split("\n## ", 1)[0]
 
 
 def rows_of(text):
@@ -93,7 +91,7 @@ def test_without_a_run_every_case_has_a_floor_and_no_time(results):
         floor, bound = CASES[operator].cost(specs[0], "both").floor(ASSUMED["copy"], ASSUMED[rate_of(specs[0].dtype)])
         assert float(rows[2][4]) == pytest.approx(1e6 * floor, rel=5e-3)
         assert rows[2][5] == bound
-    assert {row[-1] for row in rows_of(part(text, "Predicted for an H200", "Targets"))} == {NOT_MEASURED}
+    assert {row[-1] for row in rows_of(part(text, "Predicted for an H200", "targets"))} == {NOT_MEASURED}
     assert {row[-2] for row in rows_of(part(text, "Expected before measuring"))} == {NOT_MEASURED}
     for title in ("Peak memory", "As sizes grow"):
         assert part(text, title).strip() == "Not measured."
@@ -111,7 +109,7 @@ def test_a_run_brings_its_device_its_rates_and_its_times(results):
     assert row[:2] == [SPEC.name.partition(" ")[2], "forward"]
     floor = 1e6 * CASES[SPEC.operator].cost(SPEC, "forward").bytes / RATES["copy"]
     assert row[4:] == [f"{floor:.1f}", "bytes", "12.0", "1.25", "2.00 gathered-compiled"]
-    missing = part(text, "Measured on Some GPU", "Without a time")
+    missing = part(text, "Measured on Some GPU", "without a time")
     assert f"- **{SPEC.name}, flex-compiled**: absent: no device of this kind" in missing
     assert f"- **{SPEC.name}, loop**: not run" in missing
     (expected,) = [r for r in rows_of(part(text, "Expected before measuring")) if r[:2] == [SPEC.name, "forward"]]
@@ -129,7 +127,7 @@ def test_a_kernel_that_was_wrong_has_no_time(results):
 def test_a_target_is_open_while_a_peer_has_no_time(results):
     variants = {"triton": ok(both=1e-5), "padded-compiled": ok(both=3e-5)}
     text = page_of(results, **{"gpu/some-gpu": run_of(variants)})
-    rows = [row for row in rows_of(part(text, "Measured on Some GPU", "Targets")) if row[0] == SPEC.name]
+    rows = [row for row in rows_of(part(text, "Measured on Some GPU", "targets")) if row[0] == SPEC.name]
     assert rows[0][-2:] == ["3.00", "open without flex-compiled"]
     assert rows[-1][-1] == "reached"
 

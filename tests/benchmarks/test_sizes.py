@@ -4,16 +4,17 @@ import json
 import statistics
 
 import pytest
+import torch
 
 from benchmarks import sizes
 
 SHAPE = (6, 2, 2)
 SHRUNK = [
-    (SHAPE, "flat", {}),
-    (SHAPE, "linear 5", {"reduce": "linear", "reduce_dim": 5}),
-    (SHAPE, "conv1x1 3", {"reduce": "conv1x1", "reduce_dim": 3}),
-    (SHAPE, "spatial", {"tokens": "spatial"}),
-    (SHAPE, "spatial, conv1x1 4", {"tokens": "spatial", "reduce": "conv1x1", "reduce_dim": 4}),
+    (SHAPE, "flat", {"reduction": "none"}),
+    (SHAPE, "linear 5", {"reduction": "linear5"}),
+    (SHAPE, "conv1x1 3", {"reduction": "conv3"}),
+    (SHAPE, "spatial", {"spatial": True}),
+    (SHAPE, "spatial, conv1x1 4", {"spatial": True, "reduction": "conv4"}),
 ]
 
 
@@ -24,11 +25,12 @@ def attention(width):
 
 @pytest.mark.parametrize("way", SHRUNK, ids=lambda way: way[1])
 def test_what_is_counted_is_what_is_built(way):
-    built = sizes.surrogate_of(way)
-    parameters, (num_tokens, width) = sizes.size_of(way)
+    built, seen = sizes.surrogate_of(way), []
+    parameters, tokens = sizes.size_of(way)
     assert parameters == sum(parameter.numel() for parameter in built.parameters())
-    assert num_tokens == built.num_tokens
-    assert built.cross_attention.to_q.weight.shape == (width, width)
+    built.slot_attention.register_forward_pre_hook(lambda _, arguments: seen.append(list(arguments[0].shape)))
+    built(torch.randn(4, *SHAPE), torch.tensor([0, 0, 1, 1]))
+    assert seen == [[4, *tokens]]
 
 
 def test_sizes_of_the_table_by_hand():
@@ -60,16 +62,15 @@ def test_every_way_has_the_median_of_its_rounds_and_a_peak(monkeypatch):
 
 def test_the_gradient_reaches_every_sample():
     for way in SHRUNK:
-        _, (_, width) = sizes.size_of(way)
-        gradient = sizes.step_of(way, width)()
+        gradient = sizes.step_of(way)()
         assert gradient.shape == (sizes.BATCH, *SHAPE)
         assert gradient.isfinite().all()
         assert gradient.flatten(1).ne(0).any(dim=1).all()
 
 
 def test_what_is_too_large_is_counted_and_not_built(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sizes, "WAYS", [(sizes.MAP, "flat", {})])
-    monkeypatch.setattr(sizes, "step_of", lambda way, width: pytest.fail("built"))
+    monkeypatch.setattr(sizes, "WAYS", [(sizes.MAP, "flat", {"reduction": "none"})])
+    monkeypatch.setattr(sizes, "step_of", lambda way: pytest.fail("built"))
     sizes.main(["--rounds", "1", "--out", str(tmp_path / "sizes.json")])
     (row,) = json.loads((tmp_path / "sizes.json").read_text())["rows"]
     assert row["parameters"] == 15_735_921_154

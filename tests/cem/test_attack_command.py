@@ -11,7 +11,7 @@ import pytest
 
 from cem import attack as command
 from cem import train
-from cem.attacks import AttackConfig
+from cem.attacks.config import AttackConfig
 
 FAST = ["--attackers", "deconvC4", "--cycle-epochs", "1", "--max-epochs", "1", "--aux-size", "64", "--score-size", "20"]
 FAST += ["--white-box-images", "0", "--device", "cpu"]
@@ -91,6 +91,8 @@ def test_options_of_another_attack_can_be_taken_over(run_dir: Path, tmp_path: Pa
     ("options", "message"),
     [
         (["RUN", "--attackers", "resnet"], "decoders are named like res_normN8C64"),
+        (["RUN", "--querys", "2"], "there is no option --querys; did you mean --queries?"),
+        (["RUN", "--queries", "many"], "--queries takes a whole number, got 'many'"),
         (["RUN", "--aux-size", "1000000"], "--aux-size must be in 1.."),
         (["RUN", "--control", "nowhere"], "--control nowhere has no finished attack"),
         (["nowhere"], "nowhere holds no finished run"),

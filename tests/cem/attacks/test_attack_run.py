@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cem.attacks import Attack, AttackConfig, fit
+from cem.attacks import fit
 from cem.attacks import run as run_module
-from cem.attacks.control_run import _without_penalty
+from cem.attacks.config import AttackConfig
+from cem.attacks.run import Attack
 from cem.attacks.splits import identities, pick
 from cem.data import ImageSet, load_data
-from cem.options import ConfigError
+from cem.errors import CheckpointError, DataError, UsageError
 from cem.training import TrainConfig, checkpoint, train
-from cem.training.config import changed_options
 
 TINY = AttackConfig(
     attackers=("deconvC4", "deconvC8:l1"),
@@ -35,17 +35,17 @@ TINY = AttackConfig(
     white_box_steps=5,
     device="cpu",
 )
-TARGET = TrainConfig(train_size=200, epochs=1, surrogate="none", lambd=0.0, arch="resnet20", cut_layer=2, device="cpu")
+TARGET = TrainConfig(train_size=200, epochs=1, surrogate="none", arch="resnet20", cut_layer=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: ``none`` and ``attention``, trained alike."""
+    """A folder of runs: ``none`` and ``centroid``, trained alike."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
         train(replace(TARGET, out=folder / "none"))
-        train(replace(TARGET, surrogate="attention", lambd=16.0, penalty_from=1, out=folder / "attention"))
+        train(replace(TARGET, surrogate="centroid", lambd=0.5, penalty_from=1, out=folder / "centroid"))
     return folder
 
 
@@ -59,7 +59,7 @@ def attacked(trained: Path) -> Path:
 @pytest.fixture
 def runs_copy(trained: Path, tmp_path: Path) -> Path:
     """A copy of the runs, not attacked, that a test may spoil."""
-    for name in ("none", "attention"):
+    for name in ("none", "centroid"):
         shutil.copytree(trained / name, tmp_path / name, ignore=shutil.ignore_patterns("attack*"))
     return tmp_path
 
@@ -90,6 +90,12 @@ def test_the_strongest_on_validation_images_is_reported_and_all_are_kept(attacke
     assert result["test_target"] == best["test_target"]
     assert result["train_target"] == best["train_target"]
     assert set(result["test_target"]) == {"mse", "psnr", "ssim"}
+
+
+def test_the_run_is_told_from_others(attacked: Path) -> None:
+    facts = result_of(attacked / "none" / "attack")["run"]
+    expected = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.1, "defenses": [], "train_size": 200}
+    assert facts.items() >= expected.items()
 
 
 def test_sizes_of_the_sets_are_said(attacked: Path) -> None:
@@ -134,14 +140,14 @@ def test_a_finished_attack_is_left_as_it_is(attacked: Path) -> None:
 
 
 def test_other_options_are_refused_by_name(attacked: Path) -> None:
-    with pytest.raises(ConfigError, match=r"other options: --max-epochs \(was 3, got 4\); choose another --out"):
+    with pytest.raises(UsageError, match=r"other options: --max-epochs \(was 3, got 4\); choose another --out"):
         Attack(attacked / "none", replace(TINY, max_epochs=4))
 
 
 def test_a_run_that_was_trained_again_is_not_mixed_up_with_the_old_one(attacked: Path, runs_copy: Path) -> None:
     shutil.copytree(attacked / "none" / "attack", runs_copy / "none" / "attack")
-    shutil.copy(runs_copy / "attention" / "best.pt", runs_copy / "none" / "best.pt")
-    with pytest.raises(ConfigError, match=r"is of another best\.pt, or of other images"):
+    shutil.copy(runs_copy / "centroid" / "best.pt", runs_copy / "none" / "best.pt")
+    with pytest.raises(UsageError, match=r"is of another best\.pt, or of other images"):
         Attack(runs_copy / "none", TINY)
 
 
@@ -180,14 +186,13 @@ def test_attacking_again_gives_the_same_numbers(attacked: Path, tmp_path: Path) 
 
 
 def test_an_undefended_run_beside_it_is_found(attacked: Path) -> None:
-    result = Attack(attacked / "attention", TINY).run()
+    result = Attack(attacked / "centroid", TINY).run()
     control = result_of(attacked / "none" / "attack")
     assert result["undefended"] == {
         "name": "none",
         "train_target": control["train_target"],
         "test_target": control["test_target"],
     }
-    assert result["information"]["relative"]["reference"] == "none"
     assert control["undefended"] is None
 
 
@@ -235,7 +240,7 @@ def test_the_four_sets_of_an_attack_are_disjoint_and_hold_what_the_target_had(tr
 
 
 def test_same_images_for_every_run(attacked: Path, tmp_path: Path) -> None:
-    Attack(attacked / "attention", TINY, tmp_path / "attack").run()
+    Attack(attacked / "centroid", TINY, tmp_path / "attack").run()
     one, other = np.load(attacked / "none" / "attack" / "images.npz"), np.load(tmp_path / "attack" / "images.npz")
     assert np.array_equal(one["originals"], other["originals"])
     assert np.array_equal(one["indices"], other["indices"])
@@ -254,12 +259,12 @@ def test_other_data_than_the_targets_is_refused(runs_copy: Path) -> None:
     content["data_fingerprint"]["checksum of the training images"] += 1
     del content["format"]
     checkpoint.save(path, content)
-    with pytest.raises(ConfigError, match="was trained on other data: checksum of the training images"):
+    with pytest.raises(UsageError, match="was trained on other data: checksum of the training images"):
         Attack(runs_copy / "none", TINY)
 
 
 def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no finished run: there is no summary\.json"):
+    with pytest.raises(UsageError, match=r"holds no finished run: there is no summary\.json"):
         Attack(tmp_path, TINY)
 
 
@@ -276,8 +281,8 @@ def test_a_directory_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_options_are_refused_by_name(option: str, value: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(TINY, **{option: value}).validate()
+    with pytest.raises(UsageError, match=message):
+        replace(TINY, **{option: value}).checked()
 
 
 def test_white_box_and_strongest_decoder_are_compared_on_the_same_images(attacked: Path) -> None:
@@ -305,26 +310,50 @@ def test_a_control_that_cannot_stand_beside_the_run_is_refused(
     content = result_of(runs_copy / "none" / "attack")
     spoil(content)
     (runs_copy / "none" / "attack" / "attack.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=message):
-        Attack(runs_copy / "attention", replace(TINY, control=runs_copy / "none"))
-    assert Attack(runs_copy / "attention", TINY)._control is None  # nor is it found
+    with pytest.raises(UsageError, match=message):
+        Attack(runs_copy / "centroid", replace(TINY, control=runs_copy / "none"))
+    assert Attack(runs_copy / "centroid", TINY)._control is None  # nor is it found
 
 
 def test_a_run_with_a_penalty_is_no_control(attacked: Path, runs_copy: Path) -> None:
-    shutil.copytree(attacked / "none" / "attack", runs_copy / "attention" / "attack")
-    with pytest.raises(ConfigError, match="no control: it was trained with a penalty, attention"):
-        Attack(runs_copy / "none", replace(TINY, control=runs_copy / "attention"))
+    shutil.copytree(attacked / "none" / "attack", runs_copy / "centroid" / "attack")
+    with pytest.raises(UsageError, match="no control: it was trained with a penalty, centroid"):
+        Attack(runs_copy / "none", replace(TINY, control=runs_copy / "centroid"))
 
 
 def test_a_control_is_found_wherever_the_results_go(attacked: Path, tmp_path: Path) -> None:
-    assert Attack(attacked / "attention", TINY, tmp_path / "elsewhere")._control is not None
+    assert Attack(attacked / "centroid", TINY, tmp_path / "elsewhere")._control is not None
 
 
-def test_a_control_may_differ_in_every_option_of_the_penalty_and_in_no_other() -> None:
-    plain = TrainConfig(surrogate="none")
-    penalty = {"measure": "enhanced", "anchor": 0.0, "memory_bank": 8, "lambd_schedule": "rising", "backend": "eager"}
-    assert not changed_options(_without_penalty(plain), _without_penalty(replace(plain, surrogate="gmm", **penalty)))
-    assert changed_options(_without_penalty(plain), _without_penalty(replace(plain, epochs=7)))
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"centroid": {"momentum": 0.9}, "penalty_from": 1, "lambd_schedule": "rising", "backend": "eager"}, True),
+        ({"device": "cuda:7", "profile_steps": 3}, True),
+        ({"lr": 0.01}, False),
+        ({"noise_std": 0.2}, False),
+    ],
+    ids=str,
+)
+def test_a_control_may_differ_in_every_option_of_the_penalty_and_where_it_was_computed_and_in_no_other(
+    attacked: Path, runs_copy: Path, changes: dict[str, Any], found: bool
+) -> None:
+    shutil.copytree(attacked / "none" / "attack", runs_copy / "none" / "attack")
+    path = runs_copy / "centroid" / "config.yaml"
+    TrainConfig.from_dict(TrainConfig.from_yaml(path).to_dict() | changes).to_yaml(path)
+    attack = Attack(runs_copy / "centroid", TINY)
+    assert (attack._control is not None) == found
+
+
+def test_runs_of_another_version_are_refused_and_passed_over(attacked: Path, runs_copy: Path) -> None:
+    shutil.copytree(attacked / "none" / "attack", runs_copy / "none" / "attack")
+    path = runs_copy / "none" / "config.yaml"
+    path.write_text(path.read_text().replace("format: 2", "format: 1"))
+    with pytest.raises(CheckpointError, match="made by another version"):
+        Attack(runs_copy / "none", TINY)
+    with pytest.raises(UsageError, match=r"no finished attack: .* made by another version"):
+        Attack(runs_copy / "centroid", replace(TINY, control=runs_copy / "none"))
+    assert Attack(runs_copy / "centroid", TINY)._control is None
 
 
 def test_a_damaged_decoder_is_trained_again(runs_copy: Path, attacked: Path) -> None:
@@ -349,5 +378,5 @@ def test_a_network_in_one_piece_is_attacked_without_noise(tmp_path: Path, monkey
 def test_data_that_moved_are_asked_for(runs_copy: Path) -> None:
     options = TrainConfig.from_yaml(runs_copy / "none" / "config.yaml")
     replace(options, data="mnist", data_root=Path("gone")).to_yaml(runs_copy / "none" / "config.yaml")
-    with pytest.raises(ConfigError, match=r"the run's data are not in gone, seen from here; .* --data-root"):
+    with pytest.raises(DataError, match=r"neither in gone nor .*; --data-root says where the run's data are now"):
         Attack(runs_copy / "none", TINY)

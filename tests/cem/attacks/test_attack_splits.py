@@ -9,6 +9,7 @@ import torch
 
 from cem.attacks.splits import AttackSplits, attack_splits, identities, pick, varied
 from cem.data import DataSplits, ImageSet, load_data
+from cem.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_images_of_two_files_are_different_images(target: DataSplits) -> None:
 
 @pytest.mark.parametrize("size", [0, 592])
 def test_more_images_than_there_are_is_an_error(target: DataSplits, everything: DataSplits, size: int) -> None:
-    with pytest.raises(ValueError, match=r"--aux-size must be in 1\.\.591 for this run"):
+    with pytest.raises(UsageError, match=r"--aux-size must be in 1\.\.591 for this run"):
         attack_splits(target, everything, aux_size=size)
 
 
@@ -88,7 +89,7 @@ def test_a_target_that_leaves_next_to_nothing_is_an_error(everything: DataSplits
     few = DataSplits(
         everything.train, everything.val.subset(range(9)), everything.test, everything.class_names, (0.0,), (1.0,)
     )
-    with pytest.raises(ValueError, match="left 9 images for an attacker"):
+    with pytest.raises(UsageError, match="left 9 images for an attacker"):
         attack_splits(few, few)
 
 

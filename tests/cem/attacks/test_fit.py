@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from cem.attacks import fit
-from cem.attacks.config import AttackConfig
+from cem.attacks.config import LOSS_NAMES, AttackConfig
 from cem.attacks.decoders import build_decoder
 from cem.attacks.observe import clean_features, defended, observe
 from cem.attacks.splits import AttackSplits, attack_splits, identities
 from cem.data import ImageSet, load_data
+from cem.defenses import Chain, Defense, GaussianNoise
+from cem.errors import DivergedError
 from cem.models import SplitModel, build_split_model
 
 
@@ -24,7 +26,9 @@ def splits() -> AttackSplits:
 @pytest.fixture
 def model() -> SplitModel:
     torch.manual_seed(0)
-    return build_split_model("resnet20", num_classes=10, image_shape=(1, 8, 8), cut_layer=2, noise_std=0.1).eval()
+    model = build_split_model("resnet20", num_classes=10, image_shape=(1, 8, 8), cut_layer=2)
+    model.defense = Chain({"noise": GaussianNoise(0.1)})
+    return model.eval()
 
 
 def decoder_for(model: SplitModel) -> nn.Module:
@@ -176,15 +180,27 @@ def test_repeated_queries_average_the_noise_away(model: SplitModel, splits: Atta
     assert noise.std().item() == pytest.approx(0.1 / queries**0.5, rel=0.05)
 
 
+def test_the_attacker_sees_what_all_defenses_leave(model: SplitModel, splits: AttackSplits) -> None:
+    class Double(Defense):
+        def transform(self, z: Tensor) -> Tensor:
+            return 2 * z
+
+    model.defense = Chain({"noise": GaussianNoise(0.1), "double": Double()})
+    images = splits.test.images.float() / 255
+    torch.manual_seed(0)
+    away = observe(model, images) - 2 * model.encoder(images)
+    assert away.std().item() == pytest.approx(0.2, rel=0.05)
+
+
 def test_a_validation_error_that_is_no_number_ends_the_training(
     model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_validation_errors(monkeypatch, [0.5, float("nan")])
-    with pytest.raises(fit.AttackDiverged, match="validation MSE of epoch 2 is not finite"):
+    with pytest.raises(DivergedError, match="validation MSE of epoch 2 is not finite"):
         fit.fit_decoder(model, decoder_for(model), "mse", splits, small())
 
 
-@pytest.mark.parametrize("loss", ["mse", "l1", "ssim"])
+@pytest.mark.parametrize("loss", LOSS_NAMES)
 def test_every_loss_trains(model: SplitModel, splits: AttackSplits, loss: str) -> None:
     curve = fit.fit_decoder(model, decoder_for(model), loss, splits, small(max_epochs=7, lr=1e-2)).curve
     assert curve[-1]["train_loss"] < curve[0]["train_loss"]
@@ -197,7 +213,7 @@ def test_mixed_precision_trains_and_scores_in_single(model: SplitModel, splits: 
 
 
 def test_a_loss_that_is_no_number_ends_the_training(model: SplitModel, splits: AttackSplits) -> None:
-    with pytest.raises(fit.AttackDiverged, match=r"epoch 1 is nan; lower --lr \(1e\+30\)"):
+    with pytest.raises(DivergedError, match=r"epoch 1 is nan; lower --lr \(1e\+30\)"):
         fit.fit_decoder(model, decoder_for(model), "mse", splits, small(lr=1e30, batch_size=8))
 
 

@@ -1,13 +1,12 @@
-import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cem
-from cem.attacks import information
-from cem.attacks.information import information_report, relative_to
+from cem.attacks.information import information_report
 from cem.training.evaluation import isolated_random
 
 
@@ -16,23 +15,15 @@ def gaussian(samples, dims, seed=0, std=1.0):
     return std * torch.randn(samples, dims, generator=generator, dtype=torch.float64)
 
 
-def report(features, labels=None, *, noise_std=0.5, queries=1, num_classes=None, seed=0, **options):
+def a_context(features, num_classes, noise_std):
+    shape = tuple(features.shape[1:])
+    return cem.Context(feature_shape=shape, image_shape=(1, 10, 10), num_classes=num_classes, noise_std=noise_std)
+
+
+def report(features, labels=None, *, noise_std=0.5, queries=1, num_classes=None, seed=0, **changes):
     labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
-    return information_report(
-        features,
-        labels,
-        num_classes=int(labels.max()) + 1 if num_classes is None else num_classes,
-        noise_std=noise_std,
-        queries=queries,
-        **{
-            "image_dims": 100,
-            "var_threshold": 0.1,
-            "feature_shape": tuple(features.shape[1:]),
-            "sigmoid": False,
-            "seed": seed,
-            **options,
-        },
-    )
+    context = a_context(features, int(labels.max()) + 1 if num_classes is None else num_classes, noise_std)
+    return information_report(features, labels, context=replace(context, **changes), queries=queries, seed=seed)
 
 
 def two_classes(samples=400, dims=6, apart=20.0):
@@ -139,8 +130,8 @@ def test_features_and_noise_of_another_scale_say_the_same():
     x, labels = two_classes(800)
     small, large = report(x, labels, noise_std=0.5), report(8 * x, labels, noise_std=4.0)
     assert large["per_clusters"] == pytest.approx(small["per_clusters"], rel=1e-9)
-    for name in ("nats", "class_log_variance", "relative_variance"):
-        assert large["values"][name] == pytest.approx(small["values"][name], rel=1e-9)
+    assert large["values"]["log_det"] == pytest.approx(small["values"]["log_det"], rel=1e-9)
+    assert large["values"]["centroid"] == pytest.approx(small["values"]["centroid"], rel=1e-4)
 
 
 def test_a_shift_of_all_features_says_the_same():
@@ -154,8 +145,7 @@ def test_names_of_classes_and_order_of_samples_do_not_matter():
     first, second = report(x, labels), report(x[order], 1 - labels[order])
     assert second["per_clusters"]["1"] == pytest.approx(first["per_clusters"]["1"], rel=1e-12)
     assert second["nats"] == pytest.approx(first["nats"], abs=0.5)
-    for name in ("class_log_variance", "relative_variance"):
-        assert second["values"][name] == pytest.approx(first["values"][name], rel=1e-12)
+    assert second["values"]["log_det"] == pytest.approx(first["values"]["log_det"], rel=1e-12)
 
 
 def test_maps_count_like_flat_features():
@@ -173,7 +163,7 @@ def test_classes_without_samples_do_not_count():
     some, many = report(x, labels, num_classes=2), report(x, 3 * labels, num_classes=6)
     assert many["per_clusters"]["1"] == pytest.approx(some["per_clusters"]["1"], rel=1e-12)
     assert many["per_clusters"]["5"] is not None
-    assert many["values"]["relative_variance"] == pytest.approx(some["values"]["relative_variance"], rel=1e-12)
+    assert many["within_variance"] == pytest.approx(some["within_variance"], rel=1e-12)
 
 
 def test_a_handful_of_samples_joins_the_largest_class():
@@ -210,8 +200,8 @@ def test_a_few_samples_in_all_still_give_numbers(samples):
 
 def test_every_sample_may_have_a_class_of_its_own():
     result = report(gaussian(5, 4), torch.arange(5))
-    assert result["values"]["relative_variance"] == 0
-    assert result["values"]["class_log_variance"] is None
+    assert result["within_variance"] == 0
+    assert result["values"]["log_det"] is None
 
 
 # Without noise.
@@ -224,29 +214,13 @@ def test_without_noise_the_information_is_unbounded():
     assert result["per_clusters"] == {"1": None, "5": None, "15": None}
 
 
-def test_without_noise_only_the_ratio_of_variances_is_left():
+def test_without_noise_there_are_no_values():
     x, labels = two_classes()
     values = report(x, labels, noise_std=0.0)["values"]
-    ratio = values.pop("relative_variance")
-    assert ratio == pytest.approx(report(x, labels)["values"]["relative_variance"])
-    assert values == dict.fromkeys((*information.MEASURED, "nats", "class_log_variance"))
+    assert values == dict.fromkeys((*(set(cem.SURROGATES) - {"none"}), "log_det"))
 
 
 # What each surrogate says.
-
-
-def test_class_log_variance_by_hand():
-    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 1.0], [5.0, 4.0], [5.0, 7.0], [9.0, 9.0]])
-    labels = torch.tensor([0, 0, 1, 1, 1, 2])  # variances (2, 0), (0, 9); a single sample has none
-    expected = (math.log(2 / 4 + 1e-3) + 2 * math.log(1e-3) + math.log(9 / 4 + 1e-3)) / 4
-    assert report(x, labels, noise_std=2.0)["values"]["class_log_variance"] == pytest.approx(expected)
-
-
-def test_relative_variance_by_hand():
-    x = torch.tensor([[0.0], [2.0], [4.0], [4.0], [7.0]])
-    labels = torch.tensor([0, 0, 1, 1, 1])  # means 1 and 5, squared deviations 1 + 1 + 1 + 1 + 4
-    expected = 8 / (x - x.mean()).square().sum().item()
-    assert report(x, labels)["values"]["relative_variance"] == pytest.approx(expected)
 
 
 def test_variances_within_and_between_classes_by_hand():
@@ -256,8 +230,29 @@ def test_variances_within_and_between_classes_by_hand():
     assert result["between_variance"] == pytest.approx((2 * (1 - 3.4) ** 2 + 3 * (5 - 3.4) ** 2) / 5 / 2)
 
 
-def test_relative_variance_of_constant_features_is_undefined():
-    assert report(torch.ones(20, 2))["values"]["relative_variance"] is None
+@pytest.mark.parametrize("dims", [3, 30], ids=["more samples than columns", "more columns than samples"])
+def test_log_det_is_half_the_log_determinant_of_covariance_over_noise(dims):
+    x, labels = (gaussian(45, dims) @ gaussian(dims, dims, seed=1)).float().double(), torch.arange(45) % 3
+    labels[labels == 2] = torch.tensor([2] * 8 + [1] * 7)  # classes of 15, 22 and 8
+    expected = 0.0
+    for label in range(3):
+        covariance = torch.cov(x[labels == label].T)
+        sign, log_det = torch.linalg.slogdet(torch.eye(dims, dtype=torch.float64) + covariance / 0.7**2)
+        assert sign == 1
+        expected += (labels == label).sum().item() / 45 * log_det.item() / 2
+    assert report(x, labels, noise_std=0.7)["values"]["log_det"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_log_det_leaves_classes_of_one_sample_out():
+    x, labels = two_classes(40)
+    alone = torch.cat([x, 100 * gaussian(1, 6)]), torch.cat([labels, torch.tensor([2])])
+    assert report(*alone)["values"]["log_det"] == pytest.approx(report(x, labels)["values"]["log_det"], rel=1e-12)
+
+
+def test_log_det_counts_what_columns_have_in_common_once():
+    x = gaussian(2000, 1)
+    once, twice = (report(each)["values"]["log_det"] for each in (x, torch.cat([x, x], 1) / math.sqrt(2)))
+    assert twice == pytest.approx(once, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:eps_var")
@@ -271,63 +266,41 @@ def test_attention_is_its_penalty_with_the_weights_of_the_seed():
     assert value > 0
 
 
-def test_entropy_of_slots_is_half_the_mean_logarithm_of_what_crosses_the_noise():
+def test_centroid_is_half_the_mean_logarithm_of_what_crosses_the_noise():
     x = gaussian(128, 6, std=3.0)
-    value = report(x, noise_std=1.5)["values"]["slots_entropy"]
-    assert value == pytest.approx(0.5 * (x.float().var(0) / 1.5**2).log1p().mean().item(), rel=0.15)  # slots divide it
-
-
-def test_entropy_of_classes_is_half_the_mean_logarithm_of_what_crosses_the_noise():
-    x = gaussian(128, 6, std=3.0)
-    value = report(x, noise_std=1.5)["values"]["class_entropy"]
+    value = report(x, noise_std=1.5)["values"]["centroid"]
     assert value == pytest.approx(0.5 * (x.float().var(0) / 1.5**2).log1p().mean().item(), rel=1e-4)
-
-
-def test_class_hinge_is_how_far_the_log_variance_inside_classes_lies_above_the_threshold():
-    x = gaussian(128, 6, std=3.0)
-    value = report(x, noise_std=1.5)["values"]["class_hinge"]
-    height = (x.float().var(0) + 0.01).log().mean().item() - math.log(0.1 * 1.5**2 + 0.01)
-    assert value == pytest.approx(height, rel=1e-3)
-
-
-def test_batches_count_by_their_samples(monkeypatch):
-    x, labels = two_classes(samples=101)
-    monkeypatch.setattr(information, "BATCH", 100)
-    weights = []
-
-    class Counting(torch.nn.Module):
-        def refit(self, features, labels):
-            return {}
-
-        def forward(self, features, labels):
-            weights.append(len(features))
-            return torch.tensor(float(len(features))), None
-
-    monkeypatch.setattr(information, "build_surrogate", lambda *_, **__: Counting())
-    assert report(x, labels)["values"]["gmm"] == pytest.approx((100 * 100 + 1 * 1) / 101)
-    assert weights == [100, 1] * len(information.MEASURED)
 
 
 def test_the_mixture_is_refitted_to_these_features():
     generator = torch.Generator().manual_seed(0)
     tight = 50 * torch.randn(4, 6, generator=generator)[torch.arange(200) % 4] + 0.01 * gaussian(200, 6)
     spread = gaussian(200, 6, std=50.0)
-    values = [report(x, noise_std=1.0)["values"]["gmm"] for x in (tight, spread)]
+    values = [report(x, noise_std=1.0)["values"]["mixture"] for x in (tight, spread)]
     assert values[0] == pytest.approx(0, abs=1e-6)
     assert values[1] > 1
 
 
-def test_the_sigmoids_mixture_has_fewer_clusters_and_so_a_larger_penalty():
+def test_the_mixture_of_bounded_features_has_fewer_clusters_and_so_a_larger_penalty():
     x = gaussian(600, 3, std=5.0)
-    fine, coarse = (report(x, noise_std=1.0, sigmoid=sigmoid)["values"]["gmm"] for sigmoid in (False, True))
+    fine, coarse = (report(x, noise_std=1.0, bounded=bounded)["values"]["mixture"] for bounded in (False, True))
     assert coarse > fine + 0.1
 
 
-def test_the_threshold_reaches_the_surrogates():
+@pytest.mark.parametrize("value", [7.0, None])
+def test_a_surrogate_that_was_registered_speaks_under_its_name(monkeypatch, value):
+    class Stranger(cem.Surrogate):
+        name = "stranger"
+
+        def assess(self, features, labels):
+            assert features.shape == (400, 3, 2, 1)
+            return value
+
+    monkeypatch.setattr(cem.SURROGATES, "_members", {"none": cem.SURROGATES["none"], "stranger": Stranger})
     x, labels = two_classes()
-    strict, lax = (report(x, labels, var_threshold=threshold)["values"] for threshold in (0.1, 0.2))
-    for name in ("attention", "slots", "gmm"):
-        assert strict[name] > lax[name]
+    values = report(x.view(-1, 3, 2, 1), labels)["values"]
+    assert values.keys() == {"stranger", "log_det"}
+    assert values["stranger"] == value
 
 
 # The report.
@@ -337,7 +310,6 @@ def test_the_report_is_plain_json():
     x, labels = two_classes()
     result = report(x, labels)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert result["relative"] is None
     assert "not a certificate" in result["note"]
     assert result["image_dims"] == 100
 
@@ -388,37 +360,3 @@ def test_features_that_are_not_finite_are_refused(value):
 def test_a_single_sample_is_refused():
     with pytest.raises(ValueError, match="at least 2 samples"):
         report(torch.ones(1, 3))
-
-
-# Against another run.
-
-
-def test_the_factor_by_hand():
-    run, reference = {"nats": 30.0, "image_dims": 64}, {"nats": 126.0, "image_dims": 64}
-    result = relative_to(run, reference, "none")
-    assert result["relative"] == {"reference": "none", "factor": pytest.approx(math.exp(2 * 96 / 64))}
-
-
-def test_a_run_is_as_good_as_itself():
-    x, labels = two_classes()
-    result = report(x, labels)
-    assert relative_to(result, result, "itself")["relative"]["factor"] == 1
-
-
-def test_the_original_report_is_not_changed():
-    run = {"nats": 30.0, "image_dims": 64, "relative": None}
-    before = copy.deepcopy(run)
-    result = relative_to(run, run, "itself")
-    assert run == before
-    assert result["nats"] == 30.0
-
-
-@pytest.mark.parametrize("nats", [(None, 1.0), (1.0, None), (0.0, 1e6)], ids=["run", "reference", "overflow"])
-def test_an_unbounded_factor_is_none(nats):
-    run, reference = ({"nats": each, "image_dims": 64} for each in nats)
-    assert relative_to(run, reference, "other")["relative"] == {"reference": "other", "factor": None}
-
-
-def test_images_of_other_sizes_do_not_compare():
-    with pytest.raises(ValueError, match="64 and of 192"):
-        relative_to({"nats": 1.0, "image_dims": 64}, {"nats": 1.0, "image_dims": 192}, "other")

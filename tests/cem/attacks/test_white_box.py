@@ -11,7 +11,7 @@ from cem.attacks.splits import AttackSplits
 from cem.attacks.white_box import run_white_box, total_variation, white_box_attack
 from cem.data import ImageSet
 from cem.data.synthetic import make_test_images
-from cem.defenses import GaussianNoise
+from cem.defenses import Defense, GaussianNoise
 from cem.models import SplitModel
 
 CPU = torch.device("cpu")
@@ -59,6 +59,18 @@ def test_an_encoder_that_loses_nothing_is_inverted():
     x = images_like(model)
     found = white_box_attack(model, features(model, x), gray(), steps=200, tv_weight=0.0)
     assert (found - x).square().mean() < 1e-4
+
+
+def test_a_defense_that_only_scales_hides_nothing():
+    class Faint(Defense):
+        def transform(self, z):
+            return 0.2 * z
+
+    model = a_model()
+    model.defense = Faint()
+    x = images_like(model)
+    found = white_box_attack(model, 0.2 * features(model, x), gray(), steps=200, tv_weight=0.0)
+    assert (found - x).square().mean() < 1e-3
 
 
 def test_pixels_stay_between_0_and_1():

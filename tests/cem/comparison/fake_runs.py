@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cem.comparison import Comparison, Run
+from cem.comparison.config import Comparison
+from cem.comparison.grid import Run
 
 IMAGES = 10
 
@@ -104,7 +105,7 @@ def fake_attack(
         "undefended": None,
         "information": {
             **{"nats": nats, "image_dims": 64, "within_variance": 0.25, "between_variance": 0.5},
-            "values": values if values is not None else {"nats": nats},
+            "values": values if values is not None else {"log_det": nats},
         },
         "seconds": 64.2,
         "peak_memory_bytes": 900 * 2**20,

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cem.comparison import Run, RunResult, Setting
-from cem.comparison.correlation import correlate, spearman, spearman_difference
+from cem.comparison.correlation import correlate, spearman
+from cem.comparison.grid import Run, Setting
+from cem.comparison.results import RunResult
 
 
 def result(value: float | None, mse: float | None, noise_std: float = 0.1) -> RunResult:
-    run = Run(Setting("gmm", 16.0, noise_std), 0)
-    found = RunResult(run, Path("run"), Path("run/attack"), "finished", values={"gmm": value})
+    run = Run(Setting("mixture", 16.0, noise_std), 0)
+    found = RunResult(run, Path("run"), Path("run/attack"), "finished", values={"mixture": value})
     found.figures["test_mse"] = mse
     return found
 
@@ -75,39 +76,6 @@ def test_resamples_without_a_correlation_are_left_out() -> None:
     assert low is not None
     assert high is not None
     assert -1 <= low <= high <= 1
-
-
-def test_difference_is_that_of_two_correlations() -> None:
-    rng = np.random.default_rng(1)
-    y = rng.normal(size=20)
-    good, bad = y + 0.1 * rng.normal(size=20), y + rng.normal(size=20)
-    difference, low, high = spearman_difference(good, bad, y)
-    assert difference == pytest.approx(spearman(good, y)[0] - spearman(bad, y)[0])
-    assert 0 < low < difference < high
-
-
-def test_seeds_of_a_setting_that_say_the_same_make_no_interval_narrower() -> None:
-    rng = np.random.default_rng(2)
-    y = rng.normal(size=9)
-    x, other, settings = y + rng.normal(size=9), rng.normal(size=9), range(9)
-    thrice = [np.repeat(each, 3) for each in (x, other, y)]
-    assert spearman(thrice[0], thrice[2], settings=np.repeat(settings, 3).tolist()) == pytest.approx(spearman(x, y))
-    found = spearman_difference(*thrice, settings=np.repeat(settings, 3).tolist())
-    assert found == pytest.approx(spearman_difference(x, other, y))
-    _, low, high, _ = spearman(thrice[0], thrice[2])  # as if they were independent
-    _, of_one_low, of_one_high, _ = spearman(x, y)
-    assert high - low < of_one_high - of_one_low
-
-
-def test_settings_may_have_different_numbers_of_seeds() -> None:
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=7)
-    rho, low, high, _ = spearman(x, x + rng.normal(size=7), settings=["a", "a", "a", "b", "c", "c", "d"])
-    assert -1 <= low <= rho <= high <= 1
-
-
-def test_a_value_and_itself_differ_by_nothing_at_all() -> None:
-    assert spearman_difference([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == (0.0, 0.0, 0.0)
 
 
 def test_correlations_are_over_all_runs_and_within_every_noise_level() -> None:

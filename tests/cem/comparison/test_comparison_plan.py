@@ -10,12 +10,14 @@ import pytest
 from fake_runs import fake_attack, fake_training
 
 from cem.attacks.config import AttackConfig
-from cem.comparison import Comparison, Run, Setting
+from cem.comparison.config import Comparison
+from cem.comparison.grid import GridOptions, Run, Setting
 from cem.comparison.plan import check_options, remaining_steps
-from cem.options import ConfigError
+from cem.errors import CheckpointError, UsageError
+from cem.surrogates import GaussianMixtureCEM
 from cem.training.config import TrainConfig
 
-RUN = Run(Setting("gmm", 16.0, 0.1), 0)
+RUN = Run(Setting("mixture", 16.0, 0.1), 0)
 
 
 @pytest.fixture
@@ -44,8 +46,16 @@ def test_run_that_is_not_there_is_trained_and_attacked(comparison: Comparison) -
 def test_option_files_are_those_that_the_commands_read(comparison: Comparison) -> None:
     remaining_steps(comparison, RUN)
     options = comparison.out / "options"
-    assert TrainConfig.from_yaml(options / f"{RUN.name}.yaml") == comparison.train_config(RUN)
+    assert TrainConfig.from_yaml(options / f"{RUN.name}.yaml").to_dict() == comparison.train_config(RUN).to_dict()
     assert AttackConfig.from_yaml(options / "attack.yaml") == comparison.attack_config()
+
+
+def test_option_file_of_a_variant_has_the_options_of_its_surrogate(comparison: Comparison) -> None:
+    grid = GridOptions(surrogates=("slow",), variants=("slow: {centroid: {momentum: 0.999}}",))
+    run = grid.runs()[0]
+    remaining_steps(replace(comparison, grid=grid), run)
+    written = TrainConfig.from_yaml(comparison.out / "options" / f"{run.name}.yaml")
+    assert (written.surrogate, written.options_of("centroid").momentum) == ("centroid", 0.999)
 
 
 def test_finished_training_is_only_attacked(comparison: Comparison) -> None:
@@ -101,7 +111,7 @@ def test_directory_with_something_else_is_refused_and_kept(comparison: Compariso
     run_dir = comparison.run_dir(RUN)
     run_dir.mkdir(parents=True)
     (run_dir / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"is in the way of a run: it holds thesis.tex"):
+    with pytest.raises(UsageError, match=r"is in the way of a run: it holds thesis.tex"):
         check_options(comparison, RUN)
     assert (run_dir / "thesis.tex").exists()
 
@@ -113,21 +123,35 @@ def test_run_of_other_options_is_refused_by_name(comparison: Comparison, finishe
     else:
         interrupted(comparison)
     other = replace(comparison, train=replace(comparison.train, lr=0.1))
-    with pytest.raises(ConfigError, match=r"trained under other options: --lr \(was 0.05, got 0.1\)"):
+    with pytest.raises(UsageError, match=r"trained under other options: --lr \(was 0.05, got 0.1\)"):
         check_options(other, RUN)
+
+
+def test_run_of_other_options_of_its_surrogate_is_refused_by_name(comparison: Comparison) -> None:
+    fake_training(comparison, RUN)
+    grid = GridOptions(members={"mixture": GaussianMixtureCEM.Options(clusters=3)})
+    with pytest.raises(UsageError, match=r"trained under other options: --mixture.clusters \(was None, got 3\)"):
+        check_options(replace(comparison, grid=grid), RUN)
+
+
+def test_run_of_another_version_is_refused(comparison: Comparison) -> None:
+    options = fake_training(comparison, RUN) / "config.yaml"
+    options.write_text(options.read_text().replace("format: 2\n", ""))
+    with pytest.raises(CheckpointError, match="was made by another version"):
+        check_options(comparison, RUN)
 
 
 def test_attack_of_other_options_is_refused_by_name(comparison: Comparison) -> None:
     fake_training(comparison, RUN)
     fake_attack(comparison, RUN)
     other = replace(comparison, attack=AttackConfig(max_epochs=9))
-    with pytest.raises(ConfigError, match=r"attacked under other options: --attack.max-epochs \(was 75, got 9\)"):
+    with pytest.raises(UsageError, match=r"attacked under other options: --attack.max-epochs \(was 75, got 9\)"):
         check_options(other, RUN)
 
 
 def test_run_made_on_another_device_is_accepted(comparison: Comparison) -> None:
     fake_training(comparison, RUN)
     fake_attack(comparison, RUN)
-    elsewhere = replace(comparison, train=replace(comparison.train, device="auto", data_root=Path("moved")))
+    elsewhere = replace(comparison, train=replace(comparison.train, device="cuda:99", data_root=Path("moved")))
     check_options(elsewhere, RUN)
     assert remaining_steps(elsewhere, RUN) == []

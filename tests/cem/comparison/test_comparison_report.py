@@ -12,24 +12,28 @@ import numpy as np
 import pytest
 from fake_runs import IMAGES, fake_attack, fake_training
 
-from cem.comparison import Comparison, GridOptions, Run, Setting, read_results, report, write_report
+from cem.comparison import report
+from cem.comparison.config import Comparison
 from cem.comparison.findings import headlines
+from cem.comparison.grid import GridOptions, Run, Setting
+from cem.comparison.report import write_report
+from cem.comparison.results import read_results
 from cem.comparison.statistics import summarize
 from cem.training.config import TrainConfig
 
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    """Two seeds of none and gmm at two noise levels, all finished."""
-    grid = GridOptions(surrogates=("none", "gmm"), seeds=(0, 1), noise_stds=(0.1, 0.2))
+    """Two seeds of none and mixture at two noise levels, all finished."""
+    grid = GridOptions(surrogates=("none", "mixture"), seeds=(0, 1), noise_stds=(0.1, 0.2))
     comparison = Comparison(grid, TrainConfig(epochs=3), out=tmp_path)
     comparison.to_yaml(tmp_path / "compare.yaml", "python -m cem.compare --noise-stds 0.1 0.2")
-    figures = {("none", 0.1): (0.90, 0.010), ("gmm", 0.1): (0.88, 0.020), ("none", 0.2): (0.89, 0.025)}
-    figures["gmm", 0.2] = (0.80, 0.030)
+    figures = {("none", 0.1): (0.90, 0.010), ("mixture", 0.1): (0.88, 0.020), ("none", 0.2): (0.89, 0.025)}
+    figures["mixture", 0.2] = (0.80, 0.030)
     for run in grid.runs():
-        accuracy, mse = figures[run.setting.surrogate, run.setting.noise_std]
+        accuracy, mse = figures[run.setting.method, run.setting.noise_std]
         fake_training(comparison, run, accuracy=accuracy + 0.01 * run.seed)
-        fake_attack(comparison, run, mse=mse * (1 + 0.1 * run.seed), values={"gmm": 1 - mse, "nats": 5.0})
+        fake_attack(comparison, run, mse=mse * (1 + 0.1 * run.seed), values={"mixture": 1 - mse, "log_det": 5.0})
     return comparison
 
 
@@ -68,18 +72,18 @@ def test_report_consists_of_these_files(comparison: Comparison) -> None:
     assert files == {"compare.yaml", "table.csv", "tradeoff.png", "reconstructions.png", "report.md", "report.html"}
 
 
-@pytest.mark.parametrize(("more", "title"), [(0, "# none, gmm, attention on "), (4, "# 7 surrogates on ")])
-def test_title_names_surrogates_as_long_as_they_are_few(comparison: Comparison, more: int, title: str) -> None:
-    names = ("none", "gmm", "attention", *(f"v{index}" for index in range(more)))
-    variants = tuple(f"{name}: {{tokens: spatial}}" for name in names[3:])
-    comparison.grid = replace(comparison.grid, surrogates=names, variants=variants)
-    assert written(comparison).startswith(title)
+@pytest.mark.parametrize(("more", "title"), [(0, "# none, mixture, attention on "), (4, "# 7 methods on ")])
+def test_title_names_methods_as_long_as_they_are_few(comparison: Comparison, more: int, title: str) -> None:
+    names = ("none", "mixture", "attention", *(f"v{index}" for index in range(more)))
+    variants = tuple(f"{name}: {{epochs: 3}}" for name in names[3:])
+    more_methods = replace(comparison.grid, surrogates=names, variants=variants)
+    assert written(replace(comparison, grid=more_methods)).startswith(title)
 
 
 def test_headlines_name_the_most_private_and_the_most_accurate_setting(comparison: Comparison) -> None:
     private, accurate = lines_of(comparison)[:2]
     assert private == (
-        "The attacker errs most on gmm λ 16, σ 0.2: MSE 0.0315 ± 0.0021 on unseen images, at a test accuracy of "
+        "The attacker errs most on mixture λ 16, σ 0.2: MSE 0.0315 ± 0.0021 on unseen images, at a test accuracy of "
         "80.5 ± 0.7 %."
     )
     assert accurate.startswith("The most accurate is none, σ 0.1: test accuracy 90.5 ± 0.7 %")
@@ -87,13 +91,15 @@ def test_headlines_name_the_most_private_and_the_most_accurate_setting(compariso
 
 def test_headlines_set_every_penalty_against_none(comparison: Comparison) -> None:
     assert (
-        "gmm λ 16, σ 0.1, relative to none at the same noise: 2.00 ± 0.00 times the attack MSE, −2.0 ± 0.0 points of "
-        "test accuracy (2 seeds)."
+        "mixture λ 16, σ 0.1, relative to none at the same noise: 2.00 ± 0.00 times the attack MSE, −2.0 ± 0.0 points "
+        "of test accuracy (2 seeds)."
     ) in lines_of(comparison)
 
 
 def test_headlines_say_where_noise_alone_does_better(comparison: Comparison) -> None:
-    assert "On average none, σ 0.2 is more private than gmm λ 16, σ 0.1, and no less accurate." in lines_of(comparison)
+    assert "On average none, σ 0.2 is more private than mixture λ 16, σ 0.1, and no less accurate." in lines_of(
+        comparison
+    )
 
 
 def test_headlines_never_promise_privacy(comparison: Comparison) -> None:
@@ -120,16 +126,16 @@ def test_headlines_count_runs_that_a_white_box_attack_inverts_better(comparison:
 def test_table_has_a_row_a_setting_and_the_controls(comparison: Comparison) -> None:
     head, *rows = table(written(comparison), "Settings")
     assert [row[0] for row in rows] == [
-        *("none, σ 0.1", "gmm λ 16, σ 0.1", "none, σ 0.2", "gmm λ 16, σ 0.2"),
+        *("none, σ 0.1", "mixture λ 16, σ 0.1", "none, σ 0.2", "mixture λ 16, σ 0.2"),
         *("control: mean image", "control: class mean"),
     ]
-    gmm = dict(zip(head, rows[1], strict=True))
-    assert gmm["runs"] == "2"
-    assert gmm["accuracy: test \\[%\\]"] == "88.5 ± 0.7"
-    assert gmm["accuracy: against none \\[points\\]"] == "−2.0 ± 0.0"
-    assert gmm["attack, unseen: MSE"] == "0.0210 ± 0.0014"
-    assert gmm["attack, unseen: against none \\[×\\]"] == "2.00 ± 0.00"
-    assert gmm["cost: memory \\[MiB\\]"] == "700 ± 0"
+    mixture = dict(zip(head, rows[1], strict=True))
+    assert mixture["runs"] == "2"
+    assert mixture["accuracy: test \\[%\\]"] == "88.5 ± 0.7"
+    assert mixture["accuracy: against none \\[points\\]"] == "−2.0 ± 0.0"
+    assert mixture["attack, unseen: MSE"] == "0.0210 ± 0.0014"
+    assert mixture["attack, unseen: against none \\[×\\]"] == "2.00 ± 0.00"
+    assert mixture["cost: memory \\[MiB\\]"] == "700 ± 0"
     assert dict(zip(head, rows[-1], strict=True))["attack, unseen: MSE"] == "0.0520"
 
 
@@ -160,42 +166,15 @@ def test_failed_run_is_named_with_its_reason_and_escaped(comparison: Comparison)
 
 
 @pytest.mark.usefixtures("_quick_pictures")
-def test_curves_are_read_at_equal_accuracy(comparison: Comparison) -> None:
-    head, *rows = table(written(comparison), "At equal accuracy")
-    assert head[2:] == [f"MSE at points lost: {loss}" for loss in ("0.25", "0.5", "1", "2", "4")]
-    assert [row[:2] for row in rows] == [["gmm, σ 0.1", "1"], ["gmm, σ 0.2", "1"]]
-    assert rows[0][5:] == ["0.0210", "–"]
-
-
-@pytest.mark.usefixtures("_quick_pictures")
-def test_settings_are_set_against_curves_of_two_weights(tmp_path: Path) -> None:
-    comparison = Comparison(GridOptions(surrogates=("none", "gmm", "attention"), seeds=(0,)), out=tmp_path)
-    figures = {("none", 0.0): (0.90, 0.010), ("gmm", 4.0): (0.89, 0.015), ("gmm", 16.0): (0.88, 0.020)}
-    figures["attention", 2.0] = (0.88, 0.030)
-    for (surrogate, lambd), (accuracy, mse) in figures.items():
-        run = Run(Setting(surrogate, lambd, 0.1), 0)
-        fake_training(comparison, run, accuracy=accuracy)
-        fake_attack(comparison, run, mse=mse)
-    comparison.grid = replace(comparison.grid, lambds=(2.0, 4.0, 16.0))
-    head, *rows = table(written(comparison), "Against curves")
-    assert head == ["setting", "MSE, ×: gmm, σ 0.1"]
-    assert rows == [["attention λ 2, σ 0.1", "1.50"]]
-
-
-@pytest.mark.usefixtures("_quick_pictures")
-def test_without_two_weights_there_are_no_curves_to_be_set_against(comparison: Comparison) -> None:
-    assert "## Against curves" not in written(comparison)
-
-
-@pytest.mark.usefixtures("_quick_pictures")
 def test_correlations_are_listed_for_all_runs_and_every_noise(comparison: Comparison) -> None:
     _, *rows = table(written(comparison), "Do the surrogates' values say what leaks?")
     assert [row[:3] for row in rows] == [
-        *(["gmm", "all runs", "8"], ["gmm", "σ 0.1", "4"], ["gmm", "σ 0.2", "4"]),
-        *(["nats", "all runs", "8"], ["nats", "σ 0.1", "4"], ["nats", "σ 0.2", "4"]),
+        *(["mixture", "all runs", "8"], ["mixture", "σ 0.1", "4"], ["mixture", "σ 0.2", "4"]),
+        *(["log_det", "all runs", "8"], ["log_det", "σ 0.1", "4"], ["log_det", "σ 0.2", "4"]),
     ]
     assert rows[0][3].startswith("−0.9")
-    assert "- **nats**: the information bound I" in written(comparison)
+    assert "- **log_det**: ½ log det" in written(comparison)
+    assert "- **mixture**: of an untrained surrogate, assessed on the trained model's features" in written(comparison)
     assert rows[3][3:] == ["–", "–", "the value is the same in all runs"]
 
 
@@ -213,25 +192,25 @@ def test_report_leads_to_every_run(comparison: Comparison) -> None:
     page, text = (comparison.out / "report.html"), written(comparison)
     for run in comparison.grid.runs():
         assert f"[{run.name}]({run.name})" in text
-        assert f'href="{run.name}/attack/attack.json"' in page.read_text(encoding="utf-8")
+        assert f'href="{run.name}"' in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("_quick_pictures")
 def test_reconstructions_are_those_of_the_first_seed_that_has_them(comparison: Comparison) -> None:
-    (comparison.out / "gmm-lambd16-noise0.1-seed0" / "attack" / "images.npz").unlink()
+    (comparison.out / "mixture-lambd16-noise0.1-seed0" / "attack" / "images.npz").unlink()
     assert "of their features; seed 0, 1." in written(comparison)
 
 
 def test_reconstructions_of_other_images_are_left_out(comparison: Comparison) -> None:
-    path = comparison.out / "gmm-lambd16-noise0.1-seed0" / "attack" / "images.npz"
+    path = comparison.out / "mixture-lambd16-noise0.1-seed0" / "attack" / "images.npz"
     np.savez(path, originals=np.zeros((IMAGES, 1, 8, 8), np.uint8), reconstructions=0, ssim=0)
-    assert "gmm-lambd16-noise0.1-seed0 is left out: it was attacked on other images." in written(comparison)
+    assert "mixture-lambd16-noise0.1-seed0 is left out: it was attacked on other images." in written(comparison)
     assert matplotlib.image.imread(comparison.out / "reconstructions.png").std() > 0.01
 
 
 @pytest.mark.usefixtures("_quick_pictures")
 def test_report_before_the_first_run_is_finished(tmp_path: Path) -> None:
-    comparison = Comparison(GridOptions(surrogates=("none", "gmm"), seeds=(0,)), out=tmp_path)
+    comparison = Comparison(GridOptions(surrogates=("none", "mixture"), seeds=(0,)), out=tmp_path)
     fake_training(comparison, Run(Setting("none", 0.0, 0.1), 0))
     text = written(comparison)
     assert "- No run is finished yet.\n- 2 of 2 runs are not finished" in text

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from fake_runs import fake_attack, fake_training
 
-from cem.comparison import Comparison, GridOptions, Run, Setting, read_results, run_comparison, runner
+from cem.comparison import runner
+from cem.comparison.config import Comparison
+from cem.comparison.grid import GridOptions, Run, Setting
 from cem.comparison.plan import Step, remaining_steps
-from cem.comparison.runner import Outcome, locked, read_failures, run_queues
-from cem.options import ConfigError
+from cem.comparison.results import read_results
+from cem.comparison.runner import Outcome, locked, read_failures, run_comparison, run_queues
+from cem.errors import UsageError
 from cem.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell commands")
@@ -112,7 +115,7 @@ def test_number_of_threads_from_outside_holds(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    grid = GridOptions(surrogates=("none", "gmm"), seeds=(0,))
+    grid = GridOptions(surrogates=("none", "mixture"), seeds=(0,))
     comparison = Comparison(grid, TrainConfig(epochs=3, device="cpu"), out=tmp_path / "out")
     prepared = replace(comparison, out=tmp_path / "prepared")
     for run in grid.runs():
@@ -131,13 +134,13 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     return comparison
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, surrogate: str, script: str) -> None:
-    """Let the first step of a surrogate's run do something else."""
+def failing(monkeypatch: pytest.MonkeyPatch, method: str, script: str) -> None:
+    """Let the first step of a method's run do something else."""
     original = runner.remaining_steps
 
     def steps(comparison: Comparison, run: Run) -> list[Step]:
         found = original(comparison, run)
-        if run.setting.surrogate == surrogate:
+        if run.setting.method == method:
             found[0] = replace(found[0], command=("/bin/sh", "-c", script))
         return found
 
@@ -158,7 +161,7 @@ def test_every_run_is_trained_and_attacked_and_gets_a_line(
         f"2 runs in {comparison.out}, of which 0 are finished",
         "[1/2] none-noise0.1-seed0: test accuracy 90.0%, strongest attack on unseen images: MSE 0.03 "
         "(res_normN8C64:mse)",
-        "[2/2] gmm-lambd16-noise0.1-seed0: test accuracy 90.0%, strongest attack on unseen images: MSE 0.03 "
+        "[2/2] mixture-lambd16-noise0.1-seed0: test accuracy 90.0%, strongest attack on unseen images: MSE 0.03 "
         "(res_normN8C64:mse)",
     ]
 
@@ -211,7 +214,7 @@ def test_attack_that_failed_is_repeated_without_the_training(
     assert read_failures(comparison.out)["none-noise0.1-seed0"]["step"] == "attack"
     run_comparison(comparison, "command")
     assert [path.name for path in sorted((comparison.out / "logs").iterdir())] == [
-        "gmm-lambd16-noise0.1-seed0-attack.log",
+        "mixture-lambd16-noise0.1-seed0-attack.log",
         "none-noise0.1-seed0-attack.log",
     ]
 
@@ -219,14 +222,14 @@ def test_attack_that_failed_is_repeated_without_the_training(
 def test_nothing_is_run_if_one_run_has_other_options(comparison: Comparison) -> None:
     other = replace(comparison, train=replace(comparison.train, lr=0.1))
     fake_training(other, comparison.grid.runs()[-1])
-    with pytest.raises(ConfigError, match="--lr"):
+    with pytest.raises(UsageError, match="--lr"):
         run_comparison(comparison, "command")
     assert not (comparison.out / "compare.yaml").exists()
 
 
 def test_second_comparison_in_the_same_folder_is_refused(comparison: Comparison) -> None:
     comparison.out.mkdir()
-    refused = pytest.raises(ConfigError, match="another comparison, or a run that it left behind, is at work")
+    refused = pytest.raises(UsageError, match="another comparison, or a run that it left behind, is at work")
     with locked(comparison.out), refused:
         run_comparison(comparison, "command")
 
@@ -235,7 +238,7 @@ def test_folder_stays_locked_while_a_step_of_a_killed_comparison_lives(tmp_path:
     with locked(tmp_path) as lock:
         assert lock is not None
         step = subprocess.Popen(["/bin/sleep", "60"], pass_fds=(lock,))
-    with pytest.raises(ConfigError, match="at work"), locked(tmp_path):
+    with pytest.raises(UsageError, match="at work"), locked(tmp_path):
         pass
     step.kill()
     step.wait()

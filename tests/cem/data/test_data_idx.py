@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cem.data.idx import find_idx, read_idx
+from cem.errors import DataError
 
 HEADER = bytes((0, 0, 8, 2)) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big")
 
@@ -42,12 +43,12 @@ def test_plain_files_are_found_before_gzipped_ones(tmp_path: Path) -> None:
 )
 def test_corrupt_files_are_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
     path = written(tmp_path / "broken", content)
-    with pytest.raises(ValueError, match=f"broken: .*{message}"):
+    with pytest.raises(DataError, match=f"broken: .*{message}"):
         read_idx(path, 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(HEADER + bytes(6), mtime=0)[:-9]])
 def test_broken_gzip_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = written(tmp_path / "broken.gz", content)
-    with pytest.raises(ValueError, match=r"broken\.gz: "):
+    with pytest.raises(DataError, match=r"broken\.gz: "):
         read_idx(path, 2)

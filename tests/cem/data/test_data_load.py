@@ -1,15 +1,18 @@
 import gzip
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets
 
 from cem.data import DATASETS, DataSplits, ImageSet, load_data
 from cem.data.synthetic import make_test_images, write_test_images
+from cem.errors import DataError, UsageError
 
 
 def write_idx_files(root: Path, *, zipped: bool = False, train: int = 200, test: int = 50) -> None:
@@ -102,7 +105,7 @@ def test_description_fits_the_images(source: tuple[str, Path]) -> None:
 
 @pytest.mark.parametrize("train_size", [0, 1295])
 def test_impossible_train_size_is_refused(train_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"train_size must be in 1\.\.1294 for digits, got {train_size}"):
+    with pytest.raises(UsageError, match=rf"train_size must be in 1\.\.1294 for digits, got {train_size}"):
         load_data("digits", train_size=train_size)
 
 
@@ -140,7 +143,7 @@ def test_pixels_survive_the_idx_format(tmp_path: Path) -> None:
 def test_missing_mnist_file_is_named(tmp_path: Path) -> None:
     write_idx_files(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte\[\.gz\] is neither in .*--download"):
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\[\.gz\] is neither in .*--download"):
         load_data("mnist", tmp_path)
 
 
@@ -149,7 +152,7 @@ def test_mnist_files_of_different_length_are_refused(tmp_path: Path) -> None:
     write_idx_files(tmp_path / "other", train=100)
     name = "train-labels-idx1-ubyte"
     (tmp_path / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises(ValueError, match=r"200 images, .* 100 labels"):
+    with pytest.raises(DataError, match=r"200 images, .* 100 labels"):
         load_data("mnist", tmp_path)
 
 
@@ -157,14 +160,36 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     write_idx_files(tmp_path)
     path = tmp_path / "train-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    with pytest.raises(ValueError, match=r"expected labels 0\.\.9"):
+    with pytest.raises(DataError, match=r"expected labels 0\.\.9"):
         load_data("mnist", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "place"), [("cifar10", "cifar-10-batches-py"), ("svhn", "32x32.mat")])
 def test_missing_torchvision_data_set_says_where_it_was_looked_for(name: str, place: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"{place}.*--download"):
+    with pytest.raises(DataError, match=rf"{place}.*--download"):
         load_data(name, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("mnist", "MNIST"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
+def test_download_that_fails_says_why(name: str, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    unreachable.base_folder = "folder"  # type: ignore[attr-defined]
+    unreachable.classes = []  # type: ignore[attr-defined]
+    monkeypatch.setattr(datasets, dataset, unreachable)
+    with pytest.raises(DataError, match=f"cannot fetch {tmp_path}.*no route to host"):
+        load_data(name, tmp_path, download=True)
+
+
+def fake_torchvision(monkeypatch: pytest.MonkeyPatch, images: Tensor, labels: Tensor) -> None:
+    """Let CIFAR-10 and SVHN hold these, in the layouts that torchvision gives them."""
+    cifar = SimpleNamespace(
+        data=images.permute(0, 2, 3, 1).numpy(), targets=labels.tolist(), classes=list("abcdefghij")
+    )
+    svhn = SimpleNamespace(data=images.numpy(), labels=labels.numpy())
+    monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **__: cifar)
+    monkeypatch.setattr(datasets, "SVHN", lambda *_, **__: svhn)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn"])
@@ -172,12 +197,7 @@ def test_torchvision_arrays_become_channels_first_images(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, labels = make_test_images(10, 4)
-    fake_cifar = SimpleNamespace(
-        data=images.permute(0, 2, 3, 1).numpy(), targets=labels.tolist(), classes=list("abcdefghij")
-    )
-    fake_svhn = SimpleNamespace(data=images.numpy(), labels=labels.numpy())
-    monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **__: fake_cifar)
-    monkeypatch.setattr(datasets, "SVHN", lambda *_, **__: fake_svhn)
+    fake_torchvision(monkeypatch, images, labels)
     data = load_data(name, tmp_path)
     assert torch.equal(data.test.images, images)
     assert torch.equal(data.test.labels, labels)
@@ -236,32 +256,32 @@ def test_line_of_annotations_that_cannot_be_used_is_named(tmp_path: Path, line: 
     annotations = write_tiny_imagenet(tmp_path)
     lines = annotations.read_text().splitlines()
     annotations.write_text("\n".join([*lines[:3], line, *lines[4:]]))
-    with pytest.raises(ValueError, match=rf"val_annotations\.txt, line 4: {message}"):
+    with pytest.raises(DataError, match=rf"val_annotations\.txt, line 4: {message}"):
         load_data("folder", tmp_path)
 
 
 def test_empty_annotations_are_refused(tmp_path: Path) -> None:
     write_tiny_imagenet(tmp_path).write_text("")
-    with pytest.raises(ValueError, match=r"val_annotations\.txt: expected a line for each image"):
+    with pytest.raises(DataError, match=r"val_annotations\.txt: expected a line for each image"):
         load_data("folder", tmp_path)
 
 
 def test_test_classes_must_be_those_of_train(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "train")
     (tmp_path / "test" / "cat").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"train has 2 class folders, but neither .*test nor .*val"):
+    with pytest.raises(DataError, match=r"train has 2 class folders, but neither .*test nor .*val"):
         load_data("folder", tmp_path)
 
 
 def test_missing_folder_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no class folders at .*nowhere: expected .*train/CLASS"):
+    with pytest.raises(DataError, match=r"no class folders at .*nowhere: expected .*train/CLASS"):
         load_data("folder", tmp_path / "nowhere")
 
 
 def test_class_without_images_is_named(tmp_path: Path) -> None:
     write_class_folders(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty"):
+    with pytest.raises(DataError, match="empty"):
         load_data("folder", tmp_path)
 
 
@@ -270,13 +290,13 @@ def test_broken_image_is_named(tmp_path: Path, length: int) -> None:
     write_class_folders(tmp_path, size=(32, 32))
     path = tmp_path / "cat" / "3.png"
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"3\.png is not a readable image"):
+    with pytest.raises(DataError, match=r"3\.png is not a readable image"):
         load_data("folder", tmp_path)
 
 
 def test_too_few_images_to_split_are_refused(tmp_path: Path) -> None:
     write_class_folders(tmp_path, count=1)
-    with pytest.raises(ValueError, match="2 images are too few"):
+    with pytest.raises(DataError, match="2 images are too few"):
         load_data("folder", tmp_path)
 
 
@@ -291,19 +311,32 @@ def test_augmentation_is_for_training_images_only(tmp_path: Path) -> None:
     assert (read != data.train.images[:20] / 255).flatten(1).any(1).sum() >= 15
 
 
+@pytest.mark.parametrize(("name", "mirrored"), [("cifar10", True), ("svhn", False)])
+def test_house_numbers_are_shifted_but_not_mirrored(
+    name: str, mirrored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = (8 * torch.arange(32, dtype=torch.uint8)).expand(40, 3, 32, 32).contiguous()  # brighter to the right
+    fake_torchvision(monkeypatch, images, torch.arange(40) % 10)
+    torch.manual_seed(0)
+    read, _ = load_data(name, tmp_path, augment=True).train.__getitems__(range(36))
+    middle = read[:, 0, 16, 8:24]
+    assert len(middle[:, 0].unique()) > 4
+    assert bool((middle[:, -1] < middle[:, 0]).any()) == mirrored
+
+
 def test_augmentation_of_data_without_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="defined for cifar10, cifar100, svhn, folder only, got 'digits'"):
+    with pytest.raises(UsageError, match="defined for cifar10, cifar100, svhn, folder only, got 'digits'"):
         load_data("digits", augment=True)
 
 
 def test_unknown_data_set_is_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match=r"digits, fashion-mnist, .*folder, got 'imagenet'"):
+    with pytest.raises(UsageError, match=r"digits, fashion-mnist, .*folder, got 'imagenet'"):
         load_data("imagenet")
     assert len(DATASETS) == 7
 
 
 def test_image_size_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="image_size must be at least 1"):
+    with pytest.raises(UsageError, match="image_size must be at least 1"):
         load_data("digits", image_size=0)
 
 

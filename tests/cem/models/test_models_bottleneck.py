@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cem.errors import UsageError
 from cem.models import Bottleneck, SplitModel, build_split_model, parse_bottleneck
 
 
@@ -27,18 +28,18 @@ def test_grammar(text: str, expected: Bottleneck | None) -> None:
     ["", "c8s1", "C8", "S1", "C8S1 ", "C8S1_noRELU", "norelu_C8S1", "C-8S1", "C8S1_pruning180", "C٨S1"],
 )
 def test_anything_else_is_refused_with_the_grammar(text: str) -> None:
-    with pytest.raises(ValueError, match=r"\[noRELU_\]\[Kk\]CcSs"):
+    with pytest.raises(UsageError, match=r"\[noRELU_\]\[Kk\]CcSs"):
         parse_bottleneck(text)
 
 
 @pytest.mark.parametrize("text", ["C0S1", "C8S0", "K0C8S1"])
 def test_zero_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(UsageError, match="at least 1"):
         parse_bottleneck(text)
 
 
 def test_even_kernel_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be odd"):
+    with pytest.raises(UsageError, match="must be odd"):
         parse_bottleneck("K4C8S1")
 
 
@@ -83,7 +84,7 @@ def test_initial_weights_keep_the_size_of_the_signal(text: str) -> None:
 
 def test_flat_features_cannot_have_a_bottleneck() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"needs a map \(C, H, W\) at the cut, got \(4,\)"):
+    with pytest.raises(UsageError, match=r"needs a map \(C, H, W\) at the cut, got \(4,\)"):
         SplitModel.from_sequential(model, 2, image_shape=(3, 2, 2), bottleneck="C8S1")
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from cem.defenses import GaussianNoise
+from cem.errors import UsageError
 from cem.models import Normalize, SplitModel, build_split_model, split_sequential
 
 
@@ -45,12 +47,12 @@ def test_a_module_used_twice_stays_twice() -> None:
 
 @pytest.mark.parametrize("cut_layer", [-1, 0, 6, 7])
 def test_a_cut_that_leaves_a_side_empty_is_refused(cut_layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"must be in 1\.\.5 \(stages: 1 0, 2 1, .*\), got {cut_layer}"):
+    with pytest.raises(UsageError, match=rf"must be in 1\.\.5 \(stages: 1 0, 2 1, .*\), got {cut_layer}"):
         split_sequential(small_network(), cut_layer)
 
 
 def test_the_error_lists_the_stage_names_of_an_architecture() -> None:
-    with pytest.raises(ValueError, match=r"1\.\.13 \(stages: 1 conv1, 2 pool1, .*, 14 head\), got 14"):
+    with pytest.raises(UsageError, match=r"1\.\.13 \(stages: 1 conv1, 2 pool1, .*, 14 head\), got 14"):
         build_split_model("vgg11", num_classes=10, image_shape=(3, 32, 32), cut_layer=14)
 
 
@@ -60,10 +62,18 @@ def test_only_sequences_can_be_cut() -> None:
 
 
 def test_the_server_sees_noisy_features_in_evaluation_too() -> None:
-    split = SplitModel.from_sequential(small_network(), 3, image_shape=(3, 5, 5), noise_std=0.5).eval()
+    split = SplitModel.from_sequential(small_network(), 3, image_shape=(3, 5, 5), defense=GaussianNoise(0.5)).eval()
     x = torch.rand(2, 3, 5, 5)
     assert torch.equal(split.encoder(x), split.encoder(x))
     assert not torch.equal(split(x), split(x))
+
+
+@pytest.mark.parametrize("bottleneck", ["none", "C2S1"])
+@pytest.mark.parametrize("end", [nn.Sigmoid(), nn.Sequential(nn.BatchNorm2d(4), nn.Sigmoid()), nn.ReLU()], ids=str)
+def test_features_are_bounded_where_a_sigmoid_is_the_last_that_happens_to_them(end: nn.Module, bottleneck: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), end, nn.Flatten(), nn.Linear(36, 2))
+    split = SplitModel.from_sequential(model, 2, image_shape=(3, 5, 5), bottleneck=bottleneck)
+    assert split.bounded == (bottleneck == "none" and not isinstance(end, nn.ReLU))
 
 
 def test_building_leaves_no_trace() -> None:
@@ -84,7 +94,7 @@ def test_double_precision_networks_can_be_cut() -> None:
 
 
 def test_a_server_that_overwrites_the_features_is_refused() -> None:
-    with pytest.raises(ValueError, match="overwrites the features"):
+    with pytest.raises(UsageError, match="overwrites the features"):
         SplitModel.from_sequential(small_network(), 2, image_shape=(3, 5, 5))
 
 
@@ -118,14 +128,12 @@ def test_the_encoder_begins_with_normalization_and_the_checkpoint_holds_it() -> 
         {"image_shape": (3, 0, 32)},
         {"num_classes": 0},
         {"centralized": True, "bottleneck": "C8S1"},
-        {"centralized": True, "noise_std": 0.1},
-        {"noise_std": -1.0},
         {"bottleneck": "narrow"},
     ],
     ids=str,
 )
 def test_unusable_arguments_are_refused(options: dict) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(UsageError):
         build_split_model("resnet20", **{"num_classes": 10, "image_shape": (3, 8, 8), "cut_layer": 4, **options})
 
 

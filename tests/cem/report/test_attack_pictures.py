@@ -31,11 +31,11 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_has_the_originals_over_a_row_for_every_name(tmp_path: Path, figures: list, channels: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 8), dtype=np.uint8)
-    rows = {"gmm": (images // 2, np.array([0.1, 0.2, 0.3, 0.4])), "attention": (images, None)}
+    rows = {"mixture": (images // 2, np.array([0.1, 0.2, 0.3, 0.4])), "attention": (images, None)}
     draw_reconstructions(images, rows, tmp_path / "grid.png")
     axes = figures[0].axes
     assert len(axes) == 3 * 4
-    assert [axes[row * 4].get_ylabel() for row in range(3)] == ["original", "gmm", "attention"]
+    assert [axes[row * 4].get_ylabel() for row in range(3)] == ["original", "mixture", "attention"]
     assert [each.get_xlabel() for each in axes[4:8]] == ["0.10", "0.20", "0.30", "0.40"]
     shown = np.asarray(axes[5].images[0].get_array())
     expected = images[1] // 2

@@ -61,7 +61,6 @@ def report(tmp_path: Path) -> Report:
         facts=[(NASTY, NASTY)],
         links=[Link("file", Path("runs/a.json"))],
         code=f"command '{NASTY}' ```",
-        details=[Section("Part", [NASTY])],
     )
     return Report(f"Report {NASTY}", [NASTY], [section])
 
@@ -94,8 +93,8 @@ def test_html_style_loads_nothing(report: Report, tmp_path: Path) -> None:
 
 
 def test_html_shows_text_as_it_is(page: Page) -> None:
-    # Title twice, headline, heading, paragraph, cell, caption, two pairs, code, part.
-    assert page.text.count(NASTY) == 13
+    # Title twice, headline, heading, paragraph, cell, caption, two pairs, code.
+    assert page.text.count(NASTY) == 12
 
 
 def test_html_picture_is_described_for_those_who_cannot_see_it(page: Page) -> None:
@@ -153,12 +152,11 @@ def test_markdown_text_stays_on_its_line() -> None:
 def test_markdown_has_what_the_html_has(report: Report, tmp_path: Path) -> None:
     write_markdown(report, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    # Title, headline, heading, paragraph, cell, picture, two pairs, part; the code is verbatim.
-    assert text.count(escape(NASTY)) == 11
+    # Title, headline, heading, paragraph, cell, picture, two pairs; the code is verbatim.
+    assert text.count(escape(NASTY)) == 10
     assert f"````\ncommand '{NASTY}' ```\n````" in text
     assert "](picture.png)" in text
     assert "[file](runs/a.json)" in text
-    assert "\n### Part\n" in text
 
 
 @pytest.mark.parametrize(
@@ -204,8 +202,8 @@ def test_signed_figure(value: float, text: str) -> None:
     assert signed(value) == text
 
 
-def point(surrogate: str = "gmm", lambd: float = 16.0, noise_std: float = 0.1, mse: float = 0.03) -> Point:
-    return Point(surrogate, lambd, noise_std, mse, 0.9)
+def point(method: str = "mixture", lambd: float = 16.0, noise_std: float = 0.1, mse: float = 0.03) -> Point:
+    return Point(method, lambd, noise_std, mse, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +228,13 @@ def test_tradeoff_shows_the_controls(tmp_path: Path) -> None:
     assert not np.array_equal(without, drawn)
 
 
-@pytest.mark.parametrize(("surrogates", "numbers"), [(7, set()), (8, {"1", "2", "3", "4", "5", "6", "7", "8"})])
-def test_tradeoff_numbers_surrogates_that_colors_cannot_tell_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surrogates: int, numbers: set[str]
+@pytest.mark.parametrize(("methods", "numbers"), [(7, set()), (8, {"1", "2", "3", "4", "5", "6", "7", "8"})])
+def test_tradeoff_numbers_methods_that_colors_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: int, numbers: set[str]
 ) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(tradeoff, "save_figure", lambda figure, path: figures.append(figure))
-    points = [replace(point(), surrogate=f"s{index}") for index in range(surrogates)]
+    points = [replace(point(), method=f"s{index}") for index in range(methods)]
     draw_tradeoff(points, {}, tmp_path / "tradeoff.png")
     (axes,) = figures[0].axes
     assert {text.get_text().strip() for text in axes.texts} - {""} == numbers

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cem import GaussianMixtureCEM
 from cem.surrogates.kmeans import _kmeans_plus_plus
-from cem.surrogates.mixture import GaussianMixtureCEM
 
 FITS = ["kmeans", "full"]
 
@@ -29,13 +29,16 @@ def fit(features, labels, num_classes=None, seed=0, **options):
     torch.manual_seed(seed)
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
     surrogate = GaussianMixtureCEM(features.shape[1], num_classes, **options)
-    surrogate.refit(features, labels)
+    surrogate.after_epoch(features, labels)
     return surrogate
 
 
-def within_cluster_variance(surrogate):
-    """[K]: what Lloyd's algorithm minimizes, per class."""
-    return (surrogate.weights * surrogate.variances).sum(1)
+def covariances(surrogate, c):
+    """[k, D, D]: of the components of class ``c``."""
+    if surrogate.fit == "kmeans":
+        return surrogate.variances[c, :, None, None] * torch.eye(surrogate.feature_dim)
+    directions = surrogate.directions[c]
+    return directions.T @ surrogate.covariances[c] @ directions
 
 
 def nearest_own(surrogate, features, labels):
@@ -85,7 +88,7 @@ def test_samples_are_only_clustered_with_their_own_class():
     alone = GaussianMixtureCEM(5, 3, num_clusters=4)
     alone.load_state_dict(surrogate.state_dict())
     keep = labels != 1
-    alone.refit(features[keep], labels[keep])
+    alone.after_epoch(features[keep], labels[keep])
     for c in (0, 2):
         torch.testing.assert_close(alone.centroids[c], surrogate.centroids[c])
         torch.testing.assert_close(alone.variances[c], surrogate.variances[c])
@@ -94,16 +97,15 @@ def test_samples_are_only_clustered_with_their_own_class():
 def test_more_steps_lower_the_variance_within_clusters():
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(300, 4, generator=generator), torch.arange(300) % 3
-    one = within_cluster_variance(fit(features, labels, num_clusters=5, max_iterations=1))
-    many = within_cluster_variance(fit(features, labels, num_clusters=5))
-    assert (many < one).all()
+    one, many = (fit(features, labels, num_clusters=5, max_iterations=steps) for steps in (1, 50))
+    assert ((many.weights * many.variances).sum(1) < (one.weights * one.variances).sum(1)).all()
 
 
 def test_a_converged_fit_is_a_fixed_point():
     features, labels = blobs(spread=2.0)
     surrogate = fit(features, labels, num_clusters=4)
     before = {name: buffer.clone() for name, buffer in surrogate.named_buffers()}
-    surrogate.refit(features, labels)
+    surrogate.after_epoch(features, labels)
     for name, buffer in surrogate.named_buffers():
         torch.testing.assert_close(buffer, before[name], rtol=1e-5, atol=1e-6)
 
@@ -112,7 +114,7 @@ def test_the_next_refit_starts_from_the_last_centroids_and_draws_nothing():
     features, labels = blobs()
     surrogate = fit(features, labels, num_clusters=4)
     last, state = surrogate.centroids.clone(), torch.get_rng_state()
-    surrogate.refit(features + 0.5, labels)
+    surrogate.after_epoch(features + 0.5, labels)
     assert torch.equal(torch.get_rng_state(), state)
     # Blobs that all moved by 0.5 keep their centroid's number.
     torch.testing.assert_close(surrogate.centroids, last + 0.5, rtol=1e-4, atol=1e-4)
@@ -134,7 +136,7 @@ def test_an_empty_cluster_in_the_middle_keeps_its_number():
     surrogate = GaussianMixtureCEM(1, 1, num_clusters=3)
     surrogate.centroids.copy_(torch.tensor([[[0.0], [-500.0], [12.0]]]))
     surrogate.class_counts.fill_(5)  # so that the refit is warm
-    surrogate.refit(features, torch.zeros(5, dtype=torch.int64))
+    surrogate.after_epoch(features, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(surrogate.centroids[0, :, 0], torch.tensor([1.0, -500.0, 38 / 3]))
     torch.testing.assert_close(surrogate.weights[0], torch.tensor([0.4, 0.0, 0.6]))
     torch.testing.assert_close(surrogate.variances[0], torch.tensor([1.0, 0.0, 32 / 9]))
@@ -145,7 +147,7 @@ def test_a_singleton_cluster_has_no_variance_and_weighs_one_sample():
     surrogate = GaussianMixtureCEM(1, 1, num_clusters=3)
     surrogate.centroids.copy_(torch.tensor([[[0.0], [100.0], [50.0]]]))
     surrogate.class_counts.fill_(5)
-    surrogate.refit(features, torch.zeros(5, dtype=torch.int64))
+    surrogate.after_epoch(features, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(surrogate.weights[0], torch.tensor([0.4, 0.2, 0.4]))
     assert surrogate.variances[0].tolist() == [1.0, 0.0, 4.0]
 
@@ -170,7 +172,7 @@ def test_class_counts_are_those_of_the_training_set(kind):
 def test_a_class_without_samples_becomes_unfitted(kind):
     features, labels = blobs()
     surrogate = fit(features, labels, num_clusters=2, fit=kind)
-    surrogate.refit(features[labels != 1], labels[labels != 1])
+    surrogate.after_epoch(features[labels != 1], labels[labels != 1])
     assert surrogate.class_counts[1] == 0
     assert (surrogate.weights[1] == 0).all()
     results = surrogate(features[labels == 1], labels[labels == 1])
@@ -179,10 +181,7 @@ def test_a_class_without_samples_becomes_unfitted(kind):
 
 @pytest.mark.parametrize("kind", FITS)
 def test_a_class_smaller_than_its_clusters_is_fitted_exactly(kind):
-    features, labels = (
-        10 * torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(3).long(),
-    )
+    features, labels = 10 * torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(3).long()
     surrogate = fit(features, labels, num_clusters=8, fit=kind)
     assert surrogate.weights.sum().item() == pytest.approx(1)
     assert surrogate.variances.max() < 2e-4  # reg_covar of the full fit
@@ -202,7 +201,7 @@ def test_a_class_of_one_distinct_sample_is_a_point(kind, copies):
 @pytest.mark.parametrize("kind", FITS)
 def test_an_empty_training_set_leaves_nothing_fitted(kind):
     surrogate = fit(*blobs(), num_clusters=2, fit=kind)
-    surrogate.refit(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
+    surrogate.after_epoch(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
     assert surrogate.class_counts.tolist() == [0, 0, 0]
 
 
@@ -226,7 +225,7 @@ def test_features_that_are_not_finite_are_refused(kind, value):
     features, labels = blobs()
     features[7, 2] = value
     with pytest.raises(ValueError, match="finite"):
-        GaussianMixtureCEM(5, 3, fit=kind).refit(features, labels)
+        GaussianMixtureCEM(5, 3, fit=kind).after_epoch(features, labels)
 
 
 @pytest.mark.parametrize("kind", FITS)
@@ -250,7 +249,7 @@ def test_refit_reads_feature_maps_as_flattened_rows():
     features, labels = blobs(dim=12)
     torch.manual_seed(0)
     maps = GaussianMixtureCEM(12, 3, num_clusters=3)
-    maps.refit(features.view(-1, 3, 2, 2), labels)
+    maps.after_epoch(features.view(-1, 3, 2, 2), labels)
     assert torch.equal(maps.centroids, fit(features, labels, num_clusters=3).centroids)
 
 
@@ -279,7 +278,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(kind):
     assert resumed(features, labels) == surrogate(features, labels)
     for each in (surrogate, resumed):
         torch.manual_seed(5)
-        each.refit(features + 1, labels)
+        each.after_epoch(features + 1, labels)
     assert all(torch.equal(a, b) for a, b in zip(surrogate.buffers(), resumed.buffers(), strict=True))
 
 
@@ -295,13 +294,13 @@ def test_full_fit_recovers_two_gaussians():
     order = surrogate.centroids[0, :, 0].argsort()
     torch.testing.assert_close(surrogate.weights[0, order], torch.tensor([0.75, 0.25]), rtol=0.01, atol=0)
     expected = scale.square().diag_embed()
-    torch.testing.assert_close(surrogate.covariance(0)[order], expected, rtol=0.15, atol=0.3)
+    torch.testing.assert_close(covariances(surrogate, 0)[order], expected, rtol=0.15, atol=0.3)
 
 
 def test_full_fit_stores_the_trace_of_the_covariance_per_column():
-    surrogate = fit(*blobs(spread=2.0), num_clusters=3, fit="full", pca_components=3)
+    surrogate = fit(*blobs(spread=2.0), num_clusters=3, fit="full")
     for c in range(3):
-        trace = surrogate.covariance(c).diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace = covariances(surrogate, c).diagonal(dim1=-2, dim2=-1).sum(-1)
         torch.testing.assert_close(surrogate.variances[c], trace / 5)
 
 
@@ -311,6 +310,13 @@ def test_full_fit_of_more_columns_than_samples_keeps_the_rank_it_has():
     assert surrogate.directions.shape == (1, 20, 20)
     assert (surrogate.directions[0, 6:] == 0).all()
     assert math.isfinite(surrogate.information(0.1))
+
+
+def test_full_fit_keeps_a_hundred_directions():
+    features = torch.randn(120, 103, generator=torch.Generator().manual_seed(0))
+    surrogate = fit(features, torch.zeros(120).long(), num_clusters=1, fit="full")
+    assert surrogate.directions.shape == (1, 100, 103)
+    assert surrogate.directions[0].any(1).all()
 
 
 def test_full_fit_is_silent_about_its_cap_on_steps():
@@ -323,13 +329,12 @@ def test_full_fit_is_silent_about_its_cap_on_steps():
 @pytest.mark.parametrize("noise_std", [0.025, 1.0])
 def test_information_equals_the_formula_on_whole_covariances(kind, noise_std):
     features, labels = blobs(spread=2.0)
-    options = {"pca_components": 3} if kind == "full" else {}
-    surrogate = fit(features, labels, num_classes=4, num_clusters=3, fit=kind, **options)  # class 3 is unfitted
+    surrogate = fit(features, labels, num_classes=4, num_clusters=3, fit=kind)  # class 3 is unfitted
     noise = noise_std**2 * torch.eye(5, dtype=torch.float64)
     per_class = []
     for c in range(3):
         total = 0.0
-        for pi, sigma in zip(surrogate.weights[c].double(), surrogate.covariance(c).double(), strict=True):
+        for pi, sigma in zip(surrogate.weights[c].double(), covariances(surrogate, c).double(), strict=True):
             total += pi * (-pi.log() + (torch.logdet(sigma + noise) - torch.logdet(noise)) / 2)
         per_class.append(total.item())
     assert surrogate.information(noise_std) == pytest.approx(sum(per_class) / 3, rel=1e-4)
@@ -349,13 +354,25 @@ def test_information_takes_the_diagonal_where_cholesky_fails():
     assert surrogate.information(1.0) == pytest.approx((math.log(2.0) + math.log(4.0)) / 2)
 
 
-def test_one_failed_factorisation_does_not_change_the_others():
+def test_one_failed_factorization_does_not_change_the_others():
     surrogate = GaussianMixtureCEM(2, 1, num_clusters=2, fit="full")
     surrogate.weights.fill_(0.5)
     surrogate.class_counts.fill_(10)
     surrogate.covariances.copy_(torch.tensor([[[[1.0, 5.0], [5.0, 3.0]], [[1.0, 1.0], [1.0, 3.0]]]]))
     halves = (math.log(2.0 * 4.0) + math.log(2.0 * 4.0 - 1.0)) / 2
     assert surrogate.information(1.0) == pytest.approx(math.log(2.0) + 0.5 * halves)
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_refit_gives_the_information_at_the_noise_of_the_run(kind):
+    torch.manual_seed(0)
+    surrogate = GaussianMixtureCEM(5, 3, num_clusters=2, reg_strength=0.3, fit=kind)
+    assert surrogate.after_epoch(*blobs(spread=2.0)) == {"information_nats": surrogate.information(0.3)}
+
+
+def test_a_refit_gives_nothing_without_noise_or_samples():
+    assert GaussianMixtureCEM(5, 3, reg_strength=0.0).after_epoch(*blobs()) == {}
+    assert GaussianMixtureCEM(5, 3).after_epoch(torch.empty(0, 5), torch.empty(0, dtype=torch.int64)) == {}
 
 
 @pytest.mark.parametrize("kind", FITS)
@@ -373,5 +390,5 @@ def test_information_needs_noise(noise_std):
 
 
 def test_information_needs_a_fit():
-    with pytest.raises(RuntimeError, match="refit"):
+    with pytest.raises(RuntimeError, match=r"needs a fitted mixture: call after_epoch\(\) first"):
         GaussianMixtureCEM(3, 2).information(0.1)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from cem.errors import CheckpointError
 from cem.training.checkpoint import (
-    CheckpointError,
+    FORMAT,
     load,
     load_state,
     random_state,
@@ -68,8 +69,8 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(2)])
-def test_checkpoint_of_another_program_is_refused(tmp_path: Path, content: Any) -> None:
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"format": "cem-checkpoint-1"}, [1, 2], torch.ones(2)])
+def test_checkpoint_of_another_program_or_version_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"is not a checkpoint of cem\.train"):
         load(tmp_path / "a.pt")
@@ -82,7 +83,7 @@ class _Payload:
 
 def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": "cem-checkpoint-1", "x": _Payload()}, tmp_path / "a.pt")
+    torch.save({"format": FORMAT, "x": _Payload()}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
         load(tmp_path / "a.pt")
     assert not (tmp_path / "pwned").exists()

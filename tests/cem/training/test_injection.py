@@ -1,54 +1,107 @@
-"""How the gradients of classification and penalty meet in the encoder."""
+"""How the gradients of classification and of terms meet in the encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cem
+from cem.defenses import Chain
 from cem.models import SplitModel
-from cem.surrogates import Surrogate
 from cem.training.injection import INJECTIONS, Step, combined, two_pass
 from cem.training.meter import EpochMeter
+from cem.training.weighted import WeightedTerm
 
-Injection = Callable[..., Step]
+Injection = Callable[..., Any]
 LAMBDA = 3.5
 each_injection = pytest.mark.parametrize("inject", INJECTIONS.values(), ids=INJECTIONS)
 
 
-class Spread(Surrogate):
+class Spread(cem.Term):
     """A smooth penalty with a parameter: the log variance of a projection of the batch."""
 
-    def __init__(self, width: int, loss_factor: float = 1.0) -> None:
+    def __init__(self, loss_factor: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, width))
+        torch.manual_seed(3)
+        self.weight = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
         self.loss_factor = loss_factor
-        self.seen: list[Tensor] = []
+        self.seen: list[cem.Batch] = []
+        self.steps: list[cem.Batch] = []
 
-    def forward(self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.seen.append(features.detach().clone())
-        variance = (features.flatten(1) @ self.weight).var(dim=0)
-        return variance.add(1e-3).log().mean() * self.loss_factor, variance.mean().detach()
+    def before_step(self, batch: cem.Batch) -> None:
+        self.steps.append(batch)
+
+    def measure(self, batch: cem.Batch) -> cem.Measured:
+        self.seen.append(batch)
+        variance = (batch.features.flatten(1) @ self.weight).var(dim=0)
+        loss = variance.add(1e-3).log().mean() * self.loss_factor
+        return cem.Measured(loss, {"intra_mse": variance.mean()}, own_loss=loss)
 
 
 class InfiniteGradient(Spread):
     """A penalty that is finite and has a gradient that is not: the square root at zero."""
 
-    def forward(self, features: Tensor, labels: Tensor, unique_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rob_loss, intra_mse = super().forward(features, labels, unique_labels)
-        return rob_loss + (features - features.detach()).abs().sum().sqrt(), intra_mse
+    def measure(self, batch: cem.Batch) -> cem.Measured:
+        loss, monitors, _ = super().measure(batch)
+        return cem.Measured(loss + (batch.features - batch.features.detach()).abs().sum().sqrt(), monitors)
 
 
-def network(noise_std: float = 0.3) -> SplitModel:
+class OfBoth(Spread):
+    """Depends on the features and on what the defenses made of them."""
+
+    def measure(self, batch: cem.Batch) -> cem.Measured:
+        loss, monitors, _ = super().measure(batch)
+        loss = loss + (batch.sent * batch.features).square().mean()
+        return cem.Measured(loss, monitors, own_loss=loss)
+
+
+class Taught(OfBoth):
+    """Trains its own parameter on a loss of its own."""
+
+    def measure(self, batch: cem.Batch) -> cem.Measured:
+        loss, monitors, _ = super().measure(batch)
+        return cem.Measured(loss, monitors, own_loss=(self.weight - batch.sent.mean()).square().sum())
+
+
+class Constant(cem.Term):
+    """Depends on nothing."""
+
+    def measure(self, batch: cem.Batch) -> cem.Measured:
+        return cem.Measured(torch.ones((), dtype=torch.float64), {})
+
+
+class Double(cem.Defense):
+    name = "double"
+
+    def transform(self, z: Tensor) -> Tensor:
+        return z * 2
+
+
+class Squash(cem.Defense):
+    """Depends on the features in another way at every value, and has a parameter, and a term that is a part of it."""
+
+    name = "squash"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.spread = OfBoth()
+
+    def transform(self, z: Tensor) -> Tensor:
+        return (self.slope * z).tanh() * z
+
+
+def network(*defenses: cem.Defense, noise_std: float = 0.3) -> SplitModel:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh())
     server = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
-    model = SplitModel(encoder, server, image_shape=(1, 4, 4)).double()
-    model.defense.std = noise_std
-    return model
+    chain = Chain({each.name: each for each in (*defenses, cem.GaussianNoise(noise_std))})
+    return SplitModel(encoder, server, image_shape=(1, 4, 4), defense=chain).double()
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -57,80 +110,150 @@ def batch() -> tuple[Tensor, Tensor]:
     return images, torch.arange(12) % 3
 
 
-def gradients(inject: Injection, surrogate: Surrogate | None) -> tuple[list[Tensor], Step]:
-    """Gradients of a fresh model's parameters, and then the surrogate's, after one step."""
-    model = network()
+def weighted(*terms: cem.Term, weight: float = LAMBDA) -> list[WeightedTerm]:
+    """Terms with this weight, half of it, a third, and so on."""
+    found = [
+        WeightedTerm(f"term{n}", "", term, lambda _, n=n: weight / n, 0, torch.device("cpu"))
+        for n, term in enumerate(terms, start=1)
+    ]
+    for each in found:
+        each.before_epoch(0, 1)
+    return found
+
+
+def gradients(
+    inject: Injection, *terms: cem.Term, defenses: Sequence[cem.Defense] = (), weight: float = LAMBDA
+) -> tuple[list[Tensor], Step]:
+    """Gradients of a fresh model's parameters, and then of the terms', after one step."""
+    model = network(*defenses)
     torch.manual_seed(2)
-    step = inject(model, surrogate, *batch(), LAMBDA)
-    parameters = [*model.parameters(), *(surrogate.parameters() if surrogate is not None else ())]
+    step = inject(model, weighted(*terms, weight=weight), *batch())
+    parameters = [*model.parameters(), *(each for term in terms for each in term.parameters())]
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters], step
 
 
-def plain_sum(
-    model: SplitModel, surrogate: Surrogate | None, images: Tensor, labels: Tensor, lambda_eff: float
-) -> None:
+def plain_sum(model: SplitModel, terms: list[WeightedTerm], images: Tensor, labels: Tensor) -> None:
     """The textbook: one backward of the sum."""
     z = model.encoder(images)
-    loss = F.cross_entropy(model.server(model.defense(z)), labels)
-    if surrogate is not None:
-        loss = loss + lambda_eff * surrogate(z, labels)[0]
+    sent = model.defense(z)
+    loss = F.cross_entropy(model.server(sent), labels)
+    for each in terms:
+        loss = loss + each.now * each.term.measure(cem.Batch(images, labels, z, sent)).loss
     loss.backward()
 
 
-def spread(**options: float) -> Spread:
-    torch.manual_seed(3)
-    return Spread(8, **options).double()
-
-
-@each_injection
-def test_gradient_is_that_of_the_weighted_sum(inject: Injection) -> None:
-    ours, _ = gradients(inject, spread())
-    expected, _ = gradients(plain_sum, spread())
+def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
     for got, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
 
 
-def test_combined_and_two_pass_agree() -> None:
-    one, _ = gradients(combined, spread())
-    two, _ = gradients(two_pass, spread())
-    for got, wanted in zip(one, two, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+@each_injection
+@pytest.mark.parametrize("defense", [None, Double, Squash], ids=["noise alone", "doubled", "squashed"])
+@pytest.mark.parametrize("terms", [(Spread,), (OfBoth,), (OfBoth, Spread, Constant), ()], ids=len)
+def test_gradient_is_that_of_the_weighted_sum(inject: Injection, terms: Any, defense: Any) -> None:
+    def after(way: Injection) -> list[Tensor]:
+        return gradients(way, *(each() for each in terms), defenses=[] if defense is None else [defense()])[0]
+
+    assert_equal(after(inject), after(plain_sum))
+
+
+@each_injection
+def test_term_that_is_a_part_of_its_defense_gets_its_gradient_once(inject: Injection) -> None:
+    def after(way: Injection) -> list[Tensor]:
+        squash = Squash()
+        return gradients(way, squash.spread, defenses=[squash])[0]
+
+    assert_equal(after(inject), after(plain_sum))
 
 
 def test_combined_and_two_pass_measure_the_same() -> None:
-    _, one = gradients(combined, spread())
-    _, two = gradients(two_pass, spread())
-    assert vars(one) == vars(two)
+    _, one = gradients(combined, OfBoth(), Taught(), defenses=[Double()])
+    _, two = gradients(two_pass, OfBoth(), Taught(), defenses=[Double()])
+    assert (one.cross_entropy, one.correct) == (two.cross_entropy, two.correct)
+    assert list(one.answers) == list(two.answers) == ["term1", "term2"]
+    for key, answer in one.answers.items():
+        assert answer.finite
+        assert (answer.loss, answer.monitors) == (two.answers[key].loss, two.answers[key].monitors)
 
 
 @each_injection
-def test_penalty_changes_the_encoder_and_not_the_server(inject: Injection) -> None:
-    with_penalty, _ = gradients(inject, spread())
-    without, _ = gradients(inject, None)
+def test_loss_of_its_own_trains_a_terms_parameters_with_the_terms_weight(inject: Injection) -> None:
+    ours, _ = gradients(inject, Taught())
+    without, _ = gradients(inject, OfBoth())
+    assert_equal(ours[:-1], without[:-1])
+    heavier, _ = gradients(inject, Taught(), weight=2 * LAMBDA)
+    assert torch.equal(2 * ours[-1], heavier[-1])
+    model, taught = network(), Taught()
+    torch.manual_seed(2)
+    sent = model.defense(model.encoder(batch()[0])).detach()
+    expected = LAMBDA * 2 * (taught.weight - sent.mean()).detach()
+    torch.testing.assert_close(ours[-1], expected, rtol=1e-11, atol=1e-13)
+
+
+@each_injection
+def test_parameters_without_a_loss_of_their_own_are_not_trained_and_what_an_adversary_leaves_is_cleared(
+    inject: Injection,
+) -> None:
+    class Adversary(OfBoth):
+        def before_step(self, batch: cem.Batch) -> None:
+            self.weight.square().sum().backward()
+
+        def measure(self, batch: cem.Batch) -> cem.Measured:
+            return super().measure(batch)._replace(own_loss=None)
+
+    ours, _ = gradients(inject, Adversary())
+    trained, _ = gradients(inject, OfBoth())
+    assert_equal(ours[:-1], trained[:-1])
+    assert not ours[-1].any()
+
+
+@each_injection
+def test_term_changes_the_encoder_and_not_the_server(inject: Injection) -> None:
+    with_term, _ = gradients(inject, Spread())
+    without, _ = gradients(inject)
     encoder = len(list(network().encoder.parameters()))
     server = encoder + len(list(network().server.parameters()))
-    assert not torch.equal(with_penalty[0], without[0])
-    assert all(map(torch.equal, with_penalty[encoder:server], without[encoder:server]))
+    assert not torch.equal(with_term[0], without[0])
+    assert all(map(torch.equal, with_term[encoder:server], without[encoder:server]))
 
 
 @each_injection
-def test_surrogate_sees_clean_features(inject: Injection) -> None:
-    surrogate = spread()
-    gradients(inject, surrogate)
-    assert torch.equal(surrogate.seen[0], network().encoder(batch()[0]))
+def test_term_without_a_weight_measures_nothing_and_may_train_an_adversary(inject: Injection) -> None:
+    spread = Spread()
+    ours, step = gradients(inject, spread, weight=0.0)
+    without, _ = gradients(inject)
+    assert_equal(ours[:-1], without)
+    assert (len(spread.steps), spread.seen, step.answers) == (1, [], {})
+
+
+@each_injection
+def test_term_sees_images_labels_clean_features_and_what_is_sent(inject: Injection) -> None:
+    spread = Spread()
+    gradients(inject, spread, defenses=[Double()])
+    images, labels = batch()
+    model = network(Double())
+    torch.manual_seed(2)
+    z = model.encoder(images)
+    for found in (*spread.steps, *spread.seen):
+        assert torch.equal(found.images, images)
+        assert torch.equal(found.labels, labels)
+        assert torch.equal(found.features, z)
+        assert (found.sent - 2 * z).std().item() == pytest.approx(0.3, rel=0.2)
+    assert not any(each.requires_grad for each in (spread.steps[0].features, spread.steps[0].sent))
 
 
 @each_injection
 def test_under_amp_the_network_is_bfloat16_and_what_crosses_the_cut_is_not(inject: Injection) -> None:
-    model, surrogate = network().float(), spread().float()
+    model, spread = network().float(), Spread().float()
     seen: dict[str, torch.dtype] = {}
     model.encoder[0].register_forward_hook(lambda _, __, out: seen.update(encoder=out.dtype))
     model.server[1].register_forward_hook(lambda _, __, out: seen.update(server=out.dtype))
     model.defense.register_forward_hook(lambda _, __, out: seen.update(defense=out.dtype))
     images, labels = batch()
-    step = inject(model, surrogate, images.float(), labels, LAMBDA, amp=True)
+    step = inject(model, weighted(spread), images.float(), labels, amp=True)
     assert seen == {"encoder": torch.bfloat16, "server": torch.bfloat16, "defense": torch.float32}
-    assert surrogate.seen[0].dtype == step.cross_entropy.dtype == step.rob_loss.dtype == torch.float32
+    assert spread.seen[0].features.dtype == spread.seen[0].sent.dtype == torch.float32
+    assert step.cross_entropy.dtype == step.answers["term1"].loss.dtype == torch.float32
 
 
 @each_injection
@@ -139,77 +262,81 @@ def test_under_amp_gradients_are_near_those_of_fp32(inject: Injection) -> None:
     grads = []
     for amp in (False, True):
         model = network(noise_std=0.0).float()
-        inject(model, spread().float(), images.float(), labels, LAMBDA, amp=amp)
+        inject(model, weighted(Spread().float()), images.float(), labels, amp=amp)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert not torch.equal(*grads)
     assert F.cosine_similarity(*grads, dim=0) > 0.999
 
 
 @each_injection
-def test_frozen_surrogate_gets_no_gradient(inject: Injection) -> None:
-    frozen = spread().requires_grad_(False)
+def test_frozen_term_gets_no_gradient(inject: Injection) -> None:
+    frozen = Spread().requires_grad_(False)
     ours, _ = gradients(inject, frozen)
-    trained, _ = gradients(inject, spread())
+    trained, _ = gradients(inject, Spread())
     assert frozen.weight.grad is None
     torch.testing.assert_close(ours[0], trained[0], rtol=1e-11, atol=1e-13)
 
 
 @each_injection
-@pytest.mark.parametrize("broken", [Spread, InfiniteGradient], ids=["penalty is NaN", "gradient is infinite"])
-def test_step_without_finite_penalty_keeps_exactly_the_classification_gradient(
-    inject: Injection, broken: type[Spread]
-) -> None:
-    surrogate = broken(8, loss_factor=float("nan") if broken is Spread else 1.0).double()
-    ours, step = gradients(inject, surrogate)
-    alone, _ = gradients(inject, None)
-    for got, wanted in zip(ours, alone, strict=False):  # the surrogate's gradients come last
+@pytest.mark.parametrize("broken", [Spread(float("nan")), InfiniteGradient()], ids=["NaN", "infinite gradient"])
+def test_step_in_which_a_term_is_not_finite_follows_the_other_losses_alone(inject: Injection, broken: Spread) -> None:
+    broken.zero_grad()
+    ours, step = gradients(inject, OfBoth(), broken)
+    alone, _ = gradients(inject, OfBoth())
+    for got, wanted in zip(ours[:-1], alone, strict=True):  # the broken one's come last
         assert torch.equal(got.view(torch.int64), wanted.view(torch.int64))
     assert torch.equal(ours[-1], torch.zeros_like(ours[-1]))
-    assert step.skipped.item() is True
-    assert step.rob_loss.item() == 0.0
+    assert [answer.finite.item() for answer in step.answers.values()] == [True, False]
 
 
 @each_injection
-def test_step_with_finite_penalty_is_not_skipped(inject: Injection) -> None:
-    _, step = gradients(inject, spread())
-    assert step.skipped.item() is False
-    assert step.rob_loss.item() != 0.0
-
-
-@each_injection
-def test_step_without_surrogate_measures_classification_alone(inject: Injection) -> None:
-    _, step = gradients(inject, None)
+def test_step_without_terms_measures_classification_alone(inject: Injection) -> None:
+    _, step = gradients(inject)
     model = network()
     torch.manual_seed(2)
     images, labels = batch()
     logits = model(images)
     torch.testing.assert_close(step.cross_entropy, F.cross_entropy(logits, labels).detach())
     assert step.correct == (logits.argmax(1) == labels).sum()
-    assert (step.rob_loss, step.intra_mse, step.skipped) == (0.0, 0.0, False)
+    assert step.answers == {}
 
 
 def test_combined_runs_the_encoder_backward_once() -> None:
     model, calls = network(), []
     model.encoder[1].register_full_backward_hook(lambda *_: calls.append(1))
-    combined(model, spread(), *batch(), LAMBDA)
+    combined(model, weighted(OfBoth(), Spread()), *batch())
     assert len(calls) == 1
 
 
-def test_encoder_and_server_graphs_do_not_touch() -> None:
-    """What a split system needs: the server's side works from a leaf, so nothing but z crosses the cut."""
-    model, inputs = network(noise_std=0.0), []
+@pytest.mark.parametrize("defenses", [[], [Double()]], ids=["nothing", "doubled"])
+def test_encoder_and_server_graphs_do_not_touch(defenses: list[cem.Defense]) -> None:
+    """What a split system needs: the server's side works from a leaf, so nothing but what is sent crosses the cut."""
+    model, inputs = network(*defenses, noise_std=0.0), []
     model.server.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    combined(model, spread(), *batch(), LAMBDA)
+    combined(model, weighted(Spread()), *batch())
     assert inputs[0].is_leaf
 
 
+@pytest.mark.parametrize("name", ["centroid", "mixture", "attention"])
+def test_labels_are_checked_once_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = cem.Context(feature_shape=(2, 2, 2), image_shape=(1, 4, 4), num_classes=3, noise_std=0.3)
+    term, model, (images, labels) = cem.SURROGATES.build(name, context), network().float(), batch()
+    images = images.float()
+    term.after_epoch(model.encoder(images).detach(), labels)
+    checks: list[int] = []
+    for module in ("cem_kernels.validation", "cem.surrogates.base", "cem.surrogates.mixture"):
+        monkeypatch.setattr(f"{module}.check_labels", lambda _, classes, *__: checks.append(classes))
+    combined(model, weighted(term), images, labels)
+    assert [classes for classes in checks if classes is not None] == [3]
+
+
 @each_injection
-@pytest.mark.parametrize("policy", ["frozen", "trained"])
-def test_step_and_its_measurement_never_wait_for_the_device(inject: Injection, policy: str) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_step_and_its_measurement_never_wait_for_the_device(inject: Injection, trained: bool) -> None:
     """Tensors on the meta device have no values: whatever asks for one raises."""
-    model, surrogate = network().to("meta"), spread().requires_grad_(policy == "trained").to("meta")
+    model, taught = network(Double()).to("meta"), Taught().requires_grad_(trained).to("meta")
     images, labels = (tensor.to("meta") for tensor in batch())
     meter = EpochMeter(torch.device("meta"))
-    meter.add(inject(model, surrogate, images, labels, LAMBDA), len(labels))
+    meter.add(inject(model, weighted(taught), images, labels), len(labels))
     with pytest.raises((RuntimeError, NotImplementedError)):
         meter.read()

@@ -9,21 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import GAIN
 from torch import Tensor
 
+import cem
 from cem.data.synthetic import write_test_images
-from cem.training import CheckpointError, ConfigError, TrainConfig, Trainer, read_summary, train
+from cem.errors import CheckpointError, UsageError
+from cem.training import TrainConfig, Trainer, read_config, read_summary, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
-from cem.training.presets import PRESETS
 
 STEPS_PER_EPOCH = 3
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "draw_tsne", lambda *_, **__: None)
-    monkeypatch.setattr(trainer_module, "draw_curves", lambda *_, **__: None)
 
 
 def small(out: Path, **options: Any) -> TrainConfig:
@@ -50,14 +46,15 @@ def interrupt_at(step: int, config: TrainConfig, *, resume: bool = False) -> Non
 
 
 def resume(run_dir: Path, **options: Any) -> None:
-    train(replace(TrainConfig.from_yaml(run_dir / "config.yaml"), out=run_dir, **options), resume=True)
+    train(replace(read_config(run_dir), out=run_dir, **options), resume=True)
 
 
 def content(run_dir: Path) -> dict[str, Any]:
     """All of a run's ``last.pt`` that must repeat: everything but the times."""
     whole = checkpoints.load(run_dir / "last.pt")
     for row in whole["history"]:
-        del row["seconds"], row["surrogate_seconds"]
+        for name in [name for name in row if name.endswith("seconds")]:
+            del row[name]
     del whole["config"]["out"]
     return whole
 
@@ -79,7 +76,9 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-SEED = PRESETS["seed"] | {"reduce_dim": 16}
+def attention(**options: Any) -> dict[str, Any]:
+    own = cem.SURROGATES["attention"].Options(reduction="linear16", **options)
+    return {"surrogate": "attention", "members": {"attention": own}}
 
 
 def folder(root: Path, seed: int = 0) -> dict[str, Any]:
@@ -92,29 +91,25 @@ def folder(root: Path, seed: int = 0) -> dict[str, Any]:
     "options",
     [
         {"surrogate": "none"},
-        {"surrogate": "gmm"},
-        {"surrogate": "attention"},
-        SEED,
-        SEED | {"surrogate_policy": "separate"},
-        SEED | {"surrogate_policy": "shared"},
-        SEED | {"surrogate_policy": "separate", "surrogate_objective": "likelihood"},
-        SEED | {"injection": "two_pass"},
-        SEED | {"memory_bank": 8, "threshold": "quantile"},
-        SEED | {"measure": "slots", "memory_bank": 8},
+        {"surrogate": "mixture"},
+        {"surrogate": "centroid"},
+        {"surrogate": "centroid", "defenses": (GAIN,)},
+        attention(dropout=0.1),
+        attention(trained=1e-4),
+        attention(trained="shared"),
+        attention(ramp_from=0.1) | {"injection": "two_pass"},
         {"surrogate": "none", "arch": "vgg11_bn", "epochs": 2},
-        {"surrogate": "attention", "amp": True},
+        {"surrogate": "centroid", "amp": True},
     ],
     ids=[
         "none",
-        "gmm",
+        "mixture",
+        "centroid",
+        "a defense with a term",
         "attention",
-        "original",
         "attention with Adam",
         "attention with SGD",
-        "likelihood",
-        "two passes",
-        "memory and quantile",
-        "memory of slots",
+        "ramp and two passes",
         "dropout",
         "bfloat16",
     ],
@@ -129,7 +124,7 @@ def test_run_with_augmentation_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_warm_started_run_resumes_bit_for_bit_without_the_run_that_it_started_from(tmp_path: Path) -> None:
     train(small(tmp_path / "first", surrogate="none", epochs=1))
-    options = {"surrogate": "none", "init_from": tmp_path / "first", "epochs": 2, "lambd": 16.0}
+    options = {"lambd_schedule": "rising", "init_from": tmp_path / "first", "epochs": 2, "lambd": 16.0}
     train(small(tmp_path / "whole", **options))
     interrupt_at(STEPS_PER_EPOCH + 1, small(tmp_path / "broken", **options))
     shutil.rmtree(tmp_path / "first")
@@ -213,13 +208,24 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_resuming_with_other_options_is_refused_by_name(tmp_path: Path) -> None:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none"))
-    with pytest.raises(ConfigError, match=r"--lr \(was 0\.05, got 0\.1\), --momentum \(was 0\.9, got 0\.5\)"):
-        resume(tmp_path / "run", momentum=0.5, lr=0.1)
+    with pytest.raises(UsageError, match=r"--lr \(was 0\.05, got 0\.1\), --sgd-momentum \(was 0\.9, got 0\.5\)"):
+        resume(tmp_path / "run", sgd_momentum=0.5, lr=0.1)
 
 
 def test_resuming_with_an_option_that_says_where_to_compute_is_allowed(tmp_path: Path) -> None:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", epochs=2))
     resume(tmp_path / "run", device="auto", backend="eager", download=True)
+    assert read_summary(tmp_path / "run") is not None
+
+
+def test_resuming_where_the_device_of_before_is_missing_is_allowed(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", surrogate="none", epochs=2)
+    interrupt_at(STEPS_PER_EPOCH, config)
+    path = tmp_path / "run" / "last.pt"
+    content = checkpoints.load(path)
+    content["config"]["device"] = "cuda:99"
+    checkpoints.save(path, content)
+    resume(tmp_path / "run")
     assert read_summary(tmp_path / "run") is not None
 
 
@@ -233,14 +239,14 @@ def test_resuming_on_the_same_data_elsewhere_is_allowed(tmp_path: Path) -> None:
 def test_resuming_on_other_images_is_refused(tmp_path: Path) -> None:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", **folder(tmp_path / "images")))
     folder(tmp_path / "others", seed=1)
-    with pytest.raises(ConfigError, match=r"on other data: checksum of the training images \(was \d+, got \d+\)$"):
+    with pytest.raises(UsageError, match=r"on other data: checksum of the training images \(was \d+, got \d+\)$"):
         resume(tmp_path / "run", data_root=tmp_path / "others")
 
 
 def test_resuming_on_other_test_images_is_refused_by_number(tmp_path: Path) -> None:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none", **folder(tmp_path / "images")))
     next((tmp_path / "images" / "test").glob("*/*.png")).unlink()
-    with pytest.raises(ConfigError, match=r"on other data: test images \(was 4, got 3\)$"):
+    with pytest.raises(UsageError, match=r"on other data: test images \(was 4, got 3\)$"):
         resume(tmp_path / "run")
 
 
@@ -254,7 +260,7 @@ def test_moved_run_can_be_resumed(tmp_path: Path) -> None:
 def test_new_run_on_top_of_an_interrupted_one_is_refused_with_the_command_to_resume(tmp_path: Path) -> None:
     config = small(tmp_path / "run", surrogate="none")
     interrupt_at(STEPS_PER_EPOCH, config)
-    with pytest.raises(ConfigError, match=r"python -m cem\.train --resume"):
+    with pytest.raises(UsageError, match=r"python -m cem\.train --resume"):
         Trainer(config)
 
 
@@ -276,5 +282,5 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "run", surrogate="none"))
     interrupt_at(STEPS_PER_EPOCH, small(tmp_path / "other", surrogate="none", seed=1))
     shutil.copy(tmp_path / "other" / "last.pt", tmp_path / "run" / "last.pt")
-    with pytest.raises(ConfigError, match=r"--seed \(was 1, got 0\)"):
+    with pytest.raises(UsageError, match=r"--seed \(was 1, got 0\)"):
         resume(tmp_path / "run")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import warnings
 from pathlib import Path
 
 import pytest
 
-from cem.training.runlog import COLUMNS, run_log, write_json, write_metrics
+from cem.training.runlog import COLUMNS, run_log, write_metrics
 
 
 def test_log_lines_go_to_the_file_and_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,8 +71,10 @@ def test_metrics_table_replaces_the_one_before(tmp_path: Path) -> None:
     assert tuple(table[0]) == COLUMNS
 
 
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "summary.json", {"a": 1})
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "summary.json", {"a": float("nan")})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
+def test_metrics_table_has_a_column_for_what_only_some_epochs_have(tmp_path: Path) -> None:
+    early = dict.fromkeys(COLUMNS, 1)
+    write_metrics(tmp_path / "metrics.csv", [early, early | {"mixture.information_nats": 2}])
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert tuple(table[0]) == (*COLUMNS, "mixture.information_nats")
+    assert [row["mixture.information_nats"] for row in table] == ["", "2"]

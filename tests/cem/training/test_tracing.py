@@ -5,26 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import GAIN, weights
 from torch import Tensor
 
 from cem.training import TrainConfig, train
-from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
 
-REGIONS = ("encoder forward", "server", "surrogate", "encoder backward", "optimizer")
+REGIONS = ("encoder forward", "server", "surrogate", "defenses.gain", "encoder backward", "optimizer")
 STEPS_PER_EPOCH = 3
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "draw_tsne", lambda *_, **__: None)
-    monkeypatch.setattr(trainer_module, "draw_curves", lambda *_, **__: None)
 
 
 def config(out: Path, **options: Any) -> TrainConfig:
@@ -43,13 +38,29 @@ def steps(run_dir: Path) -> list[int]:
     return sorted(int(name.split("#")[1]) for name in regions(run_dir) if name.startswith("ProfilerStep#"))
 
 
-def weights(run_dir: Path) -> list[Tensor]:
-    content = checkpoints.load(run_dir / "last.pt")
-    return [tensor for part in ("encoder", "server", "surrogate") for tensor in content[part].values()]
+def parts(run_dir: Path) -> list[Tensor]:
+    return weights(run_dir, "encoder", "server", "surrogate")
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let Ctrl-C come in the middle of a step, counted from 0."""
+    inject, calls = trainer_module.INJECTIONS["combined"], []
+
+    def arrange(step: int) -> None:
+        def interrupted(*args: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == step + 1:
+                raise KeyboardInterrupt
+            return inject(*args, **options)
+
+        monkeypatch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
+
+    return arrange
 
 
 def test_trace_shows_the_regions_of_every_step(tmp_path: Path) -> None:
-    found = regions(train(config(tmp_path / "run", profile_steps=2)))
+    found = regions(train(config(tmp_path / "run", profile_steps=2, defenses=(GAIN,))))
     assert {name: found[name] for name in REGIONS} == dict.fromkeys(REGIONS, 2)
 
 
@@ -79,41 +90,24 @@ def test_where_few_steps_are_left_the_trace_holds_what_there_is(tmp_path: Path, 
 
 def test_traced_run_has_the_numbers_of_one_that_is_not(tmp_path: Path) -> None:
     plain, traced = train(config(tmp_path / "plain")), train(config(tmp_path / "traced", profile_steps=2))
-    assert all(map(torch.equal, weights(plain), weights(traced)))
+    assert all(map(torch.equal, parts(plain), parts(traced)))
     assert not (plain / "trace.json.gz").exists()
 
 
 def test_resumed_run_is_traced_and_goes_on_with_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, interrupt_at: Callable[[int], None]
 ) -> None:
     whole, broken = train(config(tmp_path / "whole")), config(tmp_path / "broken")
-    inject, calls = trainer_module.INJECTIONS["combined"], []
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) > STEPS_PER_EPOCH + 1:
-            raise KeyboardInterrupt
-        return inject(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
+    interrupt_at(STEPS_PER_EPOCH + 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken)
     resumed = train(replace(broken, profile_steps=1), resume=True)
     assert steps(resumed) == [3]
-    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    assert all(map(torch.equal, parts(whole), parts(resumed)))
 
 
-def test_interrupted_run_leaves_the_steps_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inject, calls = trainer_module.INJECTIONS["combined"], []
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) > STEPS_PER_EPOCH + 2:
-            raise KeyboardInterrupt
-        return inject(*args, **options)
-
-    monkeypatch.setitem(trainer_module.INJECTIONS, "combined", interrupted)
+def test_interrupted_run_leaves_the_steps_until_then(tmp_path: Path, interrupt_at: Callable[[int], None]) -> None:
+    interrupt_at(STEPS_PER_EPOCH + 2)
     with pytest.raises(KeyboardInterrupt):
         train(config(tmp_path / "run", profile_steps=6, penalty_from=1))
     assert regions(tmp_path / "run")["optimizer"] == 2

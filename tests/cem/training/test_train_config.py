@@ -1,20 +1,20 @@
-"""Options of a run: defaults, ranges, and the way to YAML and back."""
+"""Options of a run: defaults, what goes together, the run's directory, and what another run's may differ in."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
+from small_runs import GAIN, Gain, Scale, surrogate
 
 from cem.data import DATASETS
-from cem.options import ConfigError, resolve_device
+from cem.errors import UsageError
+from cem.options import hints
 from cem.surrogates import SURROGATES
-from cem.surrogates.build import ORIGINAL
-from cem.training.config import TrainConfig, changed_options
+from cem.training.config import TrainConfig, changed_options, without_penalty
 from cem_kernels import BACKENDS, backends
 
 EVERY_OPTION = TrainConfig(
@@ -28,38 +28,20 @@ EVERY_OPTION = TrainConfig(
     arch="vgg11",
     cut_layer=3,
     bottleneck="none",
-    noise_std=0.025,
     centralized=True,
-    surrogate="gmm",
+    surrogate="mixture",
     lambd=8.0,
     lambd_schedule="constant",
     penalty_from=5,
-    var_threshold=0.125,
-    measure="enhanced",
-    penalty="hinge",
-    hinge="softplus",
-    threshold="ramp",
-    threshold_value=0.01,
-    threshold_quantile=0.25,
-    eps_var=1e-6,
-    gamma=0.02,
-    anchor=0.9,
-    memory_bank=64,
-    tokens="spatial",
-    reduce="conv1x1",
-    num_slots=4,
-    surrogate_policy="separate",
-    surrogate_objective="likelihood",
-    surrogate_lr=3e-5,
-    reduce_dim=0,
-    gmm_fit="full",
     injection="two_pass",
     backend="eager",
     capture=True,
+    noise_std=0.025,
+    defenses=("noise",),
     epochs=240,
     batch_size=64,
     lr=0.01,
-    momentum=0.5,
+    sgd_momentum=0.5,
     weight_decay=1e-6,
     warmup_epochs=2.5,
     amp=True,
@@ -68,80 +50,35 @@ EVERY_OPTION = TrainConfig(
     device="cpu",
     out=Path("runs/here"),
     profile_steps=5,
+    members={"mixture": SURROGATES["mixture"].Options(clusters=3)},
 )
 
 
+def with_options(name: str, **options: Any) -> TrainConfig:
+    """The defaults, under this surrogate with these options of its own."""
+    return TrainConfig(surrogate=name, members={name: SURROGATES[name].Options(**options)})
+
+
 def test_defaults_are_valid() -> None:
-    TrainConfig().validate()
+    checked = TrainConfig().checked()
+    assert checked == replace(TrainConfig(), members={"centroid": SURROGATES["centroid"].Options()})
 
 
-@pytest.mark.parametrize(("name", "offered"), [("data", DATASETS), ("surrogate", SURROGATES), ("backend", BACKENDS)])
-def test_choices_are_those_that_the_library_offers(name: str, offered: tuple[str, ...]) -> None:
-    assert get_args(get_type_hints(TrainConfig)[name]) == offered
+def test_backends_are_those_that_the_operators_have() -> None:
+    assert get_args(hints(TrainConfig)["backend"]) == BACKENDS
+
+
+def test_data_set_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(UsageError, match=f"--data must be one of {', '.join(DATASETS)}, got 'imagenet'"):
+        TrainConfig(data="imagenet").checked()
 
 
 def test_yaml_gives_back_every_option(tmp_path: Path) -> None:
     default = TrainConfig()
-    unchanged = [f.name for f in fields(TrainConfig) if getattr(EVERY_OPTION, f.name) == getattr(default, f.name)]
+    unchanged = [name for name in hints(TrainConfig) if getattr(EVERY_OPTION, name) == getattr(default, name)]
     assert unchanged == [], "the example must differ from the default in every option"
     EVERY_OPTION.to_yaml(tmp_path / "config.yaml")
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == EVERY_OPTION
-
-
-def test_yaml_gives_back_the_defaults(tmp_path: Path) -> None:
-    TrainConfig().to_yaml(tmp_path / "config.yaml")
-    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == TrainConfig()
-
-
-def test_options_absent_from_yaml_keep_their_defaults(tmp_path: Path) -> None:
-    (tmp_path / "short.yaml").write_text("epochs: 3\n")
-    assert TrainConfig.from_yaml(tmp_path / "short.yaml") == TrainConfig(epochs=3)
-
-
-def test_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "typo.yaml").write_text("lambda: 3\n")
-    with pytest.raises(ConfigError, match=r"typo\.yaml: unknown option lambda; .*lambd"):
-        TrainConfig.from_yaml(tmp_path / "typo.yaml")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("epochs", 2.5, "a whole number"),
-        ("epochs", True, "a whole number"),
-        ("lr", "fast", "a number"),
-        ("lr", True, "a number"),
-        ("augment", 1, "true or false"),
-        ("arch", 18, "text"),
-        ("data_root", 3, "a path"),
-        ("surrogate", "kmeans", "one of attention, gmm, none"),
-        ("train_size", "all", "a whole number or nothing"),
-        ("seed", None, "a whole number"),
-    ],
-)
-def test_wrong_type_is_refused_with_option_and_value(name: str, value: object, expected: str) -> None:
-    with pytest.raises(ConfigError, match="--" + name.replace("_", "-")) as error:
-        TrainConfig.from_dict({name: value})
-    assert expected in str(error.value)
-    assert repr(value) in str(error.value)
-
-
-def test_scientific_notation_without_point_is_a_number(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("surrogate_lr: 1e-4\n")
-    assert isinstance(yaml.safe_load("1e-4"), str), "the reason for this test"
-    assert TrainConfig.from_yaml(tmp_path / "config.yaml").surrogate_lr == 1e-4
-
-
-@pytest.mark.parametrize("content", ["- epochs\n", "epochs\n", "", "a: [1\n"])
-def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
-        TrainConfig.from_yaml(tmp_path / "config.yaml")
-
-
-def test_missing_yaml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read options from"):
-        TrainConfig.from_yaml(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
@@ -150,198 +87,181 @@ def test_missing_yaml_is_refused(tmp_path: Path) -> None:
         ("epochs", 0),
         ("batch_size", 0),
         ("train_size", 0),
+        ("image_size", 0),
         ("cut_layer", 0),
+        ("penalty_from", 0),
         ("lambd", -1.0),
         ("lambd", float("nan")),
         ("noise_std", float("inf")),
-        ("reduce_dim", -1),
-        ("memory_bank", -1),
-        ("anchor", 1.0),
-        ("anchor", -0.1),
-        ("num_slots", 0),
-        ("threshold_value", 0.0),
-        ("threshold_quantile", 1.0),
-        ("eps_var", 0.0),
-        ("gamma", 0.0),
         ("lr", 0.0),
-        ("surrogate_lr", -1e-4),
-        ("momentum", 1.0),
-        ("warmup_epochs", 1000.0),
+        ("sgd_momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("warmup_epochs", -1.0),
         ("seed", 2**32),
         ("num_workers", -1),
         ("profile_steps", -1),
     ],
 )
 def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be .* got {value}"):
-        replace(TrainConfig(), **{name: value}).validate()
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be .* got {value}"):
+        replace(TrainConfig(), **{name: value}).checked()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("centroid", {"momentum": 1.0}),
+        ("mixture", {"clusters": 0}),
+        ("mixture", {"var_threshold": -1.0}),
+        ("mixture", {"gamma": 0.0}),
+        ("attention", {"num_slots": 0}),
+        ("attention", {"var_threshold": -1.0}),
+        ("attention", {"threshold": 0.0}),
+        ("attention", {"ramp_from": 0.0}),
+        ("attention", {"eps_var": 0.0}),
+        ("attention", {"gamma": 0.0}),
+        ("attention", {"dropout": 1.0}),
+        ("attention", {"trained": -1e-4}),
+    ],
+)
+def test_option_of_a_surrogate_out_of_range_is_refused_with_the_surrogates_name(
+    name: str, options: dict[str, float]
+) -> None:
+    ((option, value),) = options.items()
+    with pytest.raises(UsageError, match=rf"--{name}\.{option.replace('_', '-')} must be .* got {value}"):
+        with_options(name, **options).checked()
+
+
+@pytest.mark.parametrize("reduction", ["conv", "linear0", "linear1.5", "pca8"])
+def test_reduction_that_cannot_be_read_is_refused(reduction: str) -> None:
+    with pytest.raises(UsageError, match=r"--attention\.reduction takes auto, none, linearN or convN, got"):
+        with_options("attention", reduction=reduction).checked()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"surrogate": "gmm"}, "only the attention surrogate can be captured, got gmm"),
-        ({"surrogate": "none"}, "only the attention surrogate can be captured, got none"),
-        ({"anchor": 0.0, "num_slots": 8}, "takes --measure enhanced, or --measure slots with one slot"),
+        ({"surrogate": "none"}, "without a penalty there is nothing to capture, got --lambd 0"),
         ({"lambd": 0.0}, "without a penalty there is nothing to capture, got --lambd 0"),
         ({"injection": "two_pass"}, "takes --injection combined, got two_pass"),
-        ({"backend": "eager", **ORIGINAL}, "takes --backend auto or triton, got eager: .* waits"),
-        ({"backend": "eager", "anchor": 0.0}, "takes --backend auto or triton, got eager: .* waits"),
-        ({"backend": "reference"}, "takes --backend auto, triton or eager, got reference: .* waits"),
         ({}, "needs a CUDA device, got cpu"),
+        ({"surrogate": "none", "defenses": (GAIN,)}, "needs a CUDA device, got cpu"),
     ],
 )
 def test_capture_of_what_cannot_be_captured_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"--capture:? {message}"):
-        replace(TrainConfig(capture=True, device="cpu"), **options).validate()
-
-
-def test_an_objective_of_its_own_takes_the_combined_injection() -> None:
-    with pytest.raises(ConfigError, match="--surrogate-objective likelihood takes --injection combined, got two_pass"):
-        TrainConfig(num_slots=8, anchor=0.0, surrogate_objective="likelihood", injection="two_pass").validate()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"surrogate_policy": "separate"},
-        {"surrogate_objective": "likelihood"},
-        {"reduce_dim": 16},
-        {"reduce": "conv1x1", "reduce_dim": 4},
-    ],
-)
-def test_options_of_parameters_are_refused_where_there_are_none(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--measure slots --num-slots 1 has no parameters"):
-        TrainConfig(**options).validate()
-
-
-@pytest.mark.parametrize("options", [{"measure": "enhanced"}, {"num_slots": 8}, {"memory_bank": 64}])
-def test_what_running_centroids_do_not_go_with_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--anchor goes with .* give --anchor 0, for the original --preset seed, got --anchor 0\.99"
-    ):
-        TrainConfig(**options).validate()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"noise_std": 0.0},
-            "counts what crosses the noise, so --noise-std must be above 0, got 0; without noise give",
-        ),
-        (
-            {"threshold": "ramp"},
-            "has neither --threshold nor --hinge: give --penalty hinge with them, got --threshold ramp",
-        ),
-        ({"hinge": "softplus"}, "has neither .* got --threshold coupled --hinge softplus"),
-    ],
-)
-def test_entropy_without_noise_and_with_what_it_does_not_have_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"--penalty entropy {message}"):
-        TrainConfig(**options).validate()
-    TrainConfig(**options, penalty="hinge").validate()
-    TrainConfig(**options, surrogate="gmm").validate()
-    TrainConfig(**options, lambd=0.0).validate()
-
-
-@pytest.mark.parametrize("options", [{}, ORIGINAL, {"anchor": 0.0}])
-def test_triton_on_the_cpu_is_refused_before_anything_is_built(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = TrainConfig(backend="triton", device="cpu", **options)
-    config.validate()  # the tests run Triton's interpreter
-    monkeypatch.setattr(backends, "INTERPRETING", False)
-    with pytest.raises(ConfigError, match=r"--backend triton needs a CUDA device, got cpu"):
-        config.validate()
-
-
-def test_triton_is_refused_for_what_has_no_kernels() -> None:
-    with pytest.raises(ConfigError, match=r"no kernel for the variance around several slots, .* give --backend auto"):
-        TrainConfig(backend="triton", device="cpu", num_slots=8, anchor=0.0).validate()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reduce": "conv1x1"}, "--reduce conv1x1 needs --reduce-dim, a number of channels, got None"),
-        (
-            {"measure": "slots", "threshold": "quantile"},
-            "--threshold quantile follows the variances of classes, .* give --measure enhanced",
-        ),
-        (
-            {"measure": "slots", "surrogate_policy": "separate"},
-            "--surrogate-policy separate give --surrogate-objective likelihood or reconstruction, got penalty",
-        ),
-    ],
-)
-def test_what_the_surrogate_cannot_be_built_with_is_refused_by_option(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TrainConfig(**{**ORIGINAL, **options}).validate()
+    with pytest.raises(UsageError, match=f"--capture:? {message}"):
+        replace(TrainConfig(capture=True, device="cpu"), **options).checked()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
 def test_capture_on_a_device_chosen_automatically_is_refused_with_the_choice() -> None:
-    with pytest.raises(ConfigError, match=r"got cpu \(--device auto\)"):
-        TrainConfig(capture=True).validate()
+    with pytest.raises(UsageError, match=r"got cpu \(--device auto\)"):
+        TrainConfig(capture=True).checked()
 
 
-def test_validate_turns_text_into_the_path_it_names() -> None:
-    config = TrainConfig(out="runs/a")  # type: ignore[arg-type]
-    config.validate()
-    assert config.run_dir == Path("runs/a")
+@pytest.mark.parametrize("name", ["centroid", "attention"])
+def test_triton_on_the_cpu_is_refused_before_anything_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(surrogate=name, backend="triton", device="cpu")
+    monkeypatch.setattr(backends, "INTERPRETING", True)
+    config.checked()
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    with pytest.raises(UsageError, match=r"--backend triton needs a CUDA device, got cpu"):
+        config.checked()
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", ""])
-def test_device_that_cannot_be_used_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match="--device"):
-        resolve_device(device)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1}, "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2"),
+        ({"warmup_epochs": 21.0}, "--warmup-epochs must be at most --epochs 20, got 21"),
+        ({"centralized": True, "defenses": (GAIN,)}, f"--centralized has no cut for --defenses {GAIN}"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**options).checked()
 
 
-def test_cuda_device_beyond_the_last_is_refused() -> None:
-    with pytest.raises(ConfigError, match=f"--device cuda:99: PyTorch sees {torch.cuda.device_count()} CUDA"):
-        resolve_device("cuda:99")
+def test_run_without_a_penalty_may_be_shorter_than_its_beginning() -> None:
+    TrainConfig(surrogate="none", epochs=1).checked()
+    TrainConfig(lambd=0.0, epochs=1).checked()
 
 
-def test_run_directory_is_named_after_what_tells_runs_apart() -> None:
-    config = TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3)
-    assert config.run_dir == Path("runs/digits-resnet20-gmm-lambd8-noise0.025-seed3")
+@pytest.mark.parametrize("name", list(SURROGATES))
+def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name: str) -> None:
+    resolved, member = TrainConfig(surrogate=name).resolved(), SURROGATES[name]
+    assert (resolved.lambd, resolved.lambd_schedule) == (member.Options.weight, member.schedule)
+    given = TrainConfig(surrogate=name, lambd=3.0, lambd_schedule="rising")
+    assert given.resolved() == given
 
 
 def test_no_penalty_without_weight_or_surrogate() -> None:
     assert TrainConfig().penalized
     assert not TrainConfig(lambd=0.0).penalized
     assert not TrainConfig(surrogate="none").penalized
+    assert not TrainConfig(surrogate="none", lambd=3.0).penalized
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (
+            TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3),
+            "digits-resnet20-mixture-lambd8-noise0.025-seed3",
+        ),
+        (TrainConfig(), "digits-resnet20-centroid-lambd0.5-noise0.1-seed0"),
+        (TrainConfig(surrogate="none"), "digits-resnet20-none-noise0.1-seed0"),
+        (with_options("centroid", momentum=0.97), "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.1-seed0"),
+        (
+            TrainConfig(surrogate=surrogate(Scale), defenses=(GAIN,), members={"gain": Gain.Options(factor=3.0)}),
+            "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.1-seed0",
+        ),
+        (
+            TrainConfig(surrogate="none", data="svhn", arch="vgg11", defenses=("noise",)),
+            "svhn-vgg11-none-noise-noise0.1-seed0",
+        ),
+    ],
+)
+def test_run_directory_is_named_after_what_tells_runs_apart(config: TrainConfig, name: str) -> None:
+    assert config.run_dir == Path("runs") / name
+
+
+def test_run_directory_that_is_asked_for_is_taken_as_it_is() -> None:
+    assert TrainConfig(out="a/b").checked().run_dir == Path("a/b")  # type: ignore[arg-type]
 
 
 def test_changed_options_name_what_would_change_the_numbers() -> None:
     before = TrainConfig()
-    elsewhere = replace(before, device="cpu", backend="eager", capture=True, profile_steps=3, out=Path("x"))
+    elsewhere = replace(before, device="cpu", backend="eager", profile_steps=3, out=Path("x"))
     assert changed_options(before, elsewhere) == []
     assert changed_options(before, replace(elsewhere, lr=0.1)) == ["--lr (was 0.05, got 0.1)"]
 
 
-@pytest.mark.parametrize(
-    ("surrogate", "options"),
-    [
-        ("none", {"measure": "enhanced", "var_threshold": 0.2, "gmm_fit": "full", "lambd": 2.0}),
-        ("gmm", {"measure": "enhanced", "anchor": 0.5, "num_slots": 4, "reduce_dim": 8}),
-        ("attention", {"gmm_fit": "full"}),
-    ],
-)
-def test_options_that_a_surrogate_does_not_have_change_no_numbers(surrogate: Any, options: dict[str, Any]) -> None:
-    plain = TrainConfig(surrogate=surrogate)
-    assert changed_options(plain, replace(plain, **options)) == []
+def test_where_a_run_was_before_need_not_be_here() -> None:
+    before = TrainConfig(device="cuda:99", capture=True)
+    assert changed_options(before, replace(before, device="cpu", capture=False)) == []
 
 
-def test_options_that_a_surrogate_has_change_its_numbers() -> None:
+def test_options_of_members_change_the_numbers() -> None:
+    assert changed_options(TrainConfig(), with_options("centroid", momentum=0.5)) == [
+        "--centroid.momentum (was 0.99, got 0.5)"
+    ]
+    before = TrainConfig(surrogate="none", defenses=(GAIN,))
+    assert changed_options(before, replace(before, members={"gain": Gain.Options(weight=1.0)})) == [
+        "--gain.weight (was 0.25, got 1.0)"
+    ]
+
+
+def test_another_name_of_a_surrogate_and_options_that_are_its_own_change_nothing() -> None:
+    own = replace(with_options("mixture"), lambd=16.0, lambd_schedule="rising")
+    assert changed_options(TrainConfig(surrogate="gmm"), own) == []
+
+
+def test_without_surrogate_it_still_matters_when_the_penalty_begins() -> None:
     # Before it no epoch is the best one, whatever is penalized.
-    assert changed_options(TrainConfig(surrogate="none"), TrainConfig(surrogate="none", penalty_from=3)) != []
-    for surrogate in ("gmm", "attention"):
-        plain = TrainConfig(surrogate=surrogate)
-        assert changed_options(plain, replace(plain, var_threshold=0.2)) == ["--var-threshold (was 0.1, got 0.2)"]
-        assert changed_options(plain, replace(plain, lambd=2.0)) != []
-    assert changed_options(TrainConfig(), TrainConfig(anchor=0.5)) == ["--anchor (was 0.99, got 0.5)"]
+    assert changed_options(TrainConfig(surrogate="none"), TrainConfig(surrogate="none", penalty_from=3)) == [
+        "--penalty-from (was 2, got 3)"
+    ]
 
 
 def test_workers_change_the_numbers_of_a_run_with_augmentation_only() -> None:
@@ -350,3 +270,10 @@ def test_workers_change_the_numbers_of_a_run_with_augmentation_only() -> None:
     assert changed_options(augmented, replace(augmented, num_workers=2)) == [
         "--num-workers (was 0, got 2; with --augment, worker processes draw other random numbers)"
     ]
+
+
+def test_run_without_its_penalty_differs_in_nothing_else() -> None:
+    before = replace(with_options("mixture", clusters=3), defenses=(GAIN,), lr=0.1, lambd=2.0, backend="eager")
+    before = replace(before, members={**before.members, "gain": Gain.Options(weight=1.0)})
+    expected = TrainConfig(surrogate="none", defenses=(GAIN,), lr=0.1, members={"gain": Gain.Options(weight=1.0)})
+    assert without_penalty(before) == expected

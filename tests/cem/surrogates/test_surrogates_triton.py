@@ -1,4 +1,4 @@
-"""The whole attention surrogate in Triton: compiled on a CUDA device, elsewhere in Triton's interpreter."""
+"""Whole surrogates in Triton: compiled on a CUDA device, elsewhere in Triton's interpreter."""
 
 import copy
 import importlib
@@ -14,8 +14,10 @@ OPERATORS = ("slot_attention", "cross_attention", "class_variance", "centroid_va
 kernels = {name: importlib.import_module(f"cem_kernels.{name}.triton") for name in OPERATORS}
 
 
-def surrogate(backend: str, feature_dim: int = 32, **options) -> cem.SlotCrossAttentionCEM:
+def surrogate(backend: str, feature_dim: int = 32, reduced: int | None = None, **options) -> cem.SlotCrossAttentionCEM:
     torch.manual_seed(0)
+    if reduced is not None:
+        options["reduction"], feature_dim = cem.linear_reduction(feature_dim, reduced), reduced
     options = {"num_slots": 4, "reg_strength": 0.5, "num_classes": 6, **options}
     return cem.SlotCrossAttentionCEM(feature_dim, backend=backend, **options).to(DEVICE)
 
@@ -28,7 +30,7 @@ def batch(samples: int = 20, width: int = 32, seed: int = 0) -> tuple[Tensor, Te
     return torch.randn(samples, width, generator=generator).to(DEVICE), labels.to(DEVICE)
 
 
-def results(module: cem.SlotCrossAttentionCEM, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def results(module: cem.Surrogate, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Both losses, and the gradients of their sum to the features and to every parameter."""
     x = features.detach().requires_grad_()
     rob_loss, intra_mse = module(x, labels)
@@ -42,8 +44,8 @@ def results(module: cem.SlotCrossAttentionCEM, features: Tensor, labels: Tensor)
     [
         {},
         {"num_slots": 8, "num_heads": 8},
-        {"reduce_dim": 16},
-        {"tokens": "spatial", "feature_shape": (16, 2, 3), "feature_dim": 96, "num_iterations": 2},
+        {"reduced": 16},
+        {"spatial": True, "feature_dim": 16, "num_iterations": 2},
     ],
     ids=["flat", "eight slots and heads", "reduced", "spatial"],
 )
@@ -51,7 +53,8 @@ def test_loss_and_all_gradients_are_those_of_the_reference(options):
     exact = surrogate("reference", **options).double().eval()
     module = surrogate("triton", **options).eval()
     module.load_state_dict(exact.state_dict())
-    features, labels = batch(width=options.get("feature_dim", 32))
+    features, labels = batch(width=96 if "spatial" in options else 32)
+    features = features.view(-1, 16, 2, 3) if "spatial" in options else features
     found, want = results(module, features, labels), results(exact, features.double(), labels)
     largest = max(float(tensor.norm()) for tensor in want.values())
     for name, tensor in want.items():
@@ -61,7 +64,7 @@ def test_loss_and_all_gradients_are_those_of_the_reference(options):
         )
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, module: cem.SlotCrossAttentionCEM, *inputs: Tensor) -> list[str]:
+def launches(monkeypatch: pytest.MonkeyPatch, module: cem.Surrogate, *inputs: Tensor) -> list[str]:
     """Names of the kernels that one forward and backward launch."""
     names = []
     for operator in kernels.values():
@@ -75,26 +78,26 @@ def launches(monkeypatch: pytest.MonkeyPatch, module: cem.SlotCrossAttentionCEM,
     return names
 
 
-RECOMMENDED = {"measure": "slots", "num_slots": 1, "anchor": 0.95, "penalty": "entropy"}
+def centroid(backend: str) -> cem.CentroidCEM:
+    return cem.CentroidCEM(32, 6, 0.5, momentum=0.95, backend=backend).to(DEVICE)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_recommended_surrogate_is_that_of_the_reference_batch_after_batch(training):
-    exact, module = surrogate("reference", **RECOMMENDED).double(), surrogate("triton", **RECOMMENDED)
+def test_centroids_are_those_of_the_reference_batch_after_batch(training):
+    exact, module = centroid("reference").double().train(training), centroid("triton").train(training)
     for seed in range(3):
         features, labels = batch(seed=seed)
-        found = results(module.train(training), features, labels)
-        want = results(exact.train(training), features.double(), labels)
+        found, want = results(module, features, labels), results(exact, features.double(), labels)
         for name, tensor in want.items():
             torch.testing.assert_close(found[name].double(), tensor, rtol=2e-5, atol=1e-7)
     for name, state in exact.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name].double(), state.double(), rtol=2e-5, atol=1e-7)
-    assert bool(module.anchors.batches.any()) is training
+    assert bool(module.batches.any()) is training
 
 
-@pytest.mark.parametrize("anchor", [0.95, 0.0])
-def test_the_recommended_surrogate_is_two_launches(monkeypatch, anchor):
-    assert len(launches(monkeypatch, surrogate("triton", **{**RECOMMENDED, "anchor": anchor}), *batch())) == 2
+@pytest.mark.parametrize("training", [True, False])
+def test_centroids_are_two_launches(monkeypatch, training):
+    assert len(launches(monkeypatch, centroid("triton").train(training), *batch())) == 2
 
 
 def test_forward_and_backward_are_seven_launches(monkeypatch):
@@ -119,7 +122,7 @@ def test_half_precision_features_keep_the_spread_inside_their_class():
     center = torch.randn(6, 32, generator=generator).to(DEVICE)
     spread = 0.05 * torch.randn(60, 32, generator=generator).to(DEVICE)
     narrow = (center[labels] + spread).bfloat16()  # what is left inside a class when training succeeds
-    module = surrogate("triton", hinge="identity").eval()
+    module = surrogate("triton", threshold=1e-5, eps_var=1e-6).eval()
     found, want = (results(module, x, labels)["gradient of features"].float() for x in (narrow, narrow.float()))
     assert float((found - want).norm() / want.norm()) < 0.02  # products round by 0.4 %
 
@@ -147,7 +150,7 @@ def test_compiles_as_one_graph_without_a_bound_on_class_sizes():
 
 
 def test_only_tokens_and_the_result_are_saved_of_what_is_as_large_as_the_tokens():
-    module = surrogate("triton", tokens="spatial", feature_shape=(32, 8, 8), feature_dim=2048, num_iterations=1)
+    module = surrogate("triton", spatial=True, num_iterations=1)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20, 32, 8, 8, generator=generator).to(DEVICE).requires_grad_()
     saved = {}

@@ -1,0 +1,37 @@
+"""What a user can mend: commands turn these errors, and no others, into one line."""
+
+from __future__ import annotations
+
+
+class CemError(Exception):
+    """Base of all errors that a user can mend; the message says what was expected and what came.
+
+    Example::
+
+        >>> import cem
+        >>> try:
+        ...     cem.SURROGATES["centriod"]
+        ... except cem.CemError as error:
+        ...     print(error)
+        --surrogate takes none, mixture, attention, centroid, or package.module:Class for one of yours, got 'centriod'
+    """
+
+
+class UsageError(CemError, ValueError):
+    """An option or an argument cannot be used as given; the message names it."""
+
+
+class DataError(CemError, ValueError):
+    """A data set is not there, or cannot be read; the message names the file."""
+
+
+class CheckpointError(CemError):
+    """A file of a run is missing, damaged, or another run's; the message names it."""
+
+
+class BackendError(CemError):
+    """The backend that was asked for by name cannot compute what it should."""
+
+
+class DivergedError(CemError):
+    """A training, of a target or of an attacker, has left what numbers can hold; the message names the epoch."""

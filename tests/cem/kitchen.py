@@ -1,0 +1,111 @@
+"""Options of an oven and of a pizza, whose sauce and toppings are members of families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from cem.errors import UsageError
+from cem.options import Composed, Options, option
+from cem.terms import Family
+
+
+@dataclass(frozen=True)
+class Oven(Options):
+    """Of an oven.
+
+    Attributes:
+        degrees: How hot.
+        share: Part of the tray, 50 % if
+            nobody says.
+        fan: Whether it turns.
+        shelves: All of them.
+    """
+
+    degrees: float = option(180.0, least=0, most=300, group="heat")
+    share: float = option(0.5, above=0, below=1, group="room")
+    minutes: int = option(20, least=1)
+    seed: int = option(0, below=2**32)
+    trays: int | None = option(None, least=1)
+    fan: bool = option(False, group="heat")
+    heat: Literal["top", "bottom"] = option("top")
+    shelf: str = option("middle", names=lambda: ("low", "middle"))
+    shelves: tuple[str, ...] = option((), names=lambda: ("low", "middle"))
+    times: tuple[int, ...] = option((), least=1)
+    recipe: Path | None = option(None)  # noqa: RUF009 - it has a default as all the others
+    speed: float | Literal["slow"] = option("slow", above=0)
+
+    def check(self) -> None:
+        if self.fan and self.heat == "bottom":
+            raise UsageError("--fan takes --heat top")
+
+
+class Sauce:
+    name: ClassVar[str]
+    summary: ClassVar[str] = "what else"
+
+    @dataclass(frozen=True)
+    class Options(Options):
+        salt: float = option(1.0, least=0)
+
+
+class Tomato(Sauce):
+    name = "tomato"
+    summary = "red, of tomatoes"
+
+
+class Cream(Sauce):
+    name = "cream"
+
+    @dataclass(frozen=True)
+    class Options(Options):
+        """Of cream.
+
+        Attributes:
+            fat: Share of it.
+        """
+
+        fat: float = option(0.3, above=0)
+        kind: str = option("sweet", names=lambda: ("sweet", "sour"))
+
+
+class Plain(Sauce):
+    name = "plain"
+
+    @dataclass(frozen=True)
+    class Options(Options):
+        pass
+
+
+SAUCES: Family[Any] = Family("sauce", Sauce, aliases={"red": "tomato"})
+TOPPINGS: Family[Any] = Family("toppings", Sauce)
+for member in (Tomato, Cream, Plain):
+    SAUCES.register(member)
+
+
+@TOPPINGS.register
+class Basil(Sauce):
+    name = "basil"
+
+
+@TOPPINGS.register
+class Olives(Sauce):
+    name = "olives"
+
+
+@dataclass(frozen=True)
+class Pizza(Composed):
+    """Of a pizza.
+
+    Attributes:
+        sauce: What is below.
+        toppings: What is above.
+    """
+
+    families: ClassVar[Mapping[str, Any]] = {"sauce": SAUCES, "toppings": TOPPINGS}
+
+    sauce: str = option("tomato")
+    toppings: tuple[str, ...] = option(())
+    size: int = option(30, least=1)

@@ -1,0 +1,156 @@
+"""Terms, and the families that surrogates and defenses come from."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+import cem
+from cem.errors import BackendError, UsageError
+from cem.terms import Family
+
+CONTEXT = cem.Context(feature_shape=(4, 2, 2), image_shape=(3, 8, 8), num_classes=5, noise_std=0.5)
+
+
+class Spread(cem.Surrogate):
+    name = "spread"
+
+    def measure(self, batch):
+        loss = batch.features.var()
+        return cem.Measured(loss, {"intra_mse": loss})
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """A module of the user's."""
+    module = types.ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    return module
+
+
+def family(*members):
+    made = Family("surrogate", cem.Surrogate, aliases={"narrow": "spread"})
+    for each in members:
+        made.register(each)
+    return made
+
+
+# families
+
+
+def test_the_surrogates_are_these():
+    assert list(cem.SURROGATES) == ["none", "mixture", "attention", "centroid"]
+    assert cem.SURROGATES["centroid"] is cem.CentroidCEM
+    assert cem.SURROGATES["attention"] is cem.SlotCrossAttentionCEM
+    assert cem.SURROGATES["mixture"] is cem.SURROGATES["gmm"] is cem.GaussianMixtureCEM
+
+
+def test_a_member_is_had_by_its_name_and_by_an_alias():
+    assert family(Spread)["spread"] is family(Spread)["narrow"] is Spread
+
+
+def test_a_member_may_be_registered_twice_but_no_other_under_its_name():
+    class Other(Spread):
+        pass
+
+    members = family(Spread, Spread)
+    with pytest.raises(ValueError, match=r"surrogate 'spread' is <class .*Spread'> already"):
+        members.register(Other)
+
+
+def test_register_decorates():
+    assert family().register(Spread) is Spread
+
+
+def test_a_family_says_what_it_has():
+    assert repr(family(Spread, cem.CentroidCEM)) == "Family('surrogate': spread, centroid)"
+
+
+@pytest.mark.parametrize("name", ["centriod", "", ":Spread", ".mine:Spread"])
+def test_an_unknown_name_is_refused_with_the_choices(name):
+    message = f"--surrogate takes spread, or package.module:Class for one of yours, got '{name}'"
+    with pytest.raises(UsageError, match=message):
+        family(Spread)[name]
+
+
+def test_a_class_is_had_by_its_module(mine):
+    mine.Spread = Spread
+    assert cem.SURROGATES["mine:Spread"] is Spread
+    assert "spread" not in cem.SURROGATES
+
+
+def test_a_member_may_be_named_by_its_module():
+    assert cem.SURROGATES["cem.surrogates:CentroidCEM"] is cem.CentroidCEM
+
+
+@pytest.mark.parametrize(("name", "message"), [("mine.deep:Spread", "mine"), ("mine:Spred", "Spred"), ("mine:", "''")])
+def test_a_class_that_is_not_there_is_refused(name, message, mine):
+    with pytest.raises(UsageError, match=f"--surrogate {name}: .*{message}"):
+        cem.SURROGATES[name]
+
+
+@pytest.mark.parametrize("other", [cem.GaussianNoise, cem.Surrogate, Spread(), 3], ids=repr)
+def test_what_cannot_be_a_member_is_refused(other, mine):
+    mine.Other = other
+    message = r"mine:Other must be a class derived from cem\.surrogates\.base\.Surrogate, with a name and Options, a data"
+    with pytest.raises(UsageError, match=message):
+        cem.SURROGATES["mine:Other"]
+
+
+def test_a_class_with_the_name_of_a_member_is_refused(mine):
+    mine.Mine = type("Mine", (Spread,), {"name": "centroid"})
+    with pytest.raises(UsageError, match=r"mine:Mine is called 'centroid', as <class .*CentroidCEM'> is"):
+        cem.SURROGATES["mine:Mine"]
+
+
+# building a member
+
+
+def test_build_makes_what_the_run_and_the_options_say():
+    module = cem.SURROGATES.build("centroid", CONTEXT, cem.CentroidCEM.Options(momentum=0.9))
+    assert (module.feature_dim, module.num_classes, module.noise_std, module.momentum) == (16, 5, 0.5, 0.9)
+
+
+def test_build_takes_default_options():
+    assert cem.SURROGATES.build("centroid", CONTEXT).momentum == cem.CentroidCEM.Options().momentum == 0.99
+
+
+def test_build_names_the_member_that_refuses_the_run():
+    quiet = cem.Context(feature_shape=(8,), image_shape=(3, 8, 8), num_classes=5, noise_std=0.0)
+    with pytest.raises(UsageError, match=r"--surrogate centroid: noise_std must be finite and positive, got 0\.0"):
+        cem.SURROGATES.build("centroid", quiet)
+
+
+def test_build_lets_a_usage_error_speak_for_itself():
+    class Picky(Spread):
+        @classmethod
+        def build(cls, options, context):
+            raise UsageError("no")
+
+    with pytest.raises(UsageError, match=r"^no$"):
+        family(Picky).build("spread", CONTEXT)
+
+
+def test_build_says_that_a_backend_is_not_to_be_had(monkeypatch):
+    monkeypatch.setattr("cem_kernels.backends.TRITON_INSTALLED", False)
+    context = cem.Context((8,), (3, 8, 8), num_classes=5, noise_std=0.1, backend="triton")
+    with pytest.raises(BackendError, match="backend='triton' needs the package triton"):
+        cem.SURROGATES.build("centroid", context)
+
+
+# terms
+
+
+def test_a_term_does_nothing_but_what_it_overrides():
+    term, z = cem.Term(), torch.randn(4, 3)
+    batch = cem.Batch(None, torch.zeros(4, dtype=torch.long), z, z)
+    assert (term.needs_images, term.capturable, term.needs_epoch_features) == (False, True, False)
+    assert (term.optimizers(), term.shared_parameters(), term.after_epoch(z, batch.labels)) == ({}, [], {})
+    assert term.before_epoch(0, 3) is term.before_step(batch) is term.assess(z, batch.labels) is None
+
+
+def test_a_term_that_measures_nothing_says_so():
+    z = torch.randn(4, 3)
+    with pytest.raises(NotImplementedError, match="Term does not say what it measures"):
+        cem.Term().measure(cem.Batch(None, torch.zeros(4, dtype=torch.long), z, z))
