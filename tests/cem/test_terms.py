@@ -93,7 +93,7 @@ def test_a_class_that_is_not_there_is_refused(name, message, mine):
 @pytest.mark.parametrize("other", [cem.GaussianNoise, cem.Surrogate, Spread(), 3], ids=repr)
 def test_what_cannot_be_a_member_is_refused(other, mine):
     mine.Other = other
-    message = r"mine:Other must be a class derived from cem\.surrogates\.base\.Surrogate, with a name and Options, a data"
+    message = r"mine:Other must be a class derived from cem\.surrogates\.base\.Surrogate, with a name and Options, a"
     with pytest.raises(UsageError, match=message):
         cem.SURROGATES["mine:Other"]
 
