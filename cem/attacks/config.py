@@ -9,8 +9,6 @@ from pathlib import Path
 from cem.errors import UsageError
 from cem.options import Options, differences, option, resolve_device
 
-DECODER_NAMES = "res_normN8C64 (N residual blocks of C channels, any numbers), deconvC64 (transposed convolutions only)"
-"""What decoder names look like, for messages and help."""
 LOSS_NAMES = ("mse", "l1", "ssim")
 
 _images = partial(option, group="what the attacker has")
@@ -100,7 +98,7 @@ def parse_attacker(name: str) -> tuple[str, str]:
     Raises:
         UsageError: there is no such decoder or loss.
     """
-    from cem.attacks.decoders import build_decoder
+    from cem.attacks.decoders import DECODER_NAMES, build_decoder
 
     decoder, _, loss = name.partition(":")
     loss = loss or "mse"

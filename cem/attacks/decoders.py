@@ -9,8 +9,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cem.attacks.config import DECODER_NAMES
 from cem.models.split import ImageShape
+
+DECODER_NAMES = "res_normN8C64 (N residual blocks of C channels, any numbers), deconvC64 (transposed convolutions only)"
+"""What decoder names look like, for messages."""
 
 SMALLEST_SIDE = 7  # pixels; flat features become a map of at most this size, and grow from there
 
@@ -24,7 +26,7 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     sides that no doubling hits are overshot and resized in the end.
 
     Args:
-        name: see :data:`~cem.attacks.config.DECODER_NAMES`.
+        name: see :data:`DECODER_NAMES`.
         feature_shape: ``(C, H, W)`` or ``(D,)``.
         image_shape: ``(C, H, W)``.
 

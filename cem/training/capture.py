@@ -13,7 +13,7 @@ import torch
 
 from cem.errors import UsageError
 from cem.terms import Batch, Term
-from cem.training.injection import Answer, gradients_of
+from cem.training.weighted import Answer, gradients_of
 
 T = TypeVar("T")
 WARM_UP = 3
@@ -24,7 +24,7 @@ WAITS = (
 
 
 class CapturedTerm:
-    """:func:`~cem.training.injection.gradients_of` for one term, replayed from a CUDA graph.
+    """:func:`~cem.training.weighted.gradients_of` for one term, replayed from a CUDA graph.
 
     Every replay draws random numbers of its own, and those that the ordinary way would have drawn: kernels in a graph
     take their place in PyTorch's generator from the device. Parameters are read where they lie, so optimizers and
@@ -60,7 +60,7 @@ class CapturedTerm:
         term.load_state_dict(before)  # in place: running moments have moved by what was recorded
 
     def __call__(self, batch: Batch) -> Answer:
-        """The term's answer to a batch, see :func:`~cem.training.injection.gradients_of`.
+        """The term's answer to a batch, see :func:`~cem.training.weighted.gradients_of`.
 
         A batch of another shape, such as the last one of an epoch, and a term in the other mode take the ordinary way.
         The result of a replay is overwritten by the next one: whatever is to stay must be copied.

@@ -8,40 +8,17 @@ The names of a step's regions are those under which a trace shows them (:mod:`ce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from cem.models import SplitModel
-from cem.terms import Batch, Term
-
-if TYPE_CHECKING:
-    from cem.training.weighted import WeightedTerm
-
-
-class Answer(NamedTuple):
-    """A term's answer to a batch; nothing of it is attached to a graph.
-
-    Attributes:
-        loss: 0-dim.
-        monitors: 0-dim tensors by name.
-        finite: 0-dim bool, whether ``loss`` and all gradients are.
-        features_grad, sent_grad: of ``loss``, shaped like features; ``None`` where it does not depend on them.
-        own_grads: of the term's own loss to each of its parameters with ``requires_grad``, in their order; ``None``
-            where it does not depend on it.
-    """
-
-    loss: Tensor
-    monitors: dict[str, Tensor]
-    finite: Tensor
-    features_grad: Tensor | None
-    sent_grad: Tensor | None
-    own_grads: list[Tensor | None]
+from cem.terms import Batch
+from cem.training.weighted import Answer, WeightedTerm, all_finite, gradients, trained_parameters
 
 
 @dataclass
@@ -57,24 +34,6 @@ class Step:
     cross_entropy: Tensor
     correct: Tensor
     answers: dict[str, Answer] = field(default_factory=dict)
-
-
-def gradients_of(term: Term, batch: Batch) -> Answer:
-    """Forward and backward of a term: all that it does in a step, apart from the encoder and the weight.
-
-    Args:
-        term: what is measured.
-        batch: detached copies of its features are what gradients are taken to.
-    """
-    z, sent = batch.features.detach().requires_grad_(), batch.sent.detach().requires_grad_()
-    loss, monitors, own_loss = term.measure(Batch(batch.images, batch.labels, z, sent))
-    own = _trained(term)
-    if own_loss is loss:  # one backward for both
-        grads = _grad(loss, [z, sent, *own])
-    else:
-        grads = _grad(loss, [z, sent], retain_graph=own_loss is not None) + _grad(own_loss, own)
-    detached = {name: value.detach() for name, value in monitors.items()}
-    return Answer(loss.detach(), detached, _all_finite(loss, grads), grads[0], grads[1], grads[2:])
 
 
 def combined(
@@ -144,18 +103,20 @@ def two_pass(
     step = Step(cross_entropy.detach(), _correct(logits, labels))
     # A defense may hold its term as a part: what is the term's own gets its gradient once.
     theirs = {id(parameter) for each in terms for parameter in each.term.parameters()}
-    client = [p for p in (*_trained(model.encoder), *_trained(model.defense)) if id(p) not in theirs]
+    client = [
+        p for p in (*trained_parameters(model.encoder), *trained_parameters(model.defense)) if id(p) not in theirs
+    ]
     kept = []
     for each in terms:
         with each.watch, record_function(each.key):
             each.before_step(Batch(images, labels, z.detach(), sent.detach()))
             if each.now > 0:
                 loss, monitors, own_loss = each.term.measure(Batch(images, labels, z, sent))
-                own = _trained(each.term)
-                through = _grad(loss, client, retain_graph=True)
-                of_own = _grad(own_loss, own, retain_graph=True)
+                own = trained_parameters(each.term)
+                through = gradients(loss, client, retain_graph=True)
+                of_own = gradients(own_loss, own, retain_graph=True)
                 detached = {name: value.detach() for name, value in monitors.items()}
-                finite = _all_finite(loss, [*through, *of_own])
+                finite = all_finite(loss, [*through, *of_own])
                 answer = Answer(loss.detach(), detached, finite, None, None, of_own)
                 step.answers[each.key] = answer
                 _train_own(each, answer)
@@ -181,7 +142,7 @@ def _added(total: Tensor, grad: Tensor | None, finite: Tensor, weight: float) ->
 
 def _train_own(each: WeightedTerm, answer: Answer) -> None:
     """Accumulate what a term's own parameters are trained on."""
-    for parameter, grad in zip(_trained(each.term), answer.own_grads, strict=True):
+    for parameter, grad in zip(trained_parameters(each.term), answer.own_grads, strict=True):
         if grad is not None:
             kept = torch.where(answer.finite, each.now * grad, 0.0)
             parameter.grad = kept if parameter.grad is None else parameter.grad + kept
@@ -207,19 +168,3 @@ def _classify(model: SplitModel, received: Tensor, amp: bool) -> Tensor:
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.detach().argmax(dim=1) == labels).sum()
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _grad(loss: Tensor | None, inputs: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor | None]:
-    """Gradients; ``None`` where ``loss``, if there is one, does not depend on an input."""
-    if loss is None or not (inputs and loss.requires_grad):
-        return [None] * len(inputs)
-    return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph or None, allow_unused=True))
-
-
-def _all_finite(loss: Tensor, grads: Iterable[Tensor | None]) -> Tensor:
-    # A sum over squares or absolute values could overflow where every element is finite; this cannot.
-    return torch.stack([loss.isfinite(), *(grad.isfinite().all() for grad in grads if grad is not None)]).all()

@@ -6,7 +6,7 @@ from attention_surrogates import batch
 
 import cem
 from cem.errors import UsageError
-from cem.training.injection import gradients_of
+from cem.training.weighted import gradients_of
 
 Options = cem.SlotCrossAttentionCEM.Options
 

@@ -19,8 +19,8 @@ from cem.models import SplitModel
 from cem.training import TrainConfig, Trainer, capture, train
 from cem.training import checkpoint as checkpoints
 from cem.training.capture import CapturedTerm
-from cem.training.injection import Answer, combined, gradients_of
-from cem.training.weighted import WeightedTerm
+from cem.training.injection import combined
+from cem.training.weighted import Answer, WeightedTerm, gradients_of
 
 B, D, K = 12, 8, 3
 CPU = torch.device("cpu")

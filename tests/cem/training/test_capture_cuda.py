@@ -20,7 +20,7 @@ import cem
 from cem.errors import UsageError
 from cem.training import TrainConfig, train
 from cem.training.capture import CapturedTerm
-from cem.training.injection import Answer, gradients_of
+from cem.training.weighted import Answer, gradients_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,8 +7,10 @@ import time
 import pytest
 import torch
 
-from cem.training.injection import Answer, Step
-from cem.training.meter import EpochMeter, Stopwatch
+from cem.training.injection import Step
+from cem.training.meter import EpochMeter
+from cem.training.stopwatch import Stopwatch
+from cem.training.weighted import Answer
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from cem.training import TrainConfig, load_run, read_summary, train
 from cem.training.checkpoint import random_state, restore_random_state
 from cem.training.evaluation import isolated_random
-from cem.training.meter import Stopwatch
+from cem.training.stopwatch import Stopwatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
