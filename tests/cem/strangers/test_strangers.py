@@ -90,7 +90,9 @@ def test_their_monitors_are_columns_and_their_state_is_kept(run):
 def test_a_killed_run_resumes_to_the_bit(run, tmp_path):
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", DYING, *CHOSEN, *SMALL, "--out", str(killed)]
-    done = subprocess.run(command, capture_output=True, check=False)
+    # As many threads as here: another number may add up in another order.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL
     assert len(rows(killed)) == 2
     assert train(["--resume", str(killed)]) == 0
