@@ -41,10 +41,9 @@ OUT = Path(__file__).parent / "results" / "memory.json"
 @contextmanager
 def no_kernels() -> Iterator[None]:
     """Launches allocate what they allocate and run nothing: interpreted, kernels would take hours at these sizes."""
-    launching = importlib.import_module("cem_kernels.launching")
-    for operator in ("class_variance", "centroid_variance", "cross_attention", "slot_attention"):
+    for operator in ("variance", "cross_attention", "slot_attention"):
         importlib.import_module(f"cem_kernels.{operator}.triton")
-    launch = launching.launch
+    launch = importlib.import_module("cem_kernels.triton_utils").launch
     spaces = [vars(module) for name, module in sys.modules.items() if name.startswith("cem_kernels.")]
     users = [space for space in spaces if space.get("launch") is launch]
     for user in users:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels import CrossAttentionWeights, RunningMoments, SlotAttentionWeights
+from cem_kernels import CrossAttentionWeights, LogHinge, RunningMoments, SlotAttentionWeights
 
 
 @dataclass(eq=False)
@@ -121,13 +121,17 @@ MOMENTS: dict[str, Moments] = {
 }
 
 
-def variance_losses(
-    squares: Tensor, classes: Classes, threshold: float, eps_var: float, gamma: float
-) -> tuple[Tensor, Tensor]:
+def relu_hinge(variance: Tensor, hinge: LogHinge) -> Tensor:
+    """What each class pays, ``[K]``, for its ``variance [K, C]``."""
+    assert isinstance(hinge.threshold, float)
+    height = torch.log(variance.clamp(min=hinge.floor) + hinge.gamma) - math.log(hinge.threshold + hinge.gamma)
+    return F.relu(height).mean(dim=1)
+
+
+def variance_losses(squares: Tensor, classes: Classes, hinge: LogHinge) -> tuple[Tensor, Tensor]:
     """``squares [K, C]`` to ``rob_loss`` and ``intra_mse``: ReLU hinge, classes of two samples or more."""
     counts = classes.counts[:, None].to(squares.dtype)
-    variance = (squares / (counts - 1).clamp(min=1)).clamp(min=eps_var)
-    penalty = F.relu(torch.log(variance + gamma) - math.log(threshold + gamma)).mean(dim=1)
+    penalty = relu_hinge(squares / (counts - 1).clamp(min=1), hinge)
     weight = torch.where(classes.counts >= 2, classes.counts, 0).to(squares.dtype)
     weight = weight / weight.sum().clamp(min=1)
     return (weight * penalty).sum(), (weight * (squares / counts.clamp(min=1)).mean(dim=1)).sum()
@@ -135,7 +139,7 @@ def variance_losses(
 
 def running_loss(
     mean: Tensor, squares: Tensor, classes: Classes, running: RunningMoments, shares: tuple[float, float],
-    threshold: float, eps_var: float, gamma: float,
+    hinge: LogHinge,
 ) -> Tensor:  # fmt: skip
     """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, which move by ``shares`` at least."""
     counts = classes.counts[:, None].to(squares.dtype)
@@ -148,8 +152,7 @@ def running_loss(
     running.centroids.copy_(torch.where(moves, moved, running.centroids))
     running.variances.copy_(torch.where(moves, variance, running.variances))
     running.batches.add_(moves.all(dim=1))
-    value = (variance + (around - around.detach())).clamp(min=eps_var)
-    penalty = F.relu(torch.log(value + gamma) - math.log(threshold + gamma)).mean(dim=1)
+    penalty = relu_hinge(variance + (around - around.detach()), hinge)
     weight = counts[:, 0] / counts.sum().clamp(min=1)
     return (weight * penalty).sum()
 

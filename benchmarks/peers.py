@@ -50,7 +50,7 @@ class PerClassLoop(Peer):
         initial = self.slots(slot_noise, features.dtype)
         slot_weights, cross_weights = self.weights(features.dtype)
         total_penalty = total_mse = total_weight = torch.zeros((), device=features.device)
-        log_threshold = math.log(self.threshold + m.gamma)
+        log_threshold = math.log(self.threshold + m.penalty.gamma)
         for label in torch.unique(labels):
             mask = labels == label
             x = features[mask]
@@ -62,8 +62,8 @@ class PerClassLoop(Peer):
             y = peers.read_of_class(x, slots, cross_weights, m.cross_attention.num_heads)
             enhanced = peers.feed_forward(y, cross_weights).flatten(1).float()
             mean = enhanced.mean(dim=0)
-            variance = torch.clamp(enhanced.var(dim=0, unbiased=True), min=m.eps_var)
-            penalty = F.relu(torch.log(variance + m.gamma) - log_threshold).mean()
+            variance = torch.clamp(enhanced.var(dim=0, unbiased=True), min=m.penalty.floor)
+            penalty = F.relu(torch.log(variance + m.penalty.gamma) - log_threshold).mean()
             weight = x.shape[0] / features.shape[0]
             total_penalty = total_penalty + weight * penalty
             total_mse = total_mse + weight * F.mse_loss(enhanced, mean.expand_as(enhanced))
@@ -92,4 +92,4 @@ class PaddedBatch(Peer):
         slots = peers.padded_slots(tokens, initial, slot_weights, a.num_iterations, a.eps, classes)
         y = peers.padded_read(tokens, slots, cross_weights, num_heads, classes)
         _, squares = peers.padded_moments(peers.feed_forward(y, cross_weights).flatten(1), classes)
-        return peers.variance_losses(squares, classes, self.threshold, m.eps_var, m.gamma)
+        return peers.variance_losses(squares, classes, m.penalty)

@@ -1,34 +1,35 @@
 """Attention operators on class groups: every class of a batch at once, from labels to statistics.
 
-Operators, each a documented function that validates its input and dispatches to a backend:
+Operators live in their packages, each a documented function that validates its input and dispatches to a backend:
 
-* :func:`slot_attention`: the tokens of a class to its slots;
-* :func:`cross_attention`: every token reads its class's slots;
-* :func:`class_variance`: variance inside each class over a log threshold;
-* :func:`centroid_variance`: variance around running centroids of the classes, over the same.
+* :func:`cem_kernels.slot_attention.slot_attention`: the tokens of a class to its slots;
+* :func:`cem_kernels.cross_attention.cross_attention`: every token reads its class's slots;
+* :func:`cem_kernels.variance.class_variance`: what the variance inside each class costs;
+* :func:`cem_kernels.variance.centroid_variance`: the same around running centroids of the classes.
 
-Importing this package needs neither a GPU nor Triton.
+Here are the types that they take and return, the penalties, and the errors. Importing this package needs neither a GPU
+nor Triton.
 """
 
 from cem_kernels.backends import BACKENDS, BackendUnavailableError
-from cem_kernels.centroid_variance import RunningMoments, centroid_variance
-from cem_kernels.class_variance import ClassVariance, class_variance
-from cem_kernels.cross_attention import CrossAttentionWeights, cross_attention
-from cem_kernels.groups import ClassGroups
-from cem_kernels.slot_attention import SlotAttentionWeights, slot_attention
+from cem_kernels.cross_attention.weights import CrossAttentionWeights
+from cem_kernels.groups import IGNORED, ClassGroups
+from cem_kernels.penalty import LogHinge, Nats, Penalty
+from cem_kernels.slot_attention.weights import SlotAttentionWeights
 from cem_kernels.validation import set_debug
+from cem_kernels.variance.running import ClassVariance, RunningMoments
 
 __all__ = [
     "BACKENDS",
+    "IGNORED",
     "BackendUnavailableError",
     "ClassGroups",
     "ClassVariance",
     "CrossAttentionWeights",
+    "LogHinge",
+    "Nats",
+    "Penalty",
     "RunningMoments",
     "SlotAttentionWeights",
-    "centroid_variance",
-    "class_variance",
-    "cross_attention",
     "set_debug",
-    "slot_attention",
 ]

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +39,14 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_available(backend: str, operator: str, implementations: Mapping[str, Callable[..., Any]]) -> None:
+def check_available(backend: str, operator: str) -> None:
     """What can be said of ``backend`` before there is any tensor.
 
     Raises:
         ValueError: no such backend name.
-        BackendUnavailableError: a real backend that this operator does not have, or Triton is not installed.
+        BackendUnavailableError: Triton is asked for and not installed.
     """
     check_backend(backend)
-    if backend == "auto":
-        return
-    if backend not in implementations:
-        available = ", ".join(sorted(implementations))
-        raise BackendUnavailableError(
-            f"{operator} has no {backend!r} backend in this release (available: {available}; 'auto' picks for you)"
-        )
     if backend == "triton" and not TRITON_INSTALLED:
         raise BackendUnavailableError(f"{operator}: backend='triton' needs the package triton, which is not installed")
 
@@ -74,7 +65,7 @@ def why_not_triton(tokens: Tensor) -> str | None:
     return None
 
 
-MOST_CLASSES = 65_535  # a grid's second axis has no more programs
+MOST_CLASSES = 65_535  # a grid's second and third axes have no more programs
 MOST_TOKENS = 2**30  # tokens of a class are counted in 32 bits
 
 
@@ -98,20 +89,12 @@ def size_outside_kernels(tokens: Tensor, slots: Tensor, *more: tuple[str, int, i
     return None
 
 
-def pick(
-    backend: str,
-    operator: str,
-    implementations: Mapping[str, Callable[..., Any]],
-    tokens: Tensor,
-    objection: str | None = None,
-) -> Callable[..., Any]:
-    """The implementation of ``operator`` that ``backend`` stands for, given the call's tokens.
+def pick(backend: str, operator: str, tokens: Tensor, objection: str | None = None) -> str:
+    """The backend that runs a call of ``operator``: what ``backend`` names, or what ``auto`` stands for.
 
     Args:
         backend: one of :data:`BACKENDS`.
         operator: the operator's public name, for the error.
-        implementations: backend name to function, of the backends that this operator has; to what loads it for
-            ``triton``.
         tokens: the call's main input; ``auto`` takes ``triton`` where it is on a CUDA device and kernels support it.
         objection: what else keeps this operator's kernels from running this call, or None.
 
@@ -119,13 +102,11 @@ def pick(
         ValueError: no such backend name.
         BackendUnavailableError: a real backend that cannot run this call.
     """
-    check_available(backend, operator, implementations)
+    check_available(backend, operator)
     if backend == "auto":
-        fast = tokens.is_cuda and "triton" in implementations and not (objection or why_not_triton(tokens))
-        backend = "triton" if fast else "eager"
-    elif backend == "triton":
+        return "triton" if tokens.is_cuda and not (objection or why_not_triton(tokens)) else "eager"
+    if backend == "triton":
         reason = why_not_triton(tokens) or objection
         if reason is not None:
             raise BackendUnavailableError(f"{operator}: backend='triton' cannot run this call: {reason}")
-    chosen = implementations[backend]
-    return chosen() if backend == "triton" else chosen
+    return backend

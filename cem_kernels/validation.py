@@ -34,8 +34,11 @@ def values_are_checked(tensor: Tensor) -> bool:
     return _debug or tensor.device.type == "cpu"
 
 
-def check_labels(labels: Tensor, num_classes: int | None, name: str = "labels") -> None:
-    """Rank, dtype and, where :func:`values_are_checked`, range of ``labels``; any range without ``num_classes``."""
+IGNORED = -100  # the label of samples that do not count, as PyTorch's losses have it
+
+
+def check_labels(labels: Tensor, name: str = "labels") -> None:
+    """``labels`` is an integer tensor of rank 1; values are not looked at."""
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype.is_complex:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {kind}")
@@ -43,14 +46,30 @@ def check_labels(labels: Tensor, num_classes: int | None, name: str = "labels") 
         raise TypeError(f"{name} must be an integer tensor, got torch.bool")
     if labels.dim() != 1:
         raise ValueError(f"{name} must have shape [B], got {list(labels.shape)}")
-    if num_classes is None:
-        return
+
+
+def as_labels(labels: Tensor, num_classes: int, name: str = "labels") -> Tensor:
+    """``labels [B]`` of any integer dtype as int64, checked.
+
+    Raises:
+        TypeError: no integer tensor.
+        ValueError: another rank, a ``num_classes`` below 1, or, where :func:`values_are_checked`, a label that is
+            neither in ``[0, num_classes)`` nor :data:`IGNORED`.
+    """
+    check_labels(labels, name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}")
+    signed, labels = labels.dtype.is_signed, labels.long()
     if labels.numel() and values_are_checked(labels):
         low, high = (int(bound) for bound in torch.aminmax(labels))
+        if signed and low == IGNORED:
+            low = int(labels.masked_fill(labels == IGNORED, max(high, 0)).amin())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"{name} must lie in [0, {num_classes}), got values from {low} to {high}")
+            raise ValueError(
+                f"{name} must lie in [0, {num_classes}), or be {IGNORED} where a sample does not count, got values "
+                f"from {low} to {high}"
+            )
+    return labels
 
 
 def check_float(name: str, tensor: Tensor) -> None:

@@ -49,7 +49,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch, cem
 from cem.models import build_split_model
 from cem.training import injection, weighted
-import cem_kernels.launching as launching
+import cem_kernels.triton_utils as triton_utils
 
 chain = []
 
@@ -63,10 +63,9 @@ def launch(*args, **options):
     chain.append(found[::-1])
     return original(*args, **options)
 
-original = launching.launch
-launching.launch = launch
-import cem_kernels.centroid_variance.triton, cem_kernels.class_variance.triton
-import cem_kernels.slot_attention.triton, cem_kernels.cross_attention.triton
+original = triton_utils.launch
+triton_utils.launch = launch
+import cem_kernels.cross_attention.triton, cem_kernels.slot_attention.triton, cem_kernels.variance.triton
 model = build_split_model("resnet20", num_classes=4, image_shape=(1, 8, 8), cut_layer=2, bottleneck="C2S2")
 context = cem.Context(model.feature_shape, (1, 8, 8), 4, 0.1, backend="triton")
 surrogate = cem.SURROGATES.build(sys.argv[1], context)
@@ -87,3 +86,75 @@ def test_from_the_step_to_the_launch_of_a_kernel_are_at_most_ten_frames_of_ours(
     done = subprocess.run([sys.executable, "-c", FRAMES, name], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) <= 10, done.stdout
+
+
+OPERATORS = ["slot_attention", "cross_attention", "variance"]
+KINDS = re.compile(r"__init__|api|reference|eager|triton|kernels(_\w+)?|weights|running")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_operators_folder_has_the_same_kinds_of_file(operator):
+    files = {path.stem for path in (ROOT / "cem_kernels" / operator).glob("*.py")}
+    assert files >= {"__init__", "api", "reference", "eager", "triton", "kernels"}
+    assert all(KINDS.fullmatch(name) for name in files), files
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_backends_of_an_operator_do_not_import_each_other(operator):
+    for backend in ("reference", "eager", "triton"):
+        text = (ROOT / "cem_kernels" / operator / f"{backend}.py").read_text(encoding="utf-8")
+        others = "|".join({"reference", "eager", "triton", "api"} - {backend})
+        assert not re.search(rf"from cem_kernels\.{operator}(\.({others})\b| import .*\b({others})\b)", text), backend
+
+
+def test_no_function_hides_a_module():
+    """``import cem_kernels.slot_attention.weights`` means the module, whatever a package exports."""
+    program = "import importlib, inspect, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    program += "for name in sys.argv[1:]:\n    package, _, last = name.rpartition('.')\n"
+    program += "    if package: assert inspect.ismodule(getattr(sys.modules[package], last)), name\n"
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES if path.name != "__init__.py"]
+    names = [name for name in names if name.startswith("cem_kernels")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+KERNELS = sorted(ROOT.glob("cem_kernels/*/kernels*.py"))
+
+
+def test_launchers_take_at_most_sixty_lines_and_kernels_at_most_forty_names():
+    for path in sorted(ROOT.glob("cem_kernels/*/triton.py")):
+        for node in functions(path):
+            assert node.end_lineno - node.lineno < 60, f"{path.parent.name}: {node.name}"
+    for path in KERNELS:
+        for node in functions(path):
+            assert len(node.args.args) <= 43, f"{path.name}: {node.name} takes {len(node.args.args)}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_of_kernels_says_what_it_computes_what_a_program_owns_and_what_it_moves(path):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert " = " in text, "no formula"
+    assert re.search(r"[Aa] program (owns|has|takes)|[Aa] tile is", text)
+    assert "reads" in text
+    assert "writes" in text or "written" in text or "adds" in text
+
+
+def test_autograd_functions_set_their_context_up_apart():
+    """Else ``torch.func.grad`` refuses them; and PyTorch's ``custom_fwd`` refuses those that do."""
+    found = 0
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "custom_fwd" not in text
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and any("Function" in ast.unparse(base) for base in node.bases):
+                assert "setup_context" in {each.name for each in node.body if isinstance(each, ast.FunctionDef)}, (
+                    node.name
+                )
+                found += 1
+    assert found >= 5

@@ -40,12 +40,12 @@ class Spec:
     H: int = 4
     labels: str = "spread"  # "holes": some classes are empty; "one": all samples are in the last class
     layout: str = "dense"  # of the first input: or "strided" columns, or "expanded" along the tokens
-    hinge: str = "relu"
+    penalty: str = "relu"
 
     @property
     def name(self) -> str:
         sizes = [f"{letter}{getattr(self, letter)}" for letter in LETTERS.get(self.operator, "BKTDSH")]
-        special = [v for v, usual in zip((self.labels, self.layout, self.hinge), USUAL, strict=True) if v != usual]
+        special = [v for v, usual in zip((self.labels, self.layout, self.penalty), USUAL, strict=True) if v != usual]
         return " ".join([self.operator, *sizes, self.dtype, *special])
 
     @property

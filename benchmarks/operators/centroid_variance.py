@@ -7,9 +7,10 @@ from torch import Tensor
 
 from benchmarks import operator_peers as peers
 from benchmarks.operators.base import Call, Cost, Spec
-from benchmarks.operators.class_variance import EPS_VAR, GAMMA, THRESHOLD, ClassVarianceCase
-from cem_kernels import RunningMoments, centroid_variance
-from cem_kernels.centroid_variance.common import least_shares
+from benchmarks.operators.class_variance import PENALTIES, RELU, ClassVarianceCase
+from cem_kernels import RunningMoments
+from cem_kernels.variance import centroid_variance
+from cem_kernels.variance.running import least_shares
 
 MOMENTUM = 0.99
 
@@ -41,17 +42,8 @@ class CentroidVarianceCase(ClassVarianceCase):
 
     def public(self, backend: str) -> Call:
         def call(features: Tensor) -> tuple[Tensor, ...]:
-            result = centroid_variance(
-                features,
-                self.groups,
-                self.running,
-                threshold=THRESHOLD,
-                momentum=MOMENTUM,
-                eps_var=EPS_VAR,
-                gamma=GAMMA,
-                hinge=self.spec.hinge,  # type: ignore[arg-type]
-                backend=backend,
-            )
+            penalty = PENALTIES[self.spec.penalty]
+            result = centroid_variance(features, self.groups, self.running, penalty, momentum=MOMENTUM, backend=backend)
             return (result.rob_loss,)
 
         return call
@@ -61,7 +53,7 @@ class CentroidVarianceCase(ClassVarianceCase):
 
         def peer(features: Tensor) -> tuple[Tensor, ...]:
             mean, squares = moments(features.flatten(1), classes)
-            return (peers.running_loss(mean, squares, classes, running, shares, THRESHOLD, EPS_VAR, GAMMA),)
+            return (peers.running_loss(mean, squares, classes, running, shares, RELU),)
 
         return peer
 

@@ -7,9 +7,15 @@ from torch import Tensor
 
 from benchmarks import operator_peers as peers
 from benchmarks.operators.base import Call, Case, Cost, Spec
-from cem_kernels import class_variance
+from cem_kernels import LogHinge, Nats, Penalty
+from cem_kernels.variance import class_variance
 
-THRESHOLD, EPS_VAR, GAMMA = 0.05, 1e-4, 1e-6
+RELU = LogHinge(threshold=0.05)  # what peers compute
+PENALTIES: dict[str, Penalty] = {
+    "relu": RELU,
+    "softplus": LogHinge(threshold=0.05, hinge="softplus"),
+    "nats": Nats(noise_std=0.1),
+}
 
 
 class ClassVarianceCase(Case):
@@ -31,15 +37,7 @@ class ClassVarianceCase(Case):
 
     def public(self, backend: str) -> Call:
         def call(features: Tensor) -> tuple[Tensor, ...]:
-            result = class_variance(
-                features,
-                self.groups,
-                threshold=THRESHOLD,
-                eps_var=EPS_VAR,
-                gamma=GAMMA,
-                hinge=self.spec.hinge,  # type: ignore[arg-type]
-                backend=backend,
-            )
+            result = class_variance(features, self.groups, PENALTIES[self.spec.penalty], backend=backend)
             return result.rob_loss, result.intra_mse
 
         return call
@@ -66,7 +64,7 @@ class ClassVarianceCase(Case):
 
         def peer(features: Tensor) -> tuple[Tensor, ...]:
             _, squares = moments(features.flatten(1), classes)
-            return peers.variance_losses(squares, classes, THRESHOLD, EPS_VAR, GAMMA)
+            return peers.variance_losses(squares, classes, RELU)
 
         return peer
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks import operator_peers as peers
 from benchmarks.operators.base import Call, Case, Cost, Spec, moved, own_module
-from cem_kernels import BackendUnavailableError, CrossAttentionWeights, cross_attention
+from cem_kernels import BackendUnavailableError, CrossAttentionWeights
+from cem_kernels.cross_attention import cross_attention
 
 OF_THE_FFN = tuple(name for name in CrossAttentionWeights._fields if "ff" in name)
 

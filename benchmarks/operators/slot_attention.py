@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks import operator_peers as peers
 from benchmarks.operators.base import Call, Case, Cost, Spec, moved, own_module
-from cem_kernels import SlotAttentionWeights, slot_attention
+from cem_kernels import SlotAttentionWeights
+from cem_kernels.slot_attention import slot_attention
 
 ITERATIONS, EPS = 3, 1e-8
 

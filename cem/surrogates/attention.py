@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,8 +17,9 @@ from cem.surrogates.modules import CrossAttention, Normalized, SlotAttention
 from cem.surrogates.threshold import Ramp, coupled_threshold, warn_if_swamped
 from cem.surrogates.variance import HALF, VarianceSurrogate, flat, spatial
 from cem.terms import Batch, Context, Measured
-from cem_kernels import class_variance
+from cem_kernels import LogHinge
 from cem_kernels.validation import check_positive, check_sizes
+from cem_kernels.variance import class_variance
 
 # Attention over flat features of width D holds some 25 D² parameters: 6.6 million at 512, 25 million at 1024.
 WIDEST_UNREDUCED = 512
@@ -146,18 +147,15 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
     ) -> None:
         super().__init__(num_classes, max_class_size, backend)
         check_sizes(feature_dim=feature_dim)
-        check_positive(eps_var=eps_var, gamma=gamma)
+        check_positive(eps_var=eps_var)
         if min_samples < 2:
             raise ValueError(f"min_samples must be at least 2, got {min_samples}: one sample has no variance")
-        if hinge not in ("relu", "softplus"):
-            raise ValueError(f"hinge must be relu or softplus, got {hinge!r}")
         self.feature_dim, self.spatial, self.min_samples = feature_dim, spatial, min_samples
-        self.eps_var, self.gamma, self.hinge = eps_var, gamma, hinge
         coupled = coupled_threshold(var_threshold, reg_strength)
         given = coupled if threshold is None else threshold
         self.threshold = given if isinstance(given, Ramp) else float(given)
         lowest = min(given.start, given.end) if isinstance(given, Ramp) else float(given)
-        check_positive(threshold=lowest)
+        self.penalty = LogHinge(lowest, eps_var, gamma, hinge)
         warn_if_swamped(lowest, eps_var, gamma if gamma == GAMMA else 0.0)
         self.reduction = reduction
         self.slot_attention = SlotAttention(num_slots, feature_dim, num_iterations, backend=backend)
@@ -206,6 +204,7 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
             slot_noise: the slots' draw ``ε [K, S, D]``, for reproductions.
         """
         features, groups = self.grouped(batch)
+        features = groups.kept(features)  # a norm of what is not finite has no gradient of zero
         product_dtype = batch.features.dtype if batch.features.dtype in HALF else None
         if self.reduction is not None:
             with torch.autocast(features.device.type, enabled=False):
@@ -213,11 +212,10 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
         tokens, _ = Normalized.apply((spatial if self.spatial else flat)(features, self.feature_dim))
         slots = self.slot_attention(tokens, groups, slot_noise, product_dtype)
         enhanced = self.cross_attention(tokens, slots, groups, product_dtype)
-        threshold = self.threshold if isinstance(self.threshold, float) else self.threshold()
-        result = class_variance(
-            enhanced, groups, threshold=threshold, eps_var=self.eps_var, gamma=self.gamma,
-            min_samples=self.min_samples, hinge=self.hinge, backend=self.backend,
-        )  # fmt: skip
+        penalty = self.penalty
+        if isinstance(self.threshold, Ramp):
+            penalty = replace(penalty, threshold=self.threshold())
+        result = class_variance(enhanced, groups, penalty, min_samples=self.min_samples, backend=self.backend)
         own_loss = None if self.trained == "frozen" else result.rob_loss
         return self.measured(result)._replace(own_loss=own_loss)
 
@@ -240,7 +238,7 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
         threshold = f", threshold={self.threshold:g}" if isinstance(self.threshold, float) else ""
         return (
             f"{self.feature_dim}, num_classes={self.num_classes}, spatial={self.spatial}{threshold}, "
-            f"hinge={self.hinge!r}, backend={self.backend!r}"
+            f"hinge={self.penalty.hinge!r}, backend={self.backend!r}"
         )
 
 
@@ -290,8 +288,16 @@ def conv_reduction(feature_shape: tuple[int, ...], channels: int) -> nn.Module:
         ... )
     """
     check_sizes(C=feature_shape[0], channels=channels)
-    convolution = nn.Conv2d(feature_shape[0], channels, kernel_size=1, bias=False)
+    convolution = _Pointwise(feature_shape[0], channels, kernel_size=1, bias=False)
     return nn.Sequential(nn.Flatten(), nn.Unflatten(1, feature_shape), convolution)
+
+
+class _Pointwise(nn.Conv2d):
+    """A 1×1 convolution as the product of matrices that it is: convolutions have a TF32 switch of their own, which is
+    on by default."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (self.weight.flatten(1) @ input.flatten(2)).unflatten(2, input.shape[2:])
 
 
 def parsed_reduction(text: str) -> tuple[str, int]:

@@ -78,7 +78,7 @@ class Surrogate(Term):
 
         Args:
             features: ``[B, D]`` or ``[B, C, H, W]``, floating, clean (before noise), on the encoder's graph.
-            labels: ``[B]``, integer classes, on the features' device.
+            labels: ``[B]``, integer classes, on the features' device; samples labeled −100 do not count.
             unique_labels: classes to restrict to (one host synchronization). The original passes
                 ``torch.unique(labels)``, which is every class, and is the same as passing nothing.
             images: ``[B, C, H, W]``, for a surrogate that needs them.
@@ -95,8 +95,8 @@ class Surrogate(Term):
             raise ValueError(f"{type(self).__name__} needs images=[B, C, H, W]")
         if unique_labels is not None:
             check_sample_shapes(features, labels)
-            check_labels(unique_labels, None, "unique_labels")
-            chosen = torch.isin(labels, unique_labels)
+            check_labels(unique_labels, "unique_labels")
+            chosen = torch.isin(labels.long(), unique_labels.long())
             features, labels = features[chosen], labels[chosen]
             images = None if images is None else images[chosen]
         measured = self.measure(Batch(images, labels, features, features))
@@ -124,7 +124,7 @@ def check_sample_shapes(features: Tensor, labels: Tensor) -> None:
     Labels' values are read where classes are told apart, once a step.
     """
     check_float("features", features)
-    check_labels(labels, None)
+    check_labels(labels)
     if features.dim() not in (2, 4) or math.prod(features.shape[1:]) == 0:
         raise ValueError(f"features must have shape [B, D] or [B, C, H, W], got {list(features.shape)}")
     if labels.shape != features.shape[:1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from cem.options import Options as BaseOptions
 from cem.options import option
 from cem.surrogates.variance import VarianceSurrogate, flat
 from cem.terms import Batch, Context, Measured
-from cem_kernels import RunningMoments, backends, centroid_variance, class_variance
-from cem_kernels.centroid_variance import IMPLEMENTATIONS
-from cem_kernels.validation import check_positive, check_sizes
-
-NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
+from cem_kernels import Nats, RunningMoments, backends
+from cem_kernels.validation import check_sizes
+from cem_kernels.variance import centroid_variance, class_variance
 
 
 class CentroidCEM(VarianceSurrogate):
@@ -24,9 +22,9 @@ class CentroidCEM(VarianceSurrogate):
 
     The mean over columns, in nats, weighted by the classes' samples: Eq. 7 of arXiv:2503.00383v2 but for the terms
     without a gradient, in the space that the noise is added in. Around centroids that move slowly an encoder cannot
-    lower variances by making all features smaller; see :func:`cem_kernels.centroid_variance`. A call in training moves
-    the moments: one call a step, and no activation checkpointing around it. In ``eval()`` nothing moves, and every
-    class of two samples or more is measured around its mean in the batch.
+    lower variances by making all features smaller; see :func:`cem_kernels.variance.centroid_variance`. A call in
+    training moves the moments: one call a step, and no activation checkpointing around it. In ``eval()`` nothing moves,
+    and every class of two samples or more is measured around its mean in the batch.
 
     Args:
         feature_dim: ``D``, width of one sample's flattened features.
@@ -80,11 +78,10 @@ class CentroidCEM(VarianceSurrogate):
     ) -> None:
         super().__init__(num_classes, None, backend)
         check_sizes(feature_dim=feature_dim)
-        check_positive(noise_std=noise_std)
         if not 0 < momentum < 1:
             raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")
-        backends.check_available(backend, "centroid_variance", IMPLEMENTATIONS)
-        self.feature_dim, self.noise_std, self.momentum = feature_dim, noise_std, momentum
+        backends.check_available(backend, "centroid_variance")
+        self.feature_dim, self.penalty, self.momentum = feature_dim, Nats(noise_std), momentum
         self.register_buffer("centroids", torch.zeros(num_classes, feature_dim))
         self.register_buffer("variances", torch.zeros(num_classes, feature_dim))
         self.register_buffer("batches", torch.zeros(num_classes, dtype=torch.int64))
@@ -99,19 +96,17 @@ class CentroidCEM(VarianceSurrogate):
         """See :class:`~cem.Surrogate`."""
         features, groups = self.grouped(batch)
         tokens = flat(features, self.feature_dim)
-        # Nats as the operators have them: twice a nat is log(v + σ²) over the same of next to nothing.
-        nats: dict[str, Any] = {"threshold": NEXT_TO_NOTHING, "eps_var": NEXT_TO_NOTHING, "gamma": self.noise_std**2}
         if self.training:
             running = RunningMoments(self.centroids, self.variances, self.batches)
             result = centroid_variance(
-                tokens, groups, running, momentum=self.momentum, hinge="identity", backend=self.backend, **nats
+                tokens, groups, running, self.penalty, momentum=self.momentum, backend=self.backend
             )
         else:
-            result = class_variance(tokens, groups, hinge="identity", backend=self.backend, **nats)
-        return self.measured(result, scale=2)
+            result = class_variance(tokens, groups, self.penalty, backend=self.backend)
+        return self.measured(result)
 
     def extra_repr(self) -> str:
         return (
-            f"{self.feature_dim}, num_classes={self.num_classes}, noise_std={self.noise_std:g}, "
+            f"{self.feature_dim}, num_classes={self.num_classes}, noise_std={self.penalty.noise_std:g}, "
             f"momentum={self.momentum:g}, backend={self.backend!r}"
         )

@@ -17,7 +17,7 @@ from cem.options import option
 from cem.surrogates.base import Surrogate, check_sample_shapes
 from cem.surrogates.kmeans import class_kmeans
 from cem.terms import Batch, Context, Measured
-from cem_kernels.validation import check_labels, check_not_negative, check_positive, check_sizes
+from cem_kernels.validation import as_labels, check_not_negative, check_positive, check_sizes
 
 MOST_DIRECTIONS = 100  # kept per class by the full fit
 
@@ -166,7 +166,9 @@ class GaussianMixtureCEM(Surrogate):
         class and then over classes.
         """
         z, labels = self._checked(batch.features, batch.labels)
-        counted = (self.class_counts > 0)[labels]
+        inside = (labels >= 0) & (labels < self.num_classes)
+        labels = torch.where(inside, labels, 0)
+        counted = inside & (self.class_counts > 0)[labels]
         # A sample that does not count is replaced, not multiplied by zero: it may hold NaN or infinity.
         z = z.masked_fill(~counted[:, None], 0.0)
 
@@ -199,8 +201,20 @@ class GaussianMixtureCEM(Surrogate):
         rob_loss = torch.where(n > 0, weights * penalty, 0.0).sum() / num_present
         return Measured(rob_loss, {"intra_mse": intra_mse})
 
-    @torch.no_grad()
     def after_epoch(self, features: Tensor, labels: Tensor) -> Mapping[str, float]:
+        """Refit, see :meth:`refit`.
+
+        Returns:
+            ``information_nats``, see :meth:`information`, at the noise of ``reg_strength``; nothing without noise
+            or without a sample.
+        """
+        self.refit(features, labels)
+        if self.reg_strength == 0 or not self.class_counts.any():
+            return {}
+        return {"information_nats": self.information(self.reg_strength)}
+
+    @torch.no_grad()
+    def refit(self, features: Tensor, labels: Tensor) -> None:
         """Fit the mixture of each class to the whole training set's clean features.
 
         Random numbers (seeds of classes fitted for the first time; scikit-learn's ``random_state``) come from
@@ -208,18 +222,17 @@ class GaussianMixtureCEM(Surrogate):
 
         Args:
             features: ``[N, D]`` or ``[N, C, H, W]``, any floating dtype, on any device: the fit runs there.
-            labels: ``[N]``, integer, in ``0..K-1``, on that device. A class without samples becomes unfitted.
-
-        Returns:
-            ``information_nats``, see :meth:`information`, at the noise of ``reg_strength``; nothing without noise
-            or without a sample.
+            labels: ``[N]``, integer, in ``0..K-1``, or −100 where a sample does not count, on that device. A class
+                without samples becomes unfitted.
 
         Raises:
             ValueError: wrong rank, width, shape, device, label out of range, or features that are not finite.
             TypeError: features not floating, or labels not integer.
         """
         x, labels = self._checked(features, labels)
-        check_labels(labels.cpu(), self.num_classes)  # their range too, on every device: a refit may wait
+        as_labels(labels.cpu(), self.num_classes)  # their range too, on every device: a refit may wait
+        inside = (labels >= 0) & (labels < self.num_classes)
+        x, labels = x[inside], labels[inside]
         if len(x) > 0:
             low, high = (bound.item() for bound in torch.aminmax(x))  # NaN if there is one
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -229,9 +242,6 @@ class GaussianMixtureCEM(Surrogate):
                 self._refit_full(x, labels)
             else:
                 self._refit_kmeans(x, labels)
-        if self.reg_strength == 0 or len(x) == 0:
-            return {}
-        return {"information_nats": self.information(self.reg_strength)}
 
     def _refit_kmeans(self, x: Tensor, labels: Tensor) -> None:
         cold = (self.class_counts == 0).to(x.device)
@@ -295,11 +305,11 @@ class GaussianMixtureCEM(Surrogate):
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, D]`` in fp32 or wider, and labels, int64."""
         check_sample_shapes(features, labels)
-        check_labels(labels, self.num_classes)
+        labels = as_labels(labels, self.num_classes)
         rows = features.flatten(1)
         if rows.shape[1] != self.feature_dim:
             raise ValueError(f"a sample must have feature_dim={self.feature_dim} features, got {list(features.shape)}")
-        return rows.to(torch.promote_types(features.dtype, torch.float32)), labels.long()
+        return rows.to(torch.promote_types(features.dtype, torch.float32)), labels
 
     def extra_repr(self) -> str:
         return (

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import cem_kernels
 from cem_kernels import ClassGroups, CrossAttentionWeights, SlotAttentionWeights, backends, validation
-from cem_kernels.cross_attention import IMPLEMENTATIONS as CROSS_ATTENTION
-from cem_kernels.slot_attention import IMPLEMENTATIONS as SLOT_ATTENTION
+from cem_kernels.cross_attention import cross_attention
+from cem_kernels.slot_attention import slot_attention
 
 EVALUATION_SEED = 0
 
@@ -36,11 +35,14 @@ class Normalized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         normal, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-        ctx.save_for_backward(normal, rstd)
-        ctx.set_materialize_grads(False)
         return normal, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, d_rstd: Tensor | None) -> Tensor:
@@ -94,7 +96,7 @@ class SlotAttention(nn.Module):
             num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, hidden_dim=hidden_dim
         )
         validation.check_positive(eps=eps)
-        backends.check_available(backend, "slot_attention", SLOT_ATTENTION)
+        backends.check_available(backend, "slot_attention")
         self.num_slots, self.slot_dim, self.num_iterations = num_slots, slot_dim, num_iterations
         self.eps, self.backend = eps, backend
         self.slot_mu = nn.Parameter(torch.empty(1, 1, slot_dim))
@@ -161,11 +163,11 @@ class SlotAttention(nn.Module):
             tokens: ``[B, T, D]``.
             groups: the classes of the ``B`` samples; by default every sample is a class of its own.
             slot_noise: see :meth:`initial_slots`.
-            product_dtype: see :func:`cem_kernels.slot_attention`.
+            product_dtype: see :func:`cem_kernels.slot_attention.slot_attention`.
         """
         groups = _groups_of_rows(tokens) if groups is None else groups
         slots = self.initial_slots(groups.num_classes, slot_noise)
-        return cem_kernels.slot_attention(
+        return slot_attention(
             tokens, slots, groups, self.weights(), num_iterations=self.num_iterations, eps=self.eps,
             product_dtype=product_dtype, backend=self.backend,
         )  # fmt: skip
@@ -196,7 +198,7 @@ class CrossAttention(nn.Module):
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of num_heads, got num_heads={num_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        backends.check_available(backend, "cross_attention", CROSS_ATTENTION)
+        backends.check_available(backend, "cross_attention")
         self.feature_dim, self.num_heads, self.dropout, self.backend = (feature_dim, num_heads, dropout, backend)
         self.ln_q = nn.LayerNorm(feature_dim)
         self.ln_kv = nn.LayerNorm(feature_dim)
@@ -231,13 +233,13 @@ class CrossAttention(nn.Module):
             slots: ``[K, S, D]``.
             groups: the classes of the ``B`` samples; by default sample ``i`` reads ``slots[i]``, and then tokens
                 ``[M, D]`` of a single class with slots ``[1, S, D]`` are accepted too.
-            product_dtype: see :func:`cem_kernels.cross_attention`.
+            product_dtype: see :func:`cem_kernels.cross_attention.cross_attention`.
         """
         single = groups is None and tokens.dim() == 2
         tokens = tokens[None] if single else tokens
         groups = _groups_of_rows(tokens) if groups is None else groups
         dropout = self.dropout if self.training else 0.0
-        out = cem_kernels.cross_attention(
+        out = cross_attention(
             tokens, slots, groups, self.weights(), num_heads=self.num_heads, dropout=dropout,
             product_dtype=product_dtype, backend=self.backend,
         )  # fmt: skip

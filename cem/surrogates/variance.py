@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cem.surrogates.base import Surrogate, check_sample_shapes
 from cem.terms import Batch, Measured
-from cem_kernels import ClassGroups, ClassVariance
+from cem_kernels import IGNORED, ClassGroups, ClassVariance
 from cem_kernels.validation import check_sizes
 
 HALF = (torch.bfloat16, torch.float16)
@@ -44,15 +44,16 @@ class VarianceSurrogate(Surrogate):
         features = batch.features.to(torch.promote_types(batch.features.dtype, torch.float32))
         labels, num_classes = batch.labels, self.num_classes
         if num_classes is None:
-            classes, labels = torch.unique(labels, return_inverse=True)
+            inside = labels.long() != IGNORED
+            classes, found = torch.unique(labels.long()[inside], return_inverse=True)
+            labels = torch.full_like(inside, IGNORED, dtype=torch.int64).masked_scatter_(inside, found)
             num_classes = max(len(classes), 1)
         return features, ClassGroups.from_labels(labels, num_classes, max_class_size=self.max_class_size)
 
     @staticmethod
-    def measured(result: ClassVariance, scale: float = 1.0) -> Measured:
-        """An operator's result as a term's, the loss divided by ``scale``."""
-        loss = result.rob_loss if scale == 1 else result.rob_loss / scale
-        return Measured(loss, {"intra_mse": result.intra_mse})
+    def measured(result: ClassVariance) -> Measured:
+        """An operator's result as a term's."""
+        return Measured(result.rob_loss, {"intra_mse": result.intra_mse})
 
 
 def flat(features: Tensor, width: int) -> Tensor:

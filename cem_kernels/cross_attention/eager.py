@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels.cross_attention.feed_forward import feed_forward
 from cem_kernels.cross_attention.weights import CrossAttentionWeights, absorb
 from cem_kernels.groups import ClassGroups
 
@@ -15,8 +14,11 @@ def cross_attention(
     tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: CrossAttentionWeights, num_heads: int, dropout: float
 ) -> Tensor:
     """``tokens [B, T, D]`` read ``slots [K, S, D]`` of their own class; returns ``[B, T, D]``."""
-    y = gated_read(tokens, slots, groups, weights, num_heads, dropout)
-    return feed_forward(y, weights, y.dtype)
+    w = weights
+    y = gated_read(tokens, slots, groups, w, num_heads, dropout)
+    hidden = F.layer_norm(y, y.shape[-1:], w.ln_ff_weight, w.ln_ff_bias)
+    hidden = F.gelu(F.linear(hidden, w.ffn_in_weight, w.ffn_in_bias))
+    return groups.kept(y + torch.tanh(w.alpha_ffn) * F.linear(hidden, w.ffn_out_weight, w.ffn_out_bias))
 
 
 def gated_read(
@@ -24,7 +26,7 @@ def gated_read(
 ) -> Tensor:
     """``y [B, T, D]``: the operator without its feed-forward network."""
     w = weights
-    tokens = tokens.to(slots.dtype)
+    tokens = groups.kept(tokens.to(slots.dtype))
     num_samples, num_tokens, width = tokens.shape
     num_classes, num_slots, _ = slots.shape
     keep = F.dropout(torch.ones_like(tokens), dropout) if dropout > 0 else None
@@ -37,7 +39,7 @@ def gated_read(
     out = read(inputs, context, groups, w, num_heads) + w.proj_bias
     if keep is not None:
         out = out * keep
-    return tokens + torch.tanh(w.alpha_xattn) * out
+    return groups.kept(tokens + torch.tanh(w.alpha_xattn) * out)
 
 
 def read_absorbed(

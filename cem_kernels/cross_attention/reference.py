@@ -25,15 +25,15 @@ def cross_attention(
     tokens = tokens.to(slots.dtype)
     keep = F.dropout(torch.ones_like(tokens), dropout)
     bounds = groups.offsets.tolist()
-    rows, results = [], []
+    # Samples of no class come last; an empty slice's sum is zero, and belongs to the graph.
+    rows = [groups.order[bounds[-1] :]]
+    results = [torch.zeros_like(tokens[rows[0]]) + tokens[:0].sum()]
     for c in range(groups.num_classes):
         members = groups.order[bounds[c] : bounds[c + 1]]
         if len(members) > 0:
             flat = one_class(tokens[members].flatten(0, 1), slots[c], keep[members].flatten(0, 1), weights, num_heads)
             rows.append(members)
             results.append(flat.unflatten(0, (len(members), -1)))
-    if not rows:
-        return tokens.clone()  # an empty batch, still on the graph
     batch_order = torch.argsort(torch.cat(rows))
     return torch.cat(results)[batch_order]
 

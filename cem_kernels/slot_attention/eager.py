@@ -27,7 +27,7 @@ def slot_attention(
     num_classes, num_slots, width = slots.shape
     w = weights
     query_map, input_map = absorb(w)
-    tokens = tokens.to(slots.dtype)
+    tokens = groups.kept(tokens.to(slots.dtype))
     inputs = F.layer_norm(tokens, (width,), w.norm_inputs_weight, w.norm_inputs_bias)
     inputs = groups.pad(inputs).flatten(1, 2)  # [K, N, D]
     inputs_t = inputs.mT

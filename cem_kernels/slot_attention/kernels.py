@@ -1,6 +1,24 @@
-"""The kernels of slot attention: launches of what ``rows.py`` and ``tokens.py`` do with slots and with tokens.
+"""The kernels of slot attention: all classes and all iterations in one launch forward and one backward.
 
-Imports Triton, so only ``triton.py`` files import this module.
+With the projections absorbed (``weights.absorb``: ``M = W_qᵀ W_k``, scale included, and ``V = W_ih W_v``) and ``x̂`` the
+normalized tokens of a class, ``g, b`` the affine of their norm, an iteration is
+
+    q = LN_s(s) M      l = x̂ (g ∘ q)ᵀ + q·b      p = softmax over slots (l)
+    A = Σ_n (p + eps)      Û = Σ_n (p + eps) x̂ / A
+    s' = GRU(V (g ∘ Û + b), s)      s ← s' + MLP(LN_m(s'))
+
+and its backward, with ``G = ∂Û`` and ``w = (p + eps) / A``,
+
+    ∂a = (x̂·G − Û·G) / A      ∂l = p (∂a − Σ_s p ∂a)
+    ∂(g ∘ q) = Σ_n ∂l x̂      ∂(q·b) = Σ_n ∂l      ∂x̂ = Σ_s w G + ∂l (g ∘ q)
+
+Attention is computed again; rows of slots are kept. The backward writes the gradients of all products' results,
+``J·K·S`` rows, and one matrix product each makes the weights' gradients of them, outside.
+
+A program owns ``CLASSES`` neighboring classes, with all of their tokens, or with every ``num_parts``-th tile of them:
+then every iteration is a launch, and the last program to arrive adds up the parts in their order and steps the slots.
+``kernels_slots.py`` and ``kernels_tokens.py`` say what it does with slots and with tokens, and what that reads and
+writes. Imports Triton, so only ``triton.py`` files import this module.
 """
 
 from __future__ import annotations
@@ -8,8 +26,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cem_kernels.kernel_math import last_to_arrive
-from cem_kernels.slot_attention.rows import (
+from cem_kernels.slot_attention.kernels_slots import (
+    BIAS_HIDDEN,
+    D_HIDDEN,
+    D_SHIFT,
+    FLOATS,
+    HIDDEN_LAYER,
+    NUMBERS,
+    STATS,
+    TOTAL,
+    UPDATE,
+    W_NUMBERS,
+    W_QUERY,
     collect_updates,
     copy_rows,
     make_queries,
@@ -17,9 +45,18 @@ from cem_kernels.slot_attention.rows import (
     step_slots,
     step_slots_backward,
 )
-from cem_kernels.slot_attention.tokens import attend, attend_backward, rows_of_classes, token_statistics
+from cem_kernels.slot_attention.kernels_tokens import attend, attend_backward, rows_of_classes, token_statistics
+from cem_kernels.triton_utils import last_to_arrive, zero_ignored
 
-VARYING = ["T", "num_classes", "num_slots", "num_iterations", "iteration", "num_parts"]
+VARYING = ["num_samples", "T", "num_classes", "num_slots", "num_iterations", "iteration", "num_parts"]
+
+
+@triton.jit
+def _kept_rows(row, slots, floats, operands, stats, D: tl.constexpr, HIDDEN: tl.constexpr):
+    """Where the rows of slots ``row``, counted over iterations, begin in what an iteration keeps."""
+    return (
+        slots + row * D, floats + row * (FLOATS * D), operands + row * (HIDDEN_LAYER * D + HIDDEN), stats + row * STATS
+    )  # fmt: skip
 
 
 @triton.jit
@@ -32,7 +69,7 @@ def _filled(offsets, c, live):
 def slot_attention_forward_kernel(
     x, order, offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
     slots, floats, operands, stats, statistics,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, eps, ln_eps,
+    stride_b, stride_t, num_samples, T, width, hidden_width, num_classes, num_slots, num_iterations, eps, ln_eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -41,21 +78,20 @@ def slot_attention_forward_kernel(
     first_class = tl.program_id(0) * CLASSES
     row, c, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
     filled = _filled(offsets, c, live)
-    input_norm = vectors + 7 * D + HIDDEN
     copy_rows(initial + row * D, slots + row * D, live, width, D, BLOCK_D)
     token_statistics(
         x, order, offsets, statistics, stride_b, stride_t, first_class, num_classes, 0, 1, T, width, ln_eps,
         D, CLASSES, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     for _ in range(num_iterations):
-        s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
-        make_queries(s, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D)
+        s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
+        make_queries(s, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, PRECISION, BLOCK_K, BLOCK_D)
         attend(
-            x, order, offsets, statistics, f, o, t, live, input_norm, f + D, t + 5,
+            x, order, offsets, statistics, f, o, t, live, vectors, f + UPDATE * D, t + TOTAL,
             stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps,
             D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        collect_updates(f + D, t + 5, f, o, t, live, vectors, width, 1, 0, ROWS, D, HIDDEN, BLOCK_D)
+        collect_updates(f + UPDATE * D, t + TOTAL, f, o, t, live, vectors, width, 1, 0, ROWS, D, BLOCK_D)
         row += num_classes * num_slots
         step_slots(
             s, slots + row * D, f, o, t, live, filled, input_map, hidden_map, mlp_in, mlp_out, vectors,
@@ -67,7 +103,7 @@ def slot_attention_forward_kernel(
 def slot_attention_backward_kernel(
     x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
     slots, floats, operands, stats, statistics, upstream, d_slots, records, work, sums, dx,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, eps,
+    stride_b, stride_t, num_samples, T, width, hidden_width, num_classes, num_slots, num_iterations, eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -76,35 +112,38 @@ def slot_attention_backward_kernel(
     first_class = tl.program_id(0) * CLASSES
     row, c, live = rows_of_classes(first_class, num_classes, num_slots, SLOTS, ROWS)
     filled = _filled(offsets, c, live)
-    ds, w = d_slots + row * D, work + row * (3 * D + 4)
-    sums += tl.program_id(0).to(tl.int64) * (13 * D + HIDDEN)
+    ds, w = d_slots + row * D, work + row * (W_NUMBERS * D + NUMBERS)
+    groups = tl.num_programs(0)
+    zero_ignored(dx, order, offsets, tl.program_id(0), groups, num_classes, num_samples, T, width, BLOCK_D)
+    sums += ((num_iterations - 1) * groups + tl.program_id(0)).to(tl.int64) * (BIAS_HIDDEN * D + HIDDEN)
     copy_rows(upstream + row * D, ds, live, width, D, BLOCK_D)
     row += (num_iterations - 1).to(tl.int64) * num_classes * num_slots
     for step in range(num_iterations):
-        s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
-        r = records + row * (6 * D + HIDDEN)
+        s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
+        r = records + row * (D_HIDDEN * D + HIDDEN)
         step_slots_backward(
-            s, f, o, t, ds, r, w, live, filled, step == 0, input_map, hidden_map, mlp_in, mlp_out, vectors, sums,
+            s, f, o, t, ds, r, w, live, filled, input_map, hidden_map, mlp_in, mlp_out, vectors, sums,
             width, hidden_width, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         attend_backward(
-            x, order, offsets, statistics, f, o, t, w, live, vectors + 7 * D + HIDDEN, w + 2 * D, w + 3 * D + 2, dx,
+            x, order, offsets, statistics, f, o, t, w, live, vectors, w + W_QUERY * D, w + W_NUMBERS * D + D_SHIFT, dx,
             stride_b, stride_t, first_class, num_classes, 0, 1, T, width, eps, step == 0,
             D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         make_queries_backward(
-            w + 2 * D, w + 3 * D + 2, s, f, t, ds, r, w, live, step == 0, query_map, vectors, sums,
-            width, 1, 0, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
+            w + W_QUERY * D, w + W_NUMBERS * D + D_SHIFT, s, f, t, ds, r, w, live, query_map, vectors, sums,
+            width, 1, 0, ROWS, D, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         row -= num_classes * num_slots
+        sums -= groups.to(tl.int64) * (BIAS_HIDDEN * D + HIDDEN)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attend_kernel(
     x, order, offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
     slots, floats, operands, stats, statistics, partials, arrived,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, iteration, num_parts,
-    eps, ln_eps,
+    stride_b, stride_t, num_samples, T, width, hidden_width, num_classes, num_slots, num_iterations, iteration,
+    num_parts, eps, ln_eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +158,8 @@ def attend_kernel(
     if iteration == 0:
         # Every part makes the first queries, all write the same: that takes no longer than a launch which makes them.
         copy_rows(initial + row * D, slots + row * D, live, width, D, BLOCK_D)
-        make_queries(
-            slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6, live,
-            query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
+        s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
+        make_queries(s, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, PRECISION, BLOCK_K, BLOCK_D)
         token_statistics(
             x, order, offsets, statistics, stride_b, stride_t, first_class, num_classes, part, num_parts, T, width,
             ln_eps, D, CLASSES, BLOCK_N, BLOCK_D,
@@ -131,26 +168,24 @@ def attend_kernel(
     sums = partials + row * (D + 4)
     mine = sums + part * rows * (D + 4)
     row += iteration * rows
-    s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
+    s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
     attend(
-        x, order, offsets, statistics, f, o, t, live, vectors + 7 * D + HIDDEN, mine, mine + D,
+        x, order, offsets, statistics, f, o, t, live, vectors, mine, mine + D,
         stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
         D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     if last_to_arrive(arrived + iteration * tl.num_programs(1) + group, num_parts):
-        collect_updates(
-            sums, sums + D, f, o, t, live, vectors, width, num_parts, rows * (D + 4), ROWS, D, HIDDEN, BLOCK_D
-        )
+        collect_updates(sums, sums + D, f, o, t, live, vectors, width, num_parts, rows * (D + 4), ROWS, D, BLOCK_D)
         stepped = s + rows * D
         step_slots(
             s, stepped, f, o, t, live, _filled(offsets, c, live), input_map, hidden_map, mlp_in, mlp_out, vectors,
             width, hidden_width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         if iteration + 1 < num_iterations:
+            _, f, o, t = _kept_rows(row + rows, slots, floats, operands, stats, D, HIDDEN)
             make_queries(
-                stepped, f + rows * (6 * D), o + rows * (3 * D + HIDDEN), t + rows * 6, live,
-                query_map, vectors, width, ln_eps, ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
+                stepped, f, o, t, live, query_map, vectors, width, ln_eps, ROWS, D, PRECISION, BLOCK_K, BLOCK_D
+            )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -167,13 +202,14 @@ def start_backward_kernel(
     row, c, live = rows_of_classes(group * CLASSES, num_classes, num_slots, SLOTS, ROWS)
     for iteration in range(num_iterations):
         tl.store(arrived + iteration * tl.num_programs(0) + group, 0)
-    ds, w = d_slots + row * D, work + row * (3 * D + 4)
+    ds, w = d_slots + row * D, work + row * (W_NUMBERS * D + NUMBERS)
     copy_rows(upstream + row * D, ds, live, width, D, BLOCK_D)
     row += (num_iterations - 1).to(tl.int64) * num_classes * num_slots
+    s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
+    sums += ((num_iterations - 1) * tl.num_programs(0) + group).to(tl.int64) * (BIAS_HIDDEN * D + HIDDEN)
     step_slots_backward(
-        slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6, ds,
-        records + row * (6 * D + HIDDEN), w, live, _filled(offsets, c, live), True, input_map, hidden_map, mlp_in,
-        mlp_out, vectors, sums + group.to(tl.int64) * (13 * D + HIDDEN), width, hidden_width,
+        s, f, o, t, ds, records + row * (D_HIDDEN * D + HIDDEN), w, live, _filled(offsets, c, live),
+        input_map, hidden_map, mlp_in, mlp_out, vectors, sums, width, hidden_width,
         ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
@@ -182,7 +218,8 @@ def start_backward_kernel(
 def attend_backward_kernel(
     x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors,
     slots, floats, operands, stats, statistics, d_slots, records, work, sums, partials, arrived, dx,
-    stride_b, stride_t, T, width, hidden_width, num_classes, num_slots, num_iterations, iteration, num_parts, eps,
+    stride_b, stride_t, num_samples, T, width, hidden_width, num_classes, num_slots, num_iterations, iteration,
+    num_parts, eps,
     D: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     SLOTS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -197,26 +234,31 @@ def attend_backward_kernel(
     rows = num_classes.to(tl.int64) * num_slots
     own_sums = partials + row * (D + 4)
     mine = own_sums + part * rows * (D + 4)
-    ds, w = d_slots + row * D, work + row * (3 * D + 4)
+    ds, w = d_slots + row * D, work + row * (W_NUMBERS * D + NUMBERS)
     row += iteration * rows
-    s, f, o, t = slots + row * D, floats + row * (6 * D), operands + row * (3 * D + HIDDEN), stats + row * 6
-    r = records + row * (6 * D + HIDDEN)
+    s, f, o, t = _kept_rows(row, slots, floats, operands, stats, D, HIDDEN)
+    r = records + row * (D_HIDDEN * D + HIDDEN)
     first_time = iteration == num_iterations - 1
+    groups = tl.num_programs(1)
+    if first_time:
+        program, programs = part * groups + group, num_parts * groups
+        zero_ignored(dx, order, offsets, program, programs, num_classes, num_samples, T, width, BLOCK_D)
     attend_backward(
-        x, order, offsets, statistics, f, o, t, w, live, vectors + 7 * D + HIDDEN, mine, mine + D, dx,
+        x, order, offsets, statistics, f, o, t, w, live, vectors, mine, mine + D, dx,
         stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps, first_time,
         D, PRECISION, SLOTS, CLASSES, ROWS, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
-    if last_to_arrive(arrived + iteration * tl.num_programs(1) + group, num_parts):
-        sums += group.to(tl.int64) * (13 * D + HIDDEN)
+    if last_to_arrive(arrived + iteration * groups + group, num_parts):
+        sums += (iteration * groups + group).to(tl.int64) * (BIAS_HIDDEN * D + HIDDEN)
         make_queries_backward(
-            own_sums, own_sums + D, s, f, t, ds, r, w, live, first_time, query_map, vectors, sums,
-            width, num_parts, rows * (D + 4), ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
+            own_sums, own_sums + D, s, f, t, ds, r, w, live, query_map, vectors, sums,
+            width, num_parts, rows * (D + 4), ROWS, D, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         if iteration > 0:
+            s, f, o, t = _kept_rows(row - rows, slots, floats, operands, stats, D, HIDDEN)
+            sums -= groups.to(tl.int64) * (BIAS_HIDDEN * D + HIDDEN)
             step_slots_backward(
-                s - rows * D, f - rows * (6 * D), o - rows * (3 * D + HIDDEN), t - rows * 6, ds,
-                r - rows * (6 * D + HIDDEN), w, live, _filled(offsets, c, live), False,
+                s, f, o, t, ds, r - rows * (D_HIDDEN * D + HIDDEN), w, live, _filled(offsets, c, live),
                 input_map, hidden_map, mlp_in, mlp_out, vectors, sums, width, hidden_width,
                 ROWS, D, HIDDEN, PRECISION, BLOCK_K, BLOCK_D,
             )  # fmt: skip

@@ -1,24 +1,8 @@
-"""Slot attention over class groups in Triton: all classes and all iterations in one launch forward and one backward.
+"""Slot attention over class groups in Triton: what ``kernels.py`` computes, launched in one of two regimes.
 
-With the projections absorbed (``weights.absorb``: ``M = W_qᵀ W_k``, scale included, and ``V = W_ih W_v``) and ``x̂`` the
-normalized tokens of a class, ``g, b`` the affine of their norm, an iteration is
-
-    q = LN_s(s) M      l = x̂ (g ∘ q)ᵀ + q·b      p = softmax over slots (l)
-    A = Σ_n (p + eps)      Û = Σ_n (p + eps) x̂ / A
-    s' = GRU(V (g ∘ Û + b), s)      s ← s' + MLP(LN_m(s'))
-
-and its backward, with ``G = ∂Û`` and ``w = (p + eps) / A``,
-
-    ∂a = (x̂·G − Û·G) / A      ∂l = p (∂a − Σ_s p ∂a)
-    ∂(g ∘ q) = Σ_n ∂l x̂      ∂(q·b) = Σ_n ∂l      ∂x̂ = Σ_s w G + ∂l (g ∘ q)
-
-Attention is computed again; rows of slots are kept (``rows.py`` says which). The backward writes the gradients of all
-products' results, ``J·K·S`` rows, and one matrix product each makes the weights' gradients of them, outside.
-
-**Two regimes.** With few tokens a class one program does all of it for its classes. With many, that would leave most of
-the device idle: then every iteration is a launch, tokens are split over programs, which add to sums of their own, and
-the last program to arrive adds these up in their order and steps the slots. :func:`tokens_are_split` chooses, from
-sizes that the host knows.
+With few tokens a class one program does all of it for its classes, in one launch. With many, that would leave most of
+the device idle: then every iteration is a launch, and tokens are split over programs. :func:`tokens_are_split`
+chooses, from sizes that the host knows.
 """
 
 from __future__ import annotations
@@ -28,19 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
 
 from cem_kernels.groups import ClassGroups
-from cem_kernels.launching import (
-    ALL_REGISTERS,
-    input_precision,
-    launch,
-    operator,
-    processors,
-    splits_per_class,
-    tuned,
-)
+from cem_kernels.slot_attention import kernels_slots as fields
 from cem_kernels.slot_attention.kernels import (
     attend_backward_kernel,
     attend_kernel,
@@ -49,8 +23,18 @@ from cem_kernels.slot_attention.kernels import (
     start_backward_kernel,
 )
 from cem_kernels.slot_attention.weights import SlotAttentionWeights, absorb
-
-LN_EPS = 1e-5  # F.layer_norm's
+from cem_kernels.triton_utils import (
+    ALL_REGISTERS,
+    LN_EPS,
+    backward_once,
+    input_precision,
+    launch,
+    operator,
+    processors,
+    splits_per_class,
+    tuned,
+    with_rows,
+)
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
@@ -95,7 +79,10 @@ def tiles(kernel: str, width: int, rows: int, precision: str, dtype: torch.dtype
     if dtype == torch.float32:
         # Without matrix units both operands of a block are in registers; with them, twice the bytes are in flight.
         columns = 128 if wide and rows == 8 else 64 if even and few else 32
-        t = Tiles(16, 32 if even and few else 16, columns, 8, 2 if precision == "ieee" else 3)
+        # A kernel of every step holds more than one of a few.
+        largest = "slot_attention_forward" if precision == "ieee" else "slot_attention_backward"
+        depth = 32 if even and few and kernel != largest else 16
+        t = Tiles(16, depth, columns, 8, 2 if precision == "ieee" else 3)
     else:
         t = Tiles(32, 32 if few else 16, 128 if wide and few else 64, 8, 3)
         if kernel == "attend":
@@ -138,91 +125,85 @@ class Plan(NamedTuple):
         sizes = {"D": x.shape[2], "HIDDEN": hidden_width, "PRECISION": precision}
         return cls(groups, parts, rows, {"SLOTS": slots, "CLASSES": classes}, sizes, dtype)
 
+    def partials(self, x: Tensor, rows: int) -> Tensor:
+        """Where the parts of the tokens leave their sums; rows stay aligned."""
+        return x.new_empty((self.parts, rows, self.sizes["D"] + 4), dtype=torch.float32)
+
+    def arrived(self, x: Tensor, num_iterations: int) -> Tensor:
+        """Counters of who has come, one an iteration and group, not set."""
+        return x.new_empty((num_iterations, self.groups), dtype=torch.int32)
+
     def options(self, kernel: str) -> dict[str, Any]:
         """What ``kernel`` is compiled for."""
         t = tuned(kernel, tiles(kernel, self.sizes["D"], self.rows, self.sizes["PRECISION"], self.dtype))._asdict()
+        # Tiles are overwritten in place. Of one with fewer elements than threads, warps would hold copies, and a slow
+        # one could read what a fast one has stored.
+        t["num_warps"] = min(t["num_warps"], min(self.rows, t["BLOCK_N"]) * t["BLOCK_D"] // 32)
         if kernel == "start_backward":  # which sees no token
             del t["BLOCK_N"]
         return {**self.sizes, **self.by_class, **t, **ALL_REGISTERS}
 
 
-def _with_rows(tokens: Tensor) -> Tensor:
-    """``tokens [B, T, D]`` with any strides of samples and tokens, but a token's elements side by side."""
-    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
+WEIGHTS = "Tensor query_map, Tensor input_map, Tensor hidden_map, Tensor mlp_in, Tensor mlp_out, Tensor vectors"
 
 
-def _kept_shapes(x, initial, mlp_in, num_iterations):
-    (num_classes, num_slots, width), hidden = initial.shape, mlp_in.shape[0]
+def _forward_shapes(x, order, offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, J, *rest):
+    (K, S, D), hidden = initial.shape, mlp_in.shape[0]
     wide = {"dtype": torch.float32}
     return (
-        x.new_empty((num_iterations + 1, num_classes, num_slots, width), **wide),
-        x.new_empty((num_iterations, num_classes * num_slots, 6 * width), **wide),
-        mlp_in.new_empty((num_iterations, num_classes * num_slots, 3 * width + hidden)),
-        x.new_empty((num_iterations, num_classes * num_slots, 6), **wide),
+        x.new_empty((J + 1, K, S, D), **wide),
+        x.new_empty((J, K * S, fields.FLOATS.value * D), **wide),
+        mlp_in.new_empty((J, K * S, fields.HIDDEN_LAYER.value * D + hidden)),
+        x.new_empty((J, K * S, fields.STATS.value), **wide),
         x.new_empty((*x.shape[:2], 2), **wide),
     )
 
 
-def _forward_shapes(x, order, offsets, initial, query_map, input_map, hidden_map, mlp_in, mlp_out, *rest):
-    return _kept_shapes(x, initial, mlp_in, rest[1])
-
-
 @operator(
-    "slot_attention_forward(Tensor x, Tensor order, Tensor offsets, Tensor initial, Tensor query_map, "
-    "Tensor input_map, Tensor hidden_map, Tensor mlp_in, Tensor mlp_out, Tensor vectors, int num_iterations, "
+    f"slot_attention_forward(Tensor x, Tensor order, Tensor offsets, Tensor initial, {WEIGHTS}, int num_iterations, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_shapes,
 )
 def slot_attention_forward(
     x: Tensor, order: Tensor, offsets: Tensor, initial: Tensor, query_map: Tensor, input_map: Tensor,
     hidden_map: Tensor, mlp_in: Tensor, mlp_out: Tensor, vectors: Tensor, num_iterations: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``x [B, T, D]`` and ``initial [K, S, D]`` to all slots ``[J + 1, K, S, D]``, and what the backward needs.
 
-    Matrices are in the dtype of products; ``vectors [13D + hidden]`` are the others of :class:`SlotAttentionWeights`,
-    in their order, in fp32, as ``initial`` is.
+    Matrices are in the dtype of products; ``vectors [15D + hidden]``, fp32, are those that :func:`_vectors` makes.
     """
-    x, initial = _with_rows(x), initial.contiguous()
-    num_classes, num_slots, width = initial.shape
-    hidden_width = mlp_in.shape[0]
-    kept = _kept_shapes(x, initial, mlp_in, num_iterations)
+    x, initial = with_rows(x), initial.contiguous()
+    (num_classes, num_slots, width), hidden_width = initial.shape, mlp_in.shape[0]
     weights = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors)
+    kept = _forward_shapes(x, order, offsets, initial, *weights, num_iterations)
+    sizes = (*x.stride()[:2], *x.shape[:2], width, hidden_width, num_classes, num_slots, num_iterations)
     plan = Plan.of(x, num_classes, num_slots, mlp_in)
     if plan.parts == 0:
         launch(
             slot_attention_forward_kernel, (plan.groups,), x.device,
-            x, order, offsets, initial, *weights, *kept,
-            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, eps, LN_EPS,
+            x, order, offsets, initial, *weights, *kept, *sizes, eps, LN_EPS,
             **plan.options("slot_attention_forward"),
         )  # fmt: skip
         return kept
-    partials = x.new_empty((plan.parts, num_classes * num_slots, width + 4), dtype=torch.float32)
-    arrived = x.new_zeros((num_iterations, plan.groups), dtype=torch.int32)
+    partials, arrived = plan.partials(x, num_classes * num_slots), plan.arrived(x, num_iterations).zero_()
     for iteration in range(num_iterations):
         launch(
             attend_kernel, (plan.parts, plan.groups), x.device,
-            x, order, offsets, initial, *weights, *kept, partials, arrived,
-            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, iteration,
-            plan.parts, eps, LN_EPS,
+            x, order, offsets, initial, *weights, *kept, partials, arrived, *sizes, iteration, plan.parts, eps, LN_EPS,
             **plan.options("attend"),
         )  # fmt: skip
     return kept
 
 
 def _backward_shapes(x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, slots, *rest):
-    num_iterations, (num_classes, num_slots, width) = slots.shape[0] - 1, slots.shape[1:]
-    return (
-        x.new_empty(x.shape),
-        slots.new_empty(slots.shape[1:]),
-        mlp_in.new_empty((num_iterations, num_classes * num_slots, 6 * width + mlp_in.shape[0])),
-        vectors.new_empty(vectors.shape),
-    )
+    J, (K, S, D) = slots.shape[0] - 1, slots.shape[1:]
+    records = mlp_in.new_empty((J, K * S, fields.D_HIDDEN.value * D + mlp_in.shape[0]))
+    return x.new_empty(x.shape), slots.new_empty(slots.shape[1:]), records, vectors.new_empty(vectors.shape)
 
 
 @operator(
-    "slot_attention_backward(Tensor x, Tensor order, Tensor offsets, Tensor query_map, Tensor input_map, "
-    "Tensor hidden_map, Tensor mlp_in, Tensor mlp_out, Tensor vectors, Tensor slots, Tensor floats, Tensor operands, "
-    "Tensor stats, Tensor statistics, Tensor upstream, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"slot_attention_backward(Tensor x, Tensor order, Tensor offsets, {WEIGHTS}, Tensor slots, Tensor floats, "
+    "Tensor operands, Tensor stats, Tensor statistics, Tensor upstream, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_shapes,
 )
 def slot_attention_backward(
@@ -231,42 +212,35 @@ def slot_attention_backward(
     statistics: Tensor, upstream: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of ``x``, of the initial slots, of the products' results (``records``) and of ``vectors``."""
-    x, upstream = _with_rows(x), upstream.contiguous()
-    num_iterations, (num_classes, num_slots, width) = slots.shape[0] - 1, slots.shape[1:]
-    hidden_width = mlp_in.shape[0]
-    _, d_slots, records, _ = _backward_shapes(
-        x, order, offsets, query_map, input_map, hidden_map, mlp_in, mlp_out, vectors, slots
-    )
-    plan = Plan.of(x, num_classes, num_slots, mlp_in)
+    x, upstream = with_rows(x), upstream.contiguous()
+    J, (K, S, D) = slots.shape[0] - 1, slots.shape[1:]
+    weights, kept = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors), (slots, floats, operands, stats)
+    _, d_slots, records, _ = _backward_shapes(x, order, offsets, *weights, slots)
+    plan = Plan.of(x, K, S, mlp_in)
     # Iterations add to dx, which should not be rounded in between.
     dx = x.new_empty(x.shape, dtype=torch.float32)
-    work = slots.new_empty((num_classes * num_slots, 3 * width + 4))
-    sums = slots.new_empty((plan.groups, vectors.shape[0]))
-    weights = (query_map, input_map, hidden_map, mlp_in, mlp_out, vectors)
+    work = slots.new_empty((K * S, fields.W_NUMBERS.value * D + fields.NUMBERS.value))
+    sums = slots.new_empty((J * plan.groups, *vectors.shape))
+    strides, sizes = x.stride()[:2], (*x.shape[:2], D, mlp_in.shape[0], K, S, J)
     if plan.parts == 0:
         launch(
             slot_attention_backward_kernel, (plan.groups,), x.device,
-            x, order, offsets, *weights, slots, floats, operands, stats, statistics,
-            upstream, d_slots, records, work, sums, dx,
-            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, eps,
+            x, order, offsets, *weights, *kept, statistics, upstream, d_slots, records, work, sums, dx,
+            *strides, *sizes, eps,
             **plan.options("slot_attention_backward"),
         )  # fmt: skip
         return dx.to(x.dtype), d_slots, records, sums.sum(dim=0)
-    partials = x.new_empty((plan.parts, num_classes * num_slots, width + 4), dtype=torch.float32)
-    arrived = x.new_empty((num_iterations, plan.groups), dtype=torch.int32)
+    partials, arrived = plan.partials(x, K * S), plan.arrived(x, J)
     launch(
         start_backward_kernel, (plan.groups,), x.device,
-        offsets, *weights[1:], slots, floats, operands, stats, upstream, d_slots, records, work, sums, arrived,
-        width, hidden_width, num_classes, num_slots, num_iterations,
+        offsets, *weights[1:], *kept, upstream, d_slots, records, work, sums, arrived, *sizes[2:],
         **plan.options("start_backward"),
     )  # fmt: skip
-    for iteration in range(num_iterations - 1, -1, -1):
+    for iteration in range(J - 1, -1, -1):
         launch(
             attend_backward_kernel, (plan.parts, plan.groups), x.device,
-            x, order, offsets, *weights, slots, floats, operands, stats, statistics,
-            d_slots, records, work, sums, partials, arrived, dx,
-            *x.stride()[:2], x.shape[1], width, hidden_width, num_classes, num_slots, num_iterations, iteration,
-            plan.parts, eps,
+            x, order, offsets, *weights, *kept, statistics, d_slots, records, work, sums, partials, arrived, dx,
+            *strides, *sizes, iteration, plan.parts, eps,
             **plan.options("attend_backward"),
         )  # fmt: skip
     return dx.to(x.dtype), d_slots, records, sums.sum(dim=0)
@@ -276,19 +250,23 @@ def slot_attention_backward(
 
 
 class _SlotAttention(torch.autograd.Function):
-    @staticmethod
-    @custom_fwd(device_type="cuda")
-    def forward(ctx, x, order, offsets, initial, *weights_and_options):
-        kept = slot_attention_forward(x, order, offsets, initial, *weights_and_options)
-        *weights, _, eps = weights_and_options
-        ctx.save_for_backward(x, order, offsets, *weights, *kept)
-        ctx.eps = eps
-        return kept[0][-1].clone()
+    """Of :func:`slot_attention_forward`'s arguments, to the final slots and what the backward needs."""
 
     @staticmethod
-    @custom_bwd(device_type="cuda")
-    @once_differentiable
-    def backward(ctx, upstream):
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        kept = slot_attention_forward(*inputs)
+        return kept[0][-1].clone(), *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, order, offsets, _, *weights, _, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, order, offsets, *weights, *output[1:])
+
+    @staticmethod
+    @backward_once
+    def backward(ctx, upstream, *_):
         *_, slots, _, operands, _, _ = ctx.saved_tensors
         dx, d_slots, records, d_vectors = slot_attention_backward(*ctx.saved_tensors, upstream, ctx.eps)
         width = slots.shape[-1]
@@ -308,6 +286,13 @@ class _SlotAttention(torch.autograd.Function):
         return dx, None, None, d_slots, *d_matrices, d_vectors, None, None
 
 
+def _vectors(w: SlotAttentionWeights) -> Tensor:
+    """The weights that are vectors side by side, in the order that ``kernels_slots.py`` names."""
+    inputs = w.norm_inputs_weight, w.norm_inputs_bias
+    norms = w.norm_slots_weight, w.norm_slots_bias, w.norm_mlp_weight, w.norm_mlp_bias
+    return torch.cat([w.gru_bias_ih, w.gru_bias_hh, w.mlp_out_bias, *inputs, *norms, *inputs, w.mlp_in_bias])
+
+
 def slot_attention(
     tokens: Tensor, slots: Tensor, groups: ClassGroups, weights: SlotAttentionWeights, num_iterations: int, eps: float,
     product_dtype: torch.dtype | None = None,
@@ -315,11 +300,10 @@ def slot_attention(
     """``tokens [B, T, D]``, ``slots [K, S, D]`` to the final slots ``[K, S, D]``, in fp32."""
     w = weights
     query_map, input_map = absorb(w)
-    vectors = torch.cat([weight for weight in w if weight.dim() == 1])
     dtype = product_dtype or tokens.dtype
     matrices = [query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight]
-    result: Tensor = _SlotAttention.apply(
-        tokens, groups.order, groups.offsets, slots, *(m.to(dtype).contiguous() for m in matrices), vectors,
+    result, *_ = _SlotAttention.apply(
+        tokens, groups.order, groups.offsets, slots, *(m.to(dtype).contiguous() for m in matrices), _vectors(w),
         num_iterations, eps,
     )  # fmt: skip
     return result

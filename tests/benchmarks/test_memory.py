@@ -71,11 +71,11 @@ def test_no_size_depends_on_what_kernels_write():
 
 
 def test_launches_run_again_afterwards():
-    module = importlib.import_module("cem_kernels.class_variance.triton")
-    launching = importlib.import_module("cem_kernels.launching")
+    module = importlib.import_module("cem_kernels.variance.triton")
+    utilities = importlib.import_module("cem_kernels.triton_utils")
     with memory.no_kernels():
-        assert module.launch is not launching.launch
-    assert module.launch is launching.launch
+        assert module.launch is not utilities.launch
+    assert module.launch is utilities.launch
 
 
 def test_the_file_names_versions_and_cases(tmp_path, monkeypatch, capsys):

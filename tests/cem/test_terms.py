@@ -9,6 +9,7 @@ import torch
 import cem
 from cem.errors import BackendError, UsageError
 from cem.terms import Family
+from cem_kernels import Nats
 
 CONTEXT = cem.Context(feature_shape=(4, 2, 2), image_shape=(3, 8, 8), num_classes=5, noise_std=0.5)
 
@@ -109,7 +110,7 @@ def test_a_class_with_the_name_of_a_member_is_refused(mine):
 
 def test_build_makes_what_the_run_and_the_options_say():
     module = cem.SURROGATES.build("centroid", CONTEXT, cem.CentroidCEM.Options(momentum=0.9))
-    assert (module.feature_dim, module.num_classes, module.noise_std, module.momentum) == (16, 5, 0.5, 0.9)
+    assert (module.feature_dim, module.num_classes, module.penalty, module.momentum) == (16, 5, Nats(0.5), 0.9)
 
 
 def test_build_takes_default_options():

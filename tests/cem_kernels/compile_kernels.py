@@ -30,10 +30,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from cem_kernels.centroid_variance import triton as centroid_variance
-from cem_kernels.class_variance import triton as class_variance
 from cem_kernels.cross_attention import triton as cross_attention
 from cem_kernels.slot_attention import triton as slot_attention
+from cem_kernels.triton_utils import FUSION
+from cem_kernels.variance import triton as variance
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -42,6 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TABLE = Path(__file__).with_name("kernel_resources.csv")
+Rows = list[dict[str, str]]
 COLUMNS = ("target", "kernel", "case", "shared_bytes", "registers", "spilled_bytes", "triton")
 
 
@@ -89,34 +90,26 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def variance_case(
-    dtype: torch.dtype, hinge: str, columns: int, upstream: str = "losses", samples: int = 64, classes: int = 4
-) -> Callable[[], None]:
-    """``upstream``: ``losses``, as training has it, or ``all`` four results, through expanded gradients."""
+    dtype: torch.dtype, penalty: str, columns: int, upstream: str = "losses", *, centroids: bool = False,
+    samples: int = 64, classes: int = 4,
+) -> Callable[[], None]:  # fmt: skip
+    """``upstream``: ``losses``, as training has it, or ``all`` four results, through expanded gradients.
 
-    def run() -> None:
-        x, order = torch.empty(samples, columns, dtype=dtype), torch.arange(samples)
-        offsets = torch.arange(classes + 1)
-        _, _, _, _, *kept = class_variance.class_variance_forward(x, order, offsets, None, 0.1, 1e-4, 1e-6, 2, hinge)
-        one, several = torch.empty(()), torch.empty(()).expand(classes)
-        grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)
-        class_variance.class_variance_backward(x, order, offsets, *kept, *grads, 2)
-
-    return run
-
-
-def centroid_case(
-    dtype: torch.dtype, hinge: str, columns: int, samples: int = 64, classes: int = 4
-) -> Callable[[], None]:
-    """As training has it."""
+    ``centroids``: around running ones, instead of the batch's means.
+    """
 
     def run() -> None:
         x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
-        running = (torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes))
-        common = (x, order, offsets)
-        _, _, _, _, *kept = centroid_variance.centroid_variance_forward(
-            *common, *running, None, 0.1, 1e-4, 1e-6, 0.01, 0.1, hinge
+        common, running, min_samples = (x, order, offsets), (None, None, None), 2
+        if centroids:
+            running = torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes)
+            min_samples = 1
+        _, _, _, _, *kept = variance.variance_forward(
+            *common, *running, None, penalty, 0.1, 1e-4, 1e-6, min_samples, 0.99
         )
-        class_variance.class_variance_backward(*common, *kept, torch.empty(()), None, None, None, 1)
+        one, several = torch.empty(()), torch.empty(()).expand(classes)
+        grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)
+        variance.variance_backward(*common, *kept, *grads, min_samples)
 
     return run
 
@@ -155,7 +148,7 @@ def slot_case(
         torch.set_float32_matmul_precision(matmul)
         x = torch.empty(tokens, samples, width, dtype=dtype).transpose(0, 1)
         x = x if strided else x.contiguous()
-        initial, vectors = torch.empty(classes, slots, width), torch.empty(13 * width + (hidden or 2 * width))
+        initial, vectors = torch.empty(classes, slots, width), torch.empty(15 * width + (hidden or 2 * width))
         sizes = (width, width), (3 * width, width), (3 * width, width), (hidden or 2 * width, width)
         matrices = [torch.empty(size, dtype=products or dtype) for size in (*sizes, sizes[-1][::-1])]
         common = (x, torch.arange(samples), torch.arange(classes + 1))
@@ -174,16 +167,17 @@ def cases(target: str, everything: bool = False) -> Iterator[tuple[str, Callable
     """One of every class of configuration that the launchers choose."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield f"{name_of(dtype)} relu C128", variance_case(dtype, "relu", 128)
-    for hinge in ("softplus", "identity"):
-        yield f"fp32 {hinge} C8192", variance_case(torch.float32, hinge, 8192, "all")
+    for penalty in ("softplus", "nats"):
+        yield f"fp32 {penalty} C8192", variance_case(torch.float32, penalty, 8192, "all")
     yield "fp32 relu C128 split", variance_case(torch.float32, "relu", 128, samples=8192, classes=1)
     yield "fp32 relu C17", variance_case(torch.float32, "relu", 17, "all")
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield f"{name_of(dtype)} identity C392 of centroids", centroid_case(dtype, "identity", 392)
-    for hinge in ("relu", "softplus"):
-        yield f"fp32 {hinge} C8192 of centroids", centroid_case(torch.float32, hinge, 8192)
-    yield "fp32 identity C128 split of centroids", centroid_case(torch.float32, "identity", 128, 8192, 1)
+        yield f"{name_of(dtype)} nats C392 of centroids", variance_case(dtype, "nats", 392, centroids=True)
+    for penalty in ("relu", "softplus"):
+        yield f"fp32 {penalty} C8192 of centroids", variance_case(torch.float32, penalty, 8192, centroids=True)
+    split = {"samples": 8192, "classes": 1}
+    yield "fp32 nats C128 split of centroids", variance_case(torch.float32, "nats", 128, centroids=True, **split)
 
     products = {"fp32": (torch.float32,), "tf32": (torch.float32, "high"), "bf16": (torch.bfloat16,)}
     for name, product in products.items():
@@ -228,9 +222,9 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
     def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
         if TARGETS[target].backend == "hip":  # this PyTorch is CUDA's, and so are its launchers' options
             options.pop("maxnreg", None)
-        compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options)))
+        compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **FUSION, **options)))
 
-    for module in (class_variance, centroid_variance, cross_attention, slot_attention):
+    for module in (variance, cross_attention, slot_attention):
         module.launch = launch
     return compiled
 
@@ -251,8 +245,8 @@ def versions_as_sizes_vary(target: str) -> dict[str, int]:
     """Kernel to the number of versions compiled for batches of many sizes."""
     compiled = compile_only(target)
     for samples, classes, tokens in ((64, 4, 4), (1, 1, 1), (17, 3, 1), (8192, 1, 7), (4096, 100, 16), (100, 1000, 2)):
-        variance_case(torch.float32, "relu", 128, samples=samples, classes=classes)()
-        centroid_case(torch.float32, "identity", 128, samples, classes)()
+        for centroids in (False, True):
+            variance_case(torch.float32, "nats", 128, centroids=centroids, samples=samples, classes=classes)()
         read_case(128, 4, 8, torch.bfloat16, samples=samples, classes=classes, tokens=tokens)()
         for split in (False, True):
             sizes = {"samples": samples, "classes": classes, "tokens": tokens}
@@ -289,6 +283,16 @@ def main() -> None:
     writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows_of(targets[0], options.everything))
+
+
+def rows_for(arguments: tuple[str, ...], environment: dict[str, str]) -> Rows:
+    """The table that this script prints for ``arguments``, in a process of its own: where it is called, the interpreter
+    may be at work."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{arguments}: {done.stderr[-3000:]}")
+    return list(csv.DictReader(done.stdout.splitlines()))
 
 
 def tables_of(targets: list[str]) -> str:

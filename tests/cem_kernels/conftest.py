@@ -1,17 +1,13 @@
 """What the tests of kernels share."""
 
-import csv
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from compile_kernels import TABLE, TARGETS
+from compile_kernels import TARGETS, Rows, rows_for
 
-Rows = list[dict[str, str]]
 RUNS = [*((target,) for target in TARGETS), ("--vary-sizes", "sm90")]
 COMPILING = pytest.StashKey[dict[tuple[str, ...], "Future[Rows]"]]()
 
@@ -24,14 +20,6 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     assert torch.zeros(1).new_empty(64).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def rows_for(arguments: tuple[str, ...], environment: dict[str, str]) -> Rows:
-    """The table that ``compile_kernels.py`` prints, in a process of its own: here the interpreter is at work."""
-    command = [sys.executable, str(TABLE.with_name("compile_kernels.py")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(csv.DictReader(done.stdout.splitlines()))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

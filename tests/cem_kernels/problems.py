@@ -13,13 +13,22 @@ from torch import Tensor
 from cem_kernels import (
     ClassGroups,
     CrossAttentionWeights,
+    LogHinge,
+    Nats,
+    Penalty,
     RunningMoments,
     SlotAttentionWeights,
-    centroid_variance,
-    class_variance,
-    cross_attention,
-    slot_attention,
 )
+from cem_kernels.cross_attention import cross_attention
+from cem_kernels.slot_attention import slot_attention
+from cem_kernels.variance import centroid_variance, class_variance
+
+RELU = LogHinge(threshold=0.05)
+PENALTIES: dict[str, Penalty] = {
+    "relu": RELU,
+    "softplus": LogHinge(threshold=0.05, hinge="softplus"),
+    "nats": Nats(noise_std=0.05),
+}
 
 
 @dataclass
@@ -123,7 +132,7 @@ def cross_problem(labels, num_classes, *, T=1, D=8, S=4, H=2, bound=None, seed=0
 
 
 def variance_problem(
-    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, hinge="relu", min_samples=2
+    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, penalty=RELU, min_samples=2
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
@@ -132,22 +141,13 @@ def variance_problem(
     features = torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64) * spread + 3.0
 
     def run(backend, features):
-        result = class_variance(
-            features,
-            groups,
-            threshold=0.05,
-            eps_var=1e-4,
-            min_samples=min_samples,
-            hinge=hinge,
-            backend=backend,
-        )
-        return tuple(result)
+        return tuple(class_variance(features, groups, penalty, min_samples=min_samples, backend=backend))
 
     return Problem({"features": features.to(labels.device, dtype)}, run)
 
 
 def centroid_problem(
-    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, hinge="relu", momentum=0.95, batches=None
+    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, penalty=RELU, momentum=0.95, batches=None
 ) -> Problem:
     """Classes that were in 0, 1, 2, ... batches before, or all of them in ``batches``."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,6 +155,7 @@ def centroid_problem(
     spread = torch.logspace(-3, 0.5, T * D, dtype=torch.float64)
     features = torch.randn(len(labels), T * D, generator=generator, dtype=torch.float64) * spread + 3.0
     counted = torch.arange(num_classes) if batches is None else torch.full((num_classes,), batches)
+    generator.manual_seed(seed + 1)  # the same centroids however many samples there are
     # Of classes that were in no batch it is not looked at, whatever it is.
     centroids = torch.randn(num_classes, T * D, generator=generator, dtype=torch.float64) * spread + 3.0
     variances = torch.rand(num_classes, T * D, generator=generator, dtype=torch.float64) * spread**2
@@ -165,9 +166,7 @@ def centroid_problem(
         # Rounded to what is kept in training, or they would not be the same for all dtypes.
         state = (centroids.float().to(features.device, kept), variances.float().to(features.device, kept))
         running = RunningMoments(*state, counted.to(features.device, copy=True))
-        result = centroid_variance(
-            features, groups, running, threshold=0.05, momentum=momentum, hinge=hinge, backend=backend
-        )
+        result = centroid_variance(features, groups, running, penalty, momentum=momentum, backend=backend)
         monitors = result.intra_mse, result.class_mse, *running[:2], running.batches.to(kept)
         return result.rob_loss, *monitors, result.class_penalty
 

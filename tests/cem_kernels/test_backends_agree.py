@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
     OPERATORS,
+    PENALTIES,
     Problem,
     assert_same,
     cross_problem,
@@ -59,10 +60,10 @@ def test_cross_attention_agrees_for_odd_sizes(S, D, H):
     assert_agree(cross_problem(labels_with_holes(12, 5), 5, S=S, D=D, H=H))
 
 
-@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
 @pytest.mark.parametrize("min_samples", [2, 4])
-def test_class_variance_agrees_for_every_hinge_and_minimum(hinge, min_samples):
-    assert_agree(variance_problem(labels_with_holes(17, 6), 6, hinge=hinge, min_samples=min_samples))
+def test_class_variance_agrees_for_every_penalty_and_minimum(penalty, min_samples):
+    assert_agree(variance_problem(labels_with_holes(17, 6), 6, penalty=penalty, min_samples=min_samples))
 
 
 @given(

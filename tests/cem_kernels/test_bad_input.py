@@ -4,12 +4,10 @@ import pytest
 import torch
 from problems import cross_problem, random_cross_weights, random_slot_weights, slot_problem
 
-from cem_kernels import (
-    ClassGroups,
-    class_variance,
-    cross_attention,
-    slot_attention,
-)
+from cem_kernels import ClassGroups, LogHinge
+from cem_kernels.cross_attention import cross_attention
+from cem_kernels.slot_attention import slot_attention
+from cem_kernels.variance import class_variance
 
 LABELS = torch.tensor([0, 1, 1, 2])
 GROUPS = ClassGroups.from_labels(LABELS, 3)
@@ -27,7 +25,11 @@ def cross(tokens=TOKENS, slots=SLOTS, weights=CROSS_WEIGHTS, **kwargs):
 
 
 def variance(features=TOKENS, **kwargs):
-    return class_variance(features, GROUPS, **{"threshold": 0.1, **kwargs})
+    return class_variance(features, GROUPS, LogHinge(0.1), **kwargs)
+
+
+def hinge(threshold=0.1, **kwargs):
+    return LogHinge(threshold, **kwargs)
 
 
 BAD_VALUES = [
@@ -62,13 +64,13 @@ BAD_VALUES = [
     ),
     (variance, {"features": TOKENS[:, 0, 0]}, r"features must have shape \[B=4, ...\], got \[4\]"),
     (variance, {"features": TOKENS[:2]}, r"features must have shape \[B=4, ...\], got \[2, 2, 8\]"),
-    (variance, {"threshold": 0.0}, "threshold must be finite and positive, got 0.0"),
-    (variance, {"threshold": float("nan")}, "threshold must be finite and positive, got nan"),
-    (variance, {"threshold": torch.ones(2)}, r"threshold must have shape \[\], got \[2\]"),
-    (variance, {"eps_var": -1.0}, "eps_var must be finite and positive, got -1.0"),
-    (variance, {"gamma": float("inf")}, "gamma must be finite and positive, got inf"),
     (variance, {"min_samples": 1}, "min_samples must be at least 2, got 1"),
-    (variance, {"hinge": "elu"}, "hinge must be one of relu, softplus, identity, got 'elu'"),
+    (hinge, {"threshold": 0.0}, "threshold must be finite and positive, got 0.0"),
+    (hinge, {"threshold": float("nan")}, "threshold must be finite and positive, got nan"),
+    (hinge, {"threshold": torch.ones(2)}, r"threshold must have shape \[\], got \[2\]"),
+    (hinge, {"floor": -1.0}, "floor must be finite and positive, got -1.0"),
+    (hinge, {"gamma": float("inf")}, "gamma must be finite and positive, got inf"),
+    (hinge, {"hinge": "elu"}, "hinge must be one of relu, softplus, got 'elu'"),
 ]
 
 

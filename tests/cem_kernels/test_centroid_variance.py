@@ -16,13 +16,16 @@ from exactness import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, centroid_problem
+from problems import PENALTIES, Problem, centroid_problem
 
-from cem_kernels import BackendUnavailableError, ClassGroups, RunningMoments, centroid_variance, class_variance
+from cem_kernels import BackendUnavailableError, ClassGroups, LogHinge, RunningMoments
+from cem_kernels.variance import centroid_variance, class_variance
 
 every_backend = pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 SEEDS = range(4)
 MOMENTUM, OF_VARIANCES = 0.95, 0.5
+THRESHOLD = 1e-9  # below every variance: what is paid is the logarithm over it
+LOG = LogHinge(THRESHOLD, floor=1e-12, gamma=1e-20)
 
 
 def batch(num_samples=24, width=6, num_classes=4, seed=0):
@@ -37,10 +40,9 @@ def nothing_yet(num_classes=4, width=6):
     return RunningMoments(zeros, zeros.clone(), torch.zeros(num_classes, dtype=torch.long, device=DEVICE))
 
 
-def measured(backend, running, features, labels, momentum=MOMENTUM, **options):
+def measured(backend, running, features, labels, penalty=LOG, momentum=MOMENTUM):
     groups = ClassGroups.from_labels(labels, len(running.batches))
-    options = {"threshold": 1e-3, "eps_var": 1e-12, "gamma": 1e-12, "hinge": "identity", **options}
-    return centroid_variance(features, groups, running, momentum=momentum, backend=backend, **options)
+    return centroid_variance(features, groups, running, penalty, momentum=momentum, backend=backend)
 
 
 def copied(running):
@@ -59,7 +61,7 @@ def test_the_first_batch_sets_centroids_and_variances(backend):
         spread = own.var(dim=0, unbiased=False)
         torch.testing.assert_close(running.centroids[c], own.mean(dim=0))
         torch.testing.assert_close(running.variances[c], spread)
-        torch.testing.assert_close(result.class_penalty[c], torch.log(spread / 1e-3).mean())
+        torch.testing.assert_close(result.class_penalty[c], torch.log(spread / THRESHOLD).mean())
         torch.testing.assert_close(result.class_mse[c], spread.mean())
     assert running.batches.tolist() == [1, 1, 1, 1]
 
@@ -74,7 +76,7 @@ def test_early_centroids_and_variances_are_means_over_batches(backend):
         around = (new - old.mean(dim=0)).square().mean(dim=0)
         torch.testing.assert_close(running.centroids[c], (old.mean(dim=0) + new.mean(dim=0)) / 2)
         torch.testing.assert_close(running.variances[c], (old.var(dim=0, unbiased=False) + around) / 2)
-        torch.testing.assert_close(result.class_penalty[c], torch.log(running.variances[c] / 1e-3).mean())
+        torch.testing.assert_close(result.class_penalty[c], torch.log(running.variances[c] / THRESHOLD).mean())
         torch.testing.assert_close(result.class_mse[c], new.var(dim=0, unbiased=False).mean())
 
 
@@ -216,7 +218,7 @@ def test_shrinking_all_features_makes_a_batch_s_variance_smaller_and_that_around
     before = measured(backend, running, x, labels).rob_loss.item()
     around = measured(backend, running, 0.5 * x, labels).rob_loss.item()
     groups = ClassGroups.from_labels(labels, 4)
-    whole, half = (class_variance(f * x, groups, threshold=1e-3).intra_mse.item() for f in (1.0, 0.5))
+    whole, half = (class_variance(f * x, groups, LOG).intra_mse.item() for f in (1.0, 0.5))
     assert half == pytest.approx(0.25 * whole)
     assert around > before + math.log(1.5)
 
@@ -236,7 +238,8 @@ def test_a_single_sample_is_drawn_to_the_centroid_of_its_class(backend):
 def test_variances_below_the_floor_have_no_gradient(backend):
     x, labels = batch()
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(measured(backend, nothing_yet(), x, labels, eps_var=1e3).rob_loss, x)
+    penalty = LogHinge(THRESHOLD, floor=1e3)
+    (gradient,) = torch.autograd.grad(measured(backend, nothing_yet(), x, labels, penalty).rob_loss, x)
     assert torch.equal(gradient, torch.zeros_like(x))
 
 
@@ -268,11 +271,11 @@ def test_the_kernel_is_as_exact_as_the_reference(labels, num_classes, tokens_per
     assert_as_exact(centroid_problem(labels, num_classes, T=tokens_per_sample, D=12))
 
 
-@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
-def test_the_kernel_is_as_exact_for_every_hinge_and_dtype(hinge, dtype):
-    assert_as_exact(*(centroid_problem(HOLES, 7, T=5, D=37, hinge=hinge, seed=s) for s in SEEDS), dtype=dtype)
+def test_the_kernel_is_as_exact_for_every_penalty_and_dtype(penalty, dtype):
+    assert_as_exact(*(centroid_problem(HOLES, 7, T=5, D=37, penalty=penalty, seed=s) for s in SEEDS), dtype=dtype)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 500])
@@ -296,9 +299,8 @@ def test_variance_of_tight_classes_far_from_zero_keeps_its_digits(samples, batch
         counted = torch.full((2,), batches, device=DEVICE)
         variances = torch.full((2, 20), 1e-4, dtype=features.dtype, device=DEVICE)
         running = RunningMoments(centroids.to(features.dtype, copy=True), variances, counted)
-        result = centroid_variance(
-            features, groups, running, threshold=1e-6, eps_var=1e-8, momentum=0.95, backend=backend
-        )
+        penalty = LogHinge(1e-6, floor=1e-8)
+        result = centroid_variance(features, groups, running, penalty, momentum=0.95, backend=backend)
         return result.rob_loss, result.class_penalty
 
     assert_as_exact(Problem({"features": features.double()}, run))
@@ -335,7 +337,7 @@ def test_the_kernel_is_as_exact_for_any_labels(labels, T, D):
 def test_threshold_may_be_a_tensor():
     x, labels = batch()
     number, tensor = (
-        measured("triton", nothing_yet(), x, labels, threshold=threshold).class_penalty
+        measured("triton", nothing_yet(), x, labels, LogHinge(threshold)).class_penalty
         for threshold in (0.25, torch.tensor(0.25))
     )
     assert torch.equal(number, tensor)
@@ -359,10 +361,7 @@ BAD_VALUES = [
     ({"running": running_with(centroids=torch.zeros(4, 6, requires_grad=True))}, "running.centroids takes no gradient"),
     ({"momentum": 1.0}, "momentum must lie between 0 and 1, got 1.0"),
     ({"momentum": math.nan}, "momentum must lie between 0 and 1, got nan"),
-    ({"threshold": 0.0}, "threshold must be finite and positive, got 0.0"),
-    ({"threshold": torch.tensor(0.1, requires_grad=True)}, "threshold takes no gradient here"),
-    ({"gamma": 0.0}, "gamma must be finite and positive, got 0.0"),
-    ({"hinge": "elu"}, "hinge must be one of relu, softplus, identity, got 'elu'"),
+    ({"penalty": LogHinge(torch.tensor(0.1, requires_grad=True))}, "threshold takes no gradient here"),
     ({"backend": "cuda"}, "backend must be one of auto, triton, eager, reference, got 'cuda'"),
 ]
 

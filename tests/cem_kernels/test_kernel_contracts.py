@@ -13,18 +13,19 @@ from cem_kernels import (
     BackendUnavailableError,
     ClassGroups,
     CrossAttentionWeights,
+    LogHinge,
+    Nats,
     SlotAttentionWeights,
     backends,
-    class_variance,
-    cross_attention,
-    launching,
-    slot_attention,
+    triton_utils,
 )
-from cem_kernels.centroid_variance import triton as centroid_variance_kernels
-from cem_kernels.class_variance import triton as class_variance_kernels
-from cem_kernels.cross_attention import IMPLEMENTATIONS
+from cem_kernels.cross_attention import cross_attention
 from cem_kernels.cross_attention import triton as cross_attention_kernels
+from cem_kernels.cross_attention.reference import cross_attention as reference_cross_attention
+from cem_kernels.slot_attention import slot_attention
 from cem_kernels.slot_attention import triton as slot_attention_kernels
+from cem_kernels.variance import class_variance
+from cem_kernels.variance import triton as variance_kernels
 
 LABELS = labels_with_holes(23, 7).to(DEVICE)
 GROUPS = ClassGroups.from_labels(LABELS, 7)
@@ -94,11 +95,11 @@ def test_expanded_upstream_gradients_are_read_right(make):
 
 def test_expanded_features_are_read_right():
     row = torch.randn(1, 40, device=DEVICE).expand(23, 40)
-    result = class_variance(row, GROUPS, threshold=0.1, backend="triton")
+    result = class_variance(row, GROUPS, Nats(0.1), backend="triton")
     assert torch.equal(result.class_mse, torch.zeros(7, device=DEVICE))
     wide = torch.randn(23, 1, device=DEVICE)
-    expanded = class_variance(wide.expand(23, 40), GROUPS, threshold=0.1, backend="triton")
-    copied = class_variance(wide.expand(23, 40).contiguous(), GROUPS, threshold=0.1, backend="triton")
+    expanded = class_variance(wide.expand(23, 40), GROUPS, Nats(0.1), backend="triton")
+    copied = class_variance(wide.expand(23, 40).contiguous(), GROUPS, Nats(0.1), backend="triton")
     assert torch.equal(expanded.class_penalty, copied.class_penalty)
 
 
@@ -167,11 +168,11 @@ def test_compiles_into_one_graph_with_the_same_bits(make):
 
 def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     x = torch.randn(23, 40, device=DEVICE)
-    forward = (x, GROUPS.order, GROUPS.offsets, None, 0.1, 1e-4, 1e-6, 2, "relu")
-    kept = class_variance_kernels.class_variance_forward(*forward)[4:]
-    backward = (x, GROUPS.order, GROUPS.offsets, *kept, torch.ones((), device=DEVICE), None, None, None, 2)
+    features, penalty = (x, GROUPS.order, GROUPS.offsets), (None, "relu", 0.1, 1e-4, 1e-6)
+    around_means = (*features, None, None, None, *penalty, 2, 0.0)
+    kept = variance_kernels.variance_forward(*around_means)[4:]
     running = torch.randn(7, 40, device=DEVICE), torch.rand(7, 40, device=DEVICE), torch.arange(7, device=DEVICE)
-    around = (x, GROUPS.order, GROUPS.offsets, *running, None, 0.1, 1e-4, 1e-6, 0.01, 0.1, "relu")
+    around_centroids = (*features, *running, *penalty, 1, 0.99)
     tokens, queries = torch.randn(23, 2, 32, device=DEVICE), torch.randn(7, 16, 32, device=DEVICE)
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     read = (tokens, GROUPS.order, GROUPS.offsets, queries, queries[:, :, 0].contiguous(), queries.clone(),
@@ -179,10 +180,10 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     y, statistics = cross_attention_kernels.gated_read_forward(*read, 4, 0.5)
     matrices = [0.2 * torch.randn(size, 32, device=DEVICE) for size in (32, 96, 96, 48)]
     slots = (tokens, GROUPS.order, GROUPS.offsets)
-    weights = (*matrices, 0.2 * torch.randn(32, 48, device=DEVICE), torch.randn(13 * 32 + 48, device=DEVICE))
+    weights = (*matrices, 0.2 * torch.randn(32, 48, device=DEVICE), torch.randn(15 * 32 + 48, device=DEVICE))
     initial = torch.randn(7, 4, 32, device=DEVICE)
     rows = slot_attention_kernels.slot_attention_forward(*slots, initial, *weights, 2, 1e-8)
-    w = torch.randn(128, 32, device=DEVICE)
+    w, ones = torch.randn(128, 32, device=DEVICE), torch.ones(23, device=DEVICE)
     network = (
         torch.tensor(0.1, device=DEVICE),
         w,
@@ -193,13 +194,16 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
         w[2].clone(),
     )
     return [
-        (cross_attention_kernels.feed_forward_forward, (tokens, *network, torch.float32)),
-        (cross_attention_kernels.feed_forward_gradients, (tokens, tokens.clone(), *network, torch.float32, False)),
+        (cross_attention_kernels.feed_forward_forward, (tokens, ones, *network, torch.float32)),
+        (
+            cross_attention_kernels.feed_forward_backward,
+            (tokens, tokens.clone(), ones, *network, torch.float32, False),
+        ),
         (slot_attention_kernels.slot_attention_forward, (*slots, initial, *weights, 2, 1e-8)),
         (slot_attention_kernels.slot_attention_backward, (*slots, *weights, *rows, initial, 1e-8)),
-        (class_variance_kernels.class_variance_forward, forward),
-        (class_variance_kernels.class_variance_backward, backward),
-        (centroid_variance_kernels.centroid_variance_forward, around),
+        (variance_kernels.variance_forward, around_means),
+        (variance_kernels.variance_backward, (*features, *kept, torch.ones((), device=DEVICE), None, None, None, 2)),
+        (variance_kernels.variance_forward, around_centroids),
         (cross_attention_kernels.gated_read_forward, (*read, 4, 0.5)),
         (cross_attention_kernels.gated_read_backward, (*read, statistics, y, 4, 0.5)),
     ]
@@ -217,7 +221,7 @@ def read_with_dropout(tokens: Tensor, dropout: float) -> Tensor:
     weights = {n: t.float() for n, t in problem.leaves.items() if n not in ("tokens", "slots")}
     weights["alpha_ffn"] = torch.zeros((), device=DEVICE)
     slots = problem.leaves["slots"].float()
-    weights = cross_attention_kernels.CrossAttentionWeights(**weights)
+    weights = CrossAttentionWeights(**weights)
     out = cross_attention(tokens, slots, GROUPS, weights, num_heads=2, dropout=dropout, backend="triton")
     return out - tokens
 
@@ -246,11 +250,11 @@ def test_gradients_through_dropout_are_those_of_the_reference_with_the_same_mask
 
     def run(backend, tokens, slots, **weights):
         shut = torch.zeros((), dtype=tokens.dtype, device=DEVICE)
-        weights = cross_attention_kernels.CrossAttentionWeights(**weights, alpha_ffn=shut)
+        weights = CrossAttentionWeights(**weights, alpha_ffn=shut)
         if backend == "triton":
             torch.manual_seed(5)
             return (cross_attention(tokens, slots, GROUPS, weights, num_heads=2, dropout=0.5, backend="triton"),)
-        plain = IMPLEMENTATIONS["reference"](tokens, slots, GROUPS, weights, 2, 0.0)
+        plain = reference_cross_attention(tokens, slots, GROUPS, weights, 2, 0.0)
         return (tokens + keep * (plain - tokens),)
 
     (out,) = run("triton", **leaves)
@@ -280,14 +284,14 @@ def test_what_kernels_do_not_support_is_refused_by_name(make, message):
 def test_threshold_that_takes_a_gradient_is_refused_by_name():
     threshold = torch.tensor(0.1, requires_grad=True)
     with pytest.raises(BackendUnavailableError, match="the threshold takes a gradient"):
-        class_variance(torch.randn(23, 4, device=DEVICE), GROUPS, threshold=threshold, backend="triton")
+        class_variance(torch.randn(23, 4, device=DEVICE), GROUPS, LogHinge(threshold), backend="triton")
 
 
 def test_cpu_tensors_are_refused_by_name_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(backends, "INTERPRETING", False)
     groups = ClassGroups.from_labels(torch.tensor([0, 0]), 1)
     with pytest.raises(BackendUnavailableError, match="kernels run on CUDA devices, got a tensor on cpu"):
-        class_variance(torch.randn(2, 4), groups, threshold=0.1, backend="triton")
+        class_variance(torch.randn(2, 4), groups, Nats(0.1), backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -297,8 +301,7 @@ def test_cpu_tensors_are_refused_by_name_without_the_interpreter(monkeypatch):
 def test_auto_takes_kernels_on_cuda_where_they_support_the_call(dtype, objection, taken):
     with FakeTensorMode():
         tokens = torch.empty(2, 16, dtype=dtype, device="cuda")
-        expected = IMPLEMENTATIONS[taken]() if taken == "triton" else IMPLEMENTATIONS[taken]
-        assert backends.pick("auto", "x", IMPLEMENTATIONS, tokens, objection) is expected
+        assert backends.pick("auto", "x", tokens, objection) == taken
 
 
 @pytest.mark.parametrize(("allowed", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
@@ -306,16 +309,15 @@ def test_fp32_products_follow_pytorchs_precision(allowed, precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
     try:
-        assert launching.input_precision(torch.float32) == precision
-        assert launching.input_precision(torch.bfloat16) == "ieee"
+        assert triton_utils.input_precision(torch.float32) == precision
+        assert triton_utils.input_precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 OTHER_SIZES = {
-    "class_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
-    "centroid_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
-    "class_variance_backward": {"BLOCK_R": 8, "num_warps": 2},
+    "variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
+    "variance_backward": {"BLOCK_R": 8, "num_warps": 2},
     "slot_attention_forward": {"BLOCK_D": 16, "BLOCK_K": 32},
     "slot_attention_backward": {"BLOCK_N": 32, "BLOCK_K": 16},
     "gated_read_forward": {"BLOCK_N": 16, "BLOCK_D": 16},
@@ -325,19 +327,19 @@ OTHER_SIZES = {
 
 @every_kernel
 def test_other_sizes_on_request_change_nothing_but_the_last_bits(make, monkeypatch):
-    monkeypatch.setattr(launching, "_tuned", {})
+    monkeypatch.setattr(triton_utils, "_tuned", {})
     problem = problem_of(make)
     default = problem.results("triton")
     for operator, sizes in OTHER_SIZES.items():
-        launching.tune(operator, **sizes)
+        triton_utils.tune(operator, **sizes)
     assert_same(problem.results("triton"), default, tolerance=1e-5)
 
 
 def test_tuning_a_size_that_does_not_exist_is_refused(monkeypatch):
-    monkeypatch.setattr(launching, "_tuned", {})
-    launching.tune("class_variance_forward", BLOCK_X=1)
+    monkeypatch.setattr(triton_utils, "_tuned", {})
+    triton_utils.tune("variance_forward", BLOCK_X=1)
     with pytest.raises(ValueError, match="BLOCK_X"):
-        class_variance(torch.randn(23, 4, device=DEVICE), GROUPS, threshold=0.1, backend="triton")
+        class_variance(torch.randn(23, 4, device=DEVICE), GROUPS, Nats(0.1), backend="triton")
 
 
 @pytest.mark.gpu
@@ -345,8 +347,8 @@ def test_tuning_a_size_that_does_not_exist_is_refused(monkeypatch):
 def test_offsets_beyond_two_to_the_31_are_read_right():
     rows = torch.randn(2**31 + 64, dtype=torch.bfloat16, device="cuda").as_strided((2, 1, 32), (2**31, 32, 1))
     groups = ClassGroups.from_labels(torch.zeros(2, dtype=torch.long, device="cuda"), 1)
-    far = class_variance(rows, groups, threshold=0.1, backend="triton")
-    near = class_variance(rows.clone(), groups, threshold=0.1, backend="triton")
+    far = class_variance(rows, groups, Nats(0.1), backend="triton")
+    near = class_variance(rows.clone(), groups, Nats(0.1), backend="triton")
     assert torch.equal(far.class_penalty, near.class_penalty)
     problem = cross_problem(groups.order * 0, 1, D=32, S=4, H=2)
     leaves = {n: t.float() for n, t in problem.leaves.items()}

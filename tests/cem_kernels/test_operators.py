@@ -6,7 +6,9 @@ import pytest
 import torch
 from problems import cross_problem, labels_with_holes, slot_problem, variance_problem
 
-from cem_kernels import ClassGroups, CrossAttentionWeights, class_variance, cross_attention
+from cem_kernels import ClassGroups, CrossAttentionWeights, LogHinge
+from cem_kernels.cross_attention import cross_attention
+from cem_kernels.variance import class_variance
 
 both_backends = pytest.mark.parametrize("backend", ["eager", "reference"])
 
@@ -67,7 +69,7 @@ def test_dropout_is_the_same_draw_in_both_backends():
 def test_class_variance_of_a_case_worked_by_hand(backend):
     features = torch.tensor([[0.0, 1.0], [2.0, 1.0], [5.0, 5.0]], dtype=torch.float64)
     groups = ClassGroups.from_labels(torch.tensor([0, 0, 1]), 2)
-    result = class_variance(features, groups, threshold=0.5, eps_var=1e-4, gamma=1e-6, backend=backend)
+    result = class_variance(features, groups, LogHinge(0.5, floor=1e-4, gamma=1e-6), backend=backend)
     # Class 0: variances 2 and 0; the second column is floored and below the threshold. Class 1: one sample.
     penalty = 0.5 * (math.log(2 + 1e-6) - math.log(0.5 + 1e-6))
     assert result.class_penalty.tolist() == pytest.approx([penalty, 0.0])
@@ -89,7 +91,7 @@ def test_losses_weight_classes_by_their_samples(backend):
 def test_no_class_with_enough_samples_gives_an_attached_zero(backend):
     features = torch.randn(4, 3, requires_grad=True)
     groups = ClassGroups.from_labels(torch.arange(4), 4)
-    result = class_variance(features, groups, threshold=0.1, backend=backend)
+    result = class_variance(features, groups, LogHinge(0.1), backend=backend)
     assert result.rob_loss.item() == 0
     assert result.intra_mse.item() == 0
     (result.rob_loss + result.intra_mse).backward()
@@ -102,8 +104,8 @@ def test_variance_survives_a_mean_a_million_times_its_spread(backend):
     spread = torch.randn(64, 4, generator=generator)
     groups = ClassGroups.from_labels(torch.zeros(64, dtype=torch.long), 1)
     shifted = (spread * 0.5 + 1e5).float()
-    exact = class_variance(shifted.double(), groups, threshold=1e-3, backend="reference")
-    found = class_variance(shifted, groups, threshold=1e-3, backend=backend)
+    exact = class_variance(shifted.double(), groups, LogHinge(1e-3), backend="reference")
+    found = class_variance(shifted, groups, LogHinge(1e-3), backend=backend)
     assert float(found.rob_loss) == pytest.approx(float(exact.rob_loss), rel=1e-4)
 
 
@@ -111,7 +113,7 @@ def test_variance_survives_a_mean_a_million_times_its_spread(backend):
 def test_variance_below_its_floor_has_no_gradient(backend):
     features = (torch.randn(8, 3) * 1e-4).requires_grad_()
     groups = ClassGroups.from_labels(torch.zeros(8, dtype=torch.long), 1)
-    class_variance(features, groups, threshold=1e-6, eps_var=1e-4, backend=backend).rob_loss.backward()
+    class_variance(features, groups, LogHinge(1e-6, floor=1e-4), backend=backend).rob_loss.backward()
     assert torch.equal(features.grad, torch.zeros(8, 3))
 
 
@@ -120,9 +122,9 @@ def test_threshold_may_be_a_tensor_that_changes_in_place(backend):
     problem = variance_problem(labels_with_holes(20, 3), 3)
     groups = ClassGroups.from_labels(labels_with_holes(20, 3), 3)
     features, threshold = problem.leaves["features"], torch.tensor(0.05)
-    want = class_variance(features, groups, threshold=0.2, backend=backend).rob_loss
+    want = class_variance(features, groups, LogHinge(0.2), backend=backend).rob_loss
     threshold.fill_(0.2)
-    found = class_variance(features, groups, threshold=threshold, backend=backend).rob_loss
+    found = class_variance(features, groups, LogHinge(threshold), backend=backend).rob_loss
     torch.testing.assert_close(found, want, rtol=1e-7, atol=0)
 
 
@@ -131,6 +133,6 @@ def test_every_axis_after_the_first_is_a_column(backend):
     labels = labels_with_holes(20, 3)
     groups = ClassGroups.from_labels(labels, 3)
     maps = torch.randn(20, 4, 3, 2)
-    found = class_variance(maps, groups, threshold=0.1, backend=backend)
-    want = class_variance(maps.flatten(1), groups, threshold=0.1, backend=backend)
+    found = class_variance(maps, groups, LogHinge(0.1), backend=backend)
+    want = class_variance(maps.flatten(1), groups, LogHinge(0.1), backend=backend)
     assert torch.equal(found.rob_loss, want.rob_loss)

@@ -14,12 +14,12 @@ from exactness import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, cross_problem, labels_with_holes, variance_problem
+from problems import PENALTIES, Problem, cross_problem, labels_with_holes, variance_problem
 
-from cem_kernels import ClassGroups, CrossAttentionWeights, class_variance
-from cem_kernels.cross_attention import feed_forward
+from cem_kernels import ClassGroups, CrossAttentionWeights, LogHinge, Nats
 from cem_kernels.cross_attention import triton as cross_attention_kernels
 from cem_kernels.cross_attention.reference import cross_attention as reference_cross_attention
+from cem_kernels.variance import class_variance
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -44,10 +44,10 @@ def test_class_variance_is_as_exact_as_the_reference(labels, num_classes, tokens
     assert_as_exact(variance_problem(labels, num_classes, T=tokens_per_sample, D=12))
 
 
-@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_class_variance_is_as_exact_for_every_hinge_and_dtype(hinge, dtype):
-    assert_as_exact(*(variance_problem(HOLES, 7, T=5, D=37, hinge=hinge, seed=s) for s in SEEDS), dtype=dtype)
+def test_class_variance_is_as_exact_for_every_penalty_and_dtype(penalty, dtype):
+    assert_as_exact(*(variance_problem(HOLES, 7, T=5, D=37, penalty=penalty, seed=s) for s in SEEDS), dtype=dtype)
 
 
 def test_class_variance_is_exact_where_a_class_is_split_over_programs():
@@ -79,7 +79,7 @@ def test_variance_of_tight_classes_far_from_zero_keeps_its_digits(samples):
     groups = ClassGroups.from_labels(labels, 2)
 
     def run(backend, features):
-        return tuple(class_variance(features, groups, threshold=1e-6, eps_var=1e-8, backend=backend))
+        return tuple(class_variance(features, groups, LogHinge(1e-6, floor=1e-8), backend=backend))
 
     assert_as_exact(Problem({"features": features.double()}, run))
 
@@ -89,7 +89,7 @@ def test_what_does_not_count_may_be_infinite():
     features = torch.randn(4, 16, device=DEVICE)
     features[3] = float("inf")
     features.requires_grad_()
-    result = class_variance(features, ClassGroups.from_labels(labels, 2), threshold=1e-3, backend="triton")
+    result = class_variance(features, ClassGroups.from_labels(labels, 2), Nats(0.1), backend="triton")
     result.rob_loss.backward()
     assert result.rob_loss.isfinite()
     assert torch.equal(features.grad[3], torch.zeros(16, device=DEVICE))
@@ -97,21 +97,21 @@ def test_what_does_not_count_may_be_infinite():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of inf − inf
-@pytest.mark.parametrize("hinge", ["relu", "softplus", "identity"])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden(bad, hinge):
+def test_what_is_not_finite_is_not_hidden(bad, penalty):
     features = torch.randn(4, 16, device=DEVICE)
     features[0, 3] = bad
     groups = ClassGroups.from_labels(torch.tensor([0, 0, 1, 1], device=DEVICE), 2)
-    result = class_variance(features, groups, threshold=1e-3, hinge=hinge, backend="triton")
+    result = class_variance(features, groups, penalty, backend="triton")
     assert result.class_penalty.isfinite().tolist() == [False, True]
     assert not result.rob_loss.isfinite()
 
 
 def test_threshold_may_be_a_tensor():
     features, groups = torch.randn(23, 16, device=DEVICE), ClassGroups.from_labels(HOLES, 7)
-    number = class_variance(features, groups, threshold=0.25, backend="triton")
-    tensor = class_variance(features, groups, threshold=torch.tensor(0.25), backend="triton")
+    number = class_variance(features, groups, LogHinge(0.25), backend="triton")
+    tensor = class_variance(features, groups, LogHinge(torch.tensor(0.25)), backend="triton")
     assert torch.equal(number.class_penalty, tensor.class_penalty)
 
 
@@ -155,7 +155,7 @@ def test_cross_attention_is_exact_where_a_program_has_several_tiles(monkeypatch)
 
 
 def test_feed_forward_in_several_chunks_is_as_exact(monkeypatch):
-    monkeypatch.setattr(feed_forward, "CHUNK", 10)
+    monkeypatch.setattr(cross_attention_kernels, "CHUNK", 10)
     assert_as_exact(cross_problem(HOLES, 7, T=3, D=32, H=4, S=8))
 
 

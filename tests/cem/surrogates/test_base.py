@@ -194,7 +194,7 @@ def test_a_bad_batch_is_refused(penalty, features, labels, error, message, uniqu
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_label_out_of_range_is_refused(penalty, label):
     labels = torch.tensor([0, label, 2, 0])
-    message = rf"labels must lie in \[0, 5\), got values from {min(0, label)} to {max(2, label)}"
+    message = rf"labels must lie in \[0, 5\), .*, got values from {min(0, label)} to {max(2, label)}"
     with pytest.raises(ValueError, match=message):
         penalty(torch.ones(4, 16), labels)
 

@@ -8,6 +8,7 @@ import torch
 
 import cem
 from cem.errors import UsageError
+from cem_kernels import Nats
 
 WIDTH, CLASSES, STD = 6, 4, 0.5
 
@@ -235,5 +236,5 @@ def test_a_momentum_out_of_range_is_refused_by_its_option(momentum):
 def test_build_takes_the_run_and_the_option():
     context = cem.Context((8, 2, 2), (3, 32, 32), num_classes=10, noise_std=0.1, backend="reference")
     module = cem.CentroidCEM.build(cem.CentroidCEM.Options(momentum=0.97), context)
-    found = (module.feature_dim, module.num_classes, module.noise_std, module.momentum, module.backend)
-    assert found == (32, 10, 0.1, 0.97, "reference")
+    found = (module.feature_dim, module.num_classes, module.penalty, module.momentum, module.backend)
+    assert found == (32, 10, Nats(0.1), 0.97, "reference")

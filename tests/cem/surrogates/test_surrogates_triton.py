@@ -10,7 +10,7 @@ from torch import Tensor
 import cem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = ("slot_attention", "cross_attention", "class_variance", "centroid_variance")
+OPERATORS = ("slot_attention", "cross_attention", "variance")
 kernels = {name: importlib.import_module(f"cem_kernels.{name}.triton") for name in OPERATORS}
 
 

@@ -1,8 +1,12 @@
 """What kernels of slot attention do with slots: queries, GRU and MLP of a tile of rows, and the way back.
 
+    q = LN_s(s) M      r, z = sigmoid(V (g ∘ Û + b) + W_h s + biases)
+    n = tanh(V_n (g ∘ Û + b) + b_in + r ∘ (W_hn s + b_hn))      s' = n + z ∘ (s − n)
+    s ← s' + W_out relu(W_in LN_m(s') + b_in) + b_out
+
 A tile is ``ROWS`` slots, ``row`` their indices among all ``K·S`` and ``live`` which of them exist. Between two steps a
 tile goes through global memory, because every product wants whole rows of its left operand; what the steps leave there
-is also what the backward needs. Per iteration, each a contiguous row of a slot:
+is also what the backward needs. Per iteration, each a contiguous row of a slot, whose fields are named below:
 
 =========  ========  ================================================================================================
 floats     fp32      queries ``q`` (before the inputs' affine), ``Û``, and the GRU's ``r, z, n, W_hn s + b_hn``
@@ -12,8 +16,16 @@ records    products' gradients of the products' results: queries, GRU (``n, r, z
 work       fp32      gradients of a norm's result, of ``Û`` and of the queries; ``∂Û·Û``, ``Σ_d ∂Û``, ``∂(q·b)``
 =========  ========  ================================================================================================
 
-``s'`` is what the GRU returns; the MLP adds to it. Every barrier stands between a step that writes rows and one that
-reads them. Imports Triton, so only ``triton.py`` files import this module.
+``s'`` is what the GRU returns; the MLP adds to it. Vectors of weights stand side by side, and so do a program's sums of
+their gradients, a row an iteration and group of classes, written once. Of a slot, an iteration writes ``28 D`` bytes of
+floats and slots and ``3 D + HIDDEN`` operands; its backward reads them and writes ``6 D + HIDDEN`` records and some
+``16 D`` bytes of work. Matrices, ``(7 D + 2 HIDDEN) D`` numbers, are read by every program in both directions, and
+mostly found in the cache.
+
+Every barrier stands between a step that writes rows and one that reads them. None stands between reading a tile and
+overwriting it, which would keep the loop from being pipelined: so no tile may be smaller than the threads that hold it.
+With several copies of it, a slow warp could read what a fast one has stored (:func:`triton.Plan.options` sees to that).
+Imports Triton, so only ``triton.py`` files import this module.
 """
 
 from __future__ import annotations
@@ -21,7 +33,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cem_kernels.kernel_math import dot, tanh
+from cem_kernels.triton_utils import dot, layer_norm_backward, tanh
+
+# Where a row's fields begin, in widths ``D``. Floats:
+QUERY, UPDATE, GATE_R, GATE_Z, CANDIDATE, RECURRENT = (tl.constexpr(i) for i in range(6))
+FLOATS = tl.constexpr(6)
+# Operands, of which the last is ``HIDDEN`` wide:
+NORMAL, GATED_UPDATE, NORMAL_MLP, HIDDEN_LAYER = (tl.constexpr(i) for i in range(4))
+# Records, of which the last is ``HIDDEN`` wide; the GRU's begin at ``D_CANDIDATE``:
+D_QUERY, D_CANDIDATE, D_R, D_Z, D_RECURRENT, D_OUT, D_HIDDEN = (tl.constexpr(i) for i in range(7))
+# Work: three fields, and then three numbers.
+W_NORMAL, W_UPDATE, W_QUERY, W_NUMBERS = (tl.constexpr(i) for i in range(4))
+# Vectors and their sums, of which the last is ``HIDDEN`` wide. The inputs' affine stands there twice, for the update
+# and for the queries, so that each has a place for its gradient.
+BIAS_IR, BIAS_IZ, BIAS_IN, BIAS_HR, BIAS_HZ, BIAS_HN, BIAS_OUT = (tl.constexpr(i) for i in range(7))
+UPDATE_WEIGHT, UPDATE_BIAS, SLOTS_WEIGHT, SLOTS_BIAS, MLP_WEIGHT, MLP_BIAS = (tl.constexpr(i) for i in range(7, 13))
+QUERY_WEIGHT, QUERY_BIAS, BIAS_HIDDEN = (tl.constexpr(i) for i in range(13, 16))
+# Numbers of a row of stats, and those of a row of work behind its fields:
+MEAN, RSTD, MLP_MEAN, MLP_RSTD, SHIFT, TOTAL = (tl.constexpr(i) for i in range(6))
+STATS = tl.constexpr(6)
+OF_UPDATE, OF_COLUMNS, D_SHIFT = (tl.constexpr(i) for i in range(3))
+NUMBERS = tl.constexpr(4)  # of which the last only keeps rows aligned
 
 
 @triton.jit
@@ -45,10 +77,9 @@ def load_vector(vector, d, W: tl.constexpr):
 
 
 @triton.jit
-def add_to_sum(place, d, value, first, W: tl.constexpr):
-    """Add the rows of ``value [ROWS, BLOCK]`` to a program's own vector; the ``first`` to come finds nothing there."""
-    before = tl.load(place + d, mask=d < tl.where(first, 0, W), other=0.0)
-    tl.store(place + d, before + tl.sum(value, axis=0), mask=d < W)
+def _store_sum(place, d, value, W: tl.constexpr):
+    """The sum of the rows of ``value [ROWS, BLOCK]`` into columns ``d`` of a vector of ``W``."""
+    tl.store(place + d, tl.sum(value, axis=0), mask=d < W)
 
 
 @triton.jit
@@ -128,47 +159,46 @@ def copy_rows(source, target, live, width, D: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def make_queries(
     slots, floats, operands, stats, live, query_map, vectors, width, ln_eps,
-    ROWS: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """From slots ``s`` to queries ``LN_s(s) M`` and what the inputs' bias adds to their logits."""
-    own = vectors + 7 * D + HIDDEN
     mean, rstd = moments(slots, live, width, ln_eps, ROWS, D, BLOCK_D)
-    tl.store(stats, mean, mask=live)
-    tl.store(stats + 1, rstd, mask=live)
-    _normalize(slots, operands, live, own + 2 * D, own + 3 * D, mean, rstd, width, D, BLOCK_D)
+    tl.store(stats + MEAN, mean, mask=live)
+    tl.store(stats + RSTD, rstd, mask=live)
+    normal = operands + NORMAL * D
+    _normalize(slots, normal, live, vectors + SLOTS_WEIGHT * D, vectors + SLOTS_BIAS * D, mean, rstd, width, D, BLOCK_D)
     tl.debug_barrier()
     shift = tl.zeros([ROWS], tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         query = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        query = times(operands, live, query_map, d, query, width, D, D, False, PRECISION, BLOCK_K)
-        store_rows(floats, d, live, query, D)
-        shift += tl.sum(query * load_vector(own + D, d, D), axis=1)
-    tl.store(stats + 4, shift, mask=live)
+        query = times(normal, live, query_map, d, query, width, D, D, False, PRECISION, BLOCK_K)
+        store_rows(floats + QUERY * D, d, live, query, D)
+        shift += tl.sum(query * load_vector(vectors + QUERY_BIAS * D, d, D), axis=1)
+    tl.store(stats + SHIFT, shift, mask=live)
     tl.debug_barrier()
 
 
 @triton.jit
 def collect_updates(
     sums, totals, floats, operands, stats, live, vectors, width, num_parts, part_stride,
-    ROWS: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``Û``, a mean over tokens, from sums over their parts, in their order; and what of it goes into the GRU."""
-    own = vectors + 7 * D + HIDDEN
     total = tl.zeros([ROWS], tl.float32)
     for part in range(0, num_parts):
         total += tl.load(totals + part * part_stride, mask=live, other=0.0)
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
-    tl.store(stats + 5, total, mask=live)
+    tl.store(stats + TOTAL, total, mask=live)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         update = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for part in range(0, num_parts):
             update += load_rows(sums + part * part_stride, d, live, D)
         update *= share[:, None]
-        store_rows(floats + D, d, live, update, D)
-        store_rows(operands + D, d, live, update * load_vector(own, d, D) + load_vector(own + D, d, D), D)
+        store_rows(floats + UPDATE * D, d, live, update, D)
+        weight, bias = load_vector(vectors + UPDATE_WEIGHT * D, d, D), load_vector(vectors + UPDATE_BIAS * D, d, D)
+        store_rows(operands + GATED_UPDATE * D, d, live, update * weight + bias, D)
     tl.debug_barrier()
 
 
@@ -180,43 +210,42 @@ def step_slots(
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """GRU and MLP: ``result = s' + MLP(LN_m(s'))`` with ``s' = GRU(Û, s)``; slots of empty classes stay as they are."""
-    own = vectors + 7 * D + HIDDEN
-    of_hidden = vectors + 3 * D
+    normal, hidden_layer = operands + NORMAL_MLP * D, operands + HIDDEN_LAYER * D
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         nothing = tl.zeros([ROWS, BLOCK_D], tl.float32)
         r, z, inner = _times_gates(
-            operands + D, live, input_map, d, nothing, nothing, nothing, width, D, PRECISION, BLOCK_K
+            operands + GATED_UPDATE * D, live, input_map, d, nothing, nothing, nothing, width, D, PRECISION, BLOCK_K
         )
         r, z, recurrent = _times_gates(slots, live, hidden_map, d, r, z, nothing, width, D, PRECISION, BLOCK_K)
-        r = tl.sigmoid(r + load_vector(vectors, d, D) + load_vector(of_hidden, d, D))
-        z = tl.sigmoid(z + load_vector(vectors + D, d, D) + load_vector(of_hidden + D, d, D))
-        recurrent += load_vector(of_hidden + 2 * D, d, D)
-        candidate = tanh(inner + load_vector(vectors + 2 * D, d, D) + r * recurrent)
-        store_rows(floats + 2 * D, d, live, r, D)
-        store_rows(floats + 3 * D, d, live, z, D)
-        store_rows(floats + 4 * D, d, live, candidate, D)
-        store_rows(floats + 5 * D, d, live, recurrent, D)
+        r = tl.sigmoid(r + load_vector(vectors + BIAS_IR * D, d, D) + load_vector(vectors + BIAS_HR * D, d, D))
+        z = tl.sigmoid(z + load_vector(vectors + BIAS_IZ * D, d, D) + load_vector(vectors + BIAS_HZ * D, d, D))
+        recurrent += load_vector(vectors + BIAS_HN * D, d, D)
+        candidate = tanh(inner + load_vector(vectors + BIAS_IN * D, d, D) + r * recurrent)
+        store_rows(floats + GATE_R * D, d, live, r, D)
+        store_rows(floats + GATE_Z * D, d, live, z, D)
+        store_rows(floats + CANDIDATE * D, d, live, candidate, D)
+        store_rows(floats + RECURRENT * D, d, live, recurrent, D)
         store_rows(result, d, live, candidate + z * (load_rows(slots, d, live, D) - candidate), D)
     tl.debug_barrier()
     mean, rstd = moments(result, live, width, ln_eps, ROWS, D, BLOCK_D)
-    tl.store(stats + 2, mean, mask=live)
-    tl.store(stats + 3, rstd, mask=live)
-    _normalize(result, operands + 2 * D, live, own + 4 * D, own + 5 * D, mean, rstd, width, D, BLOCK_D)
+    tl.store(stats + MLP_MEAN, mean, mask=live)
+    tl.store(stats + MLP_RSTD, rstd, mask=live)
+    _normalize(result, normal, live, vectors + MLP_WEIGHT * D, vectors + MLP_BIAS * D, mean, rstd, width, D, BLOCK_D)
     tl.debug_barrier()
     for first in range(0, hidden_width, BLOCK_D):
         n = first + tl.arange(0, BLOCK_D)
         hidden = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        hidden = times(operands + 2 * D, live, mlp_in, n, hidden, width, D, HIDDEN, True, PRECISION, BLOCK_K)
-        hidden += load_vector(vectors + 6 * D, n, HIDDEN)
+        hidden = times(normal, live, mlp_in, n, hidden, width, D, HIDDEN, True, PRECISION, BLOCK_K)
+        hidden += load_vector(vectors + BIAS_HIDDEN * D, n, HIDDEN)
         # Not max(hidden, 0), which would hide a NaN.
-        store_rows(operands + 3 * D, n, live, tl.where(hidden <= 0.0, 0.0, hidden), HIDDEN)
+        store_rows(hidden_layer, n, live, tl.where(hidden <= 0.0, 0.0, hidden), HIDDEN)
     tl.debug_barrier()
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         out = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        out = times(operands + 3 * D, live, mlp_out, d, out, hidden_width, HIDDEN, D, True, PRECISION, BLOCK_K)
-        out += load_rows(result, d, live, D) + load_vector(vectors + 6 * D + HIDDEN, d, D)
+        out = times(hidden_layer, live, mlp_out, d, out, hidden_width, HIDDEN, D, True, PRECISION, BLOCK_K)
+        out += load_rows(result, d, live, D) + load_vector(vectors + BIAS_OUT * D, d, D)
         store_rows(result, d, live, tl.where(filled[:, None], out, load_rows(slots, d, live, D)), D)
     tl.debug_barrier()
 
@@ -226,7 +255,7 @@ def step_slots(
 
 @triton.jit
 def step_slots_backward(
-    slots, floats, operands, stats, d_slots, records, work, live, filled, first_time,
+    slots, floats, operands, stats, d_slots, records, work, live, filled,
     input_map, hidden_map, mlp_in, mlp_out, vectors, sums, width, hidden_width,
     ROWS: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -236,41 +265,38 @@ def step_slots_backward(
     In ``d_slots`` the gradient of the result becomes that of ``s`` but for its queries; that of ``Û`` goes to ``work``.
     Rows of an empty class hand their gradient on and record zeros.
     """
-    own = vectors + 7 * D + HIDDEN
-    own_sums = sums + 7 * D + HIDDEN
-    d_gru, d_out, d_hidden = records + D, records + 5 * D, records + 6 * D
-    d_normal, d_update = work, work + D
+    d_out, d_hidden = records + D_OUT * D, records + D_HIDDEN * D
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         gradient = tl.where(filled[:, None], load_rows(d_slots, d, live, D), 0.0)
         store_rows(d_out, d, live, gradient, D)
-        add_to_sum(sums + 6 * D + HIDDEN, d, gradient, first_time, D)
+        _store_sum(sums + BIAS_OUT * D, d, gradient, D)
     tl.debug_barrier()
     for first in range(0, hidden_width, BLOCK_D):
         n = first + tl.arange(0, BLOCK_D)
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
         gradient = times(d_out, live, mlp_out, n, gradient, width, D, HIDDEN, False, PRECISION, BLOCK_K)
-        gradient = tl.where(load_rows(operands + 3 * D, n, live, HIDDEN) > 0.0, gradient, 0.0)
+        gradient = tl.where(load_rows(operands + HIDDEN_LAYER * D, n, live, HIDDEN) > 0.0, gradient, 0.0)
         store_rows(d_hidden, n, live, gradient, HIDDEN)
-        add_to_sum(sums + 6 * D, n, gradient, first_time, HIDDEN)
+        _store_sum(sums + BIAS_HIDDEN * D, n, gradient, HIDDEN)
     tl.debug_barrier()
 
-    mean = tl.load(stats + 2, mask=live, other=0.0)
-    rstd = tl.load(stats + 3, mask=live, other=0.0)
+    mean = tl.load(stats + MLP_MEAN, mask=live, other=0.0)
+    rstd = tl.load(stats + MLP_RSTD, mask=live, other=0.0)
     mean_1 = tl.zeros([ROWS], tl.float32)
     mean_x = tl.zeros([ROWS], tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
         gradient = times(d_hidden, live, mlp_in, d, gradient, hidden_width, HIDDEN, D, False, PRECISION, BLOCK_K)
-        z = load_rows(floats + 3 * D, d, live, D)
-        candidate = load_rows(floats + 4 * D, d, live, D)
+        z = load_rows(floats + GATE_Z * D, d, live, D)
+        candidate = load_rows(floats + CANDIDATE * D, d, live, D)
         stepped = candidate + z * (load_rows(slots, d, live, D) - candidate)
         normal = tl.where((d < D)[None, :], (stepped - mean[:, None]) * rstd[:, None], 0.0)
-        add_to_sum(own_sums + 4 * D, d, gradient * normal, first_time, D)
-        add_to_sum(own_sums + 5 * D, d, gradient, first_time, D)
-        gradient *= load_vector(own + 4 * D, d, D)
-        store_rows(d_normal, d, live, gradient, D)
+        _store_sum(sums + MLP_WEIGHT * D, d, gradient * normal, D)
+        _store_sum(sums + MLP_BIAS * D, d, gradient, D)
+        gradient *= load_vector(vectors + MLP_WEIGHT * D, d, D)
+        store_rows(work + W_NORMAL * D, d, live, gradient, D)
         mean_1 += tl.sum(gradient, axis=1) / D
         mean_x += tl.sum(gradient * normal, axis=1) / D
     tl.debug_barrier()
@@ -278,28 +304,28 @@ def step_slots_backward(
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         s = load_rows(slots, d, live, D)
-        r = load_rows(floats + 2 * D, d, live, D)
-        z = load_rows(floats + 3 * D, d, live, D)
-        candidate = load_rows(floats + 4 * D, d, live, D)
+        r = load_rows(floats + GATE_R * D, d, live, D)
+        z = load_rows(floats + GATE_Z * D, d, live, D)
+        candidate = load_rows(floats + CANDIDATE * D, d, live, D)
         before = load_rows(d_slots, d, live, D)
         normal = (candidate + z * (s - candidate) - mean[:, None]) * rstd[:, None]
-        gradient = load_rows(d_normal, d, live, D) - mean_1[:, None] - normal * mean_x[:, None]
-        gradient = tl.where(filled[:, None], before + rstd[:, None] * gradient, 0.0)
+        step = layer_norm_backward(load_rows(work + W_NORMAL * D, d, live, D), normal, mean_1, mean_x, rstd)
+        gradient = tl.where(filled[:, None], before + step, 0.0)
         d_candidate = gradient * (1.0 - z) * (1.0 - candidate * candidate)
-        d_r = d_candidate * load_rows(floats + 5 * D, d, live, D) * r * (1.0 - r)
+        d_r = d_candidate * load_rows(floats + RECURRENT * D, d, live, D) * r * (1.0 - r)
         d_z = gradient * (s - candidate) * z * (1.0 - z)
         d_recurrent = d_candidate * r
-        store_rows(d_gru, d, live, d_candidate, D)
-        store_rows(d_gru + D, d, live, d_r, D)
-        store_rows(d_gru + 2 * D, d, live, d_z, D)
-        store_rows(d_gru + 3 * D, d, live, d_recurrent, D)
+        store_rows(records + D_CANDIDATE * D, d, live, d_candidate, D)
+        store_rows(records + D_R * D, d, live, d_r, D)
+        store_rows(records + D_Z * D, d, live, d_z, D)
+        store_rows(records + D_RECURRENT * D, d, live, d_recurrent, D)
         store_rows(d_slots, d, live, tl.where(filled[:, None], gradient * z, before), D)
-        add_to_sum(sums, d, d_r, first_time, D)
-        add_to_sum(sums + D, d, d_z, first_time, D)
-        add_to_sum(sums + 2 * D, d, d_candidate, first_time, D)
-        add_to_sum(sums + 3 * D, d, d_r, first_time, D)
-        add_to_sum(sums + 4 * D, d, d_z, first_time, D)
-        add_to_sum(sums + 5 * D, d, d_recurrent, first_time, D)
+        _store_sum(sums + BIAS_IR * D, d, d_r, D)
+        _store_sum(sums + BIAS_IZ * D, d, d_z, D)
+        _store_sum(sums + BIAS_IN * D, d, d_candidate, D)
+        _store_sum(sums + BIAS_HR * D, d, d_r, D)
+        _store_sum(sums + BIAS_HZ * D, d, d_z, D)
+        _store_sum(sums + BIAS_HN * D, d, d_recurrent, D)
     tl.debug_barrier()
 
     of_update = tl.zeros([ROWS], tl.float32)
@@ -308,34 +334,33 @@ def step_slots_backward(
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        gradient = times(d_gru, live, input_map + 2 * D * D, d, gradient, width, D, D, False, PRECISION, BLOCK_K)
-        gradient = times(d_gru + D, live, input_map, d, gradient, 2 * width, 2 * D, D, False, PRECISION, BLOCK_K)
-        update = load_rows(floats + D, d, live, D)
-        add_to_sum(own_sums, d, gradient * update, first_time, D)
-        add_to_sum(own_sums + D, d, gradient, first_time, D)
+        # The candidate is last in the weight, and recorded first.
+        d_candidate, d_gates = records + D_CANDIDATE * D, records + D_R * D
+        gradient = times(d_candidate, live, input_map + 2 * D * D, d, gradient, width, D, D, False, PRECISION, BLOCK_K)
+        gradient = times(d_gates, live, input_map, d, gradient, 2 * width, 2 * D, D, False, PRECISION, BLOCK_K)
+        update = load_rows(floats + UPDATE * D, d, live, D)
+        _store_sum(sums + UPDATE_WEIGHT * D, d, gradient * update, D)
+        _store_sum(sums + UPDATE_BIAS * D, d, gradient, D)
         # As products will see it.
-        gradient = (gradient * load_vector(own, d, D)).to(kind).to(tl.float32)
-        store_rows(d_update, d, live, gradient, D)
+        gradient = (gradient * load_vector(vectors + UPDATE_WEIGHT * D, d, D)).to(kind).to(tl.float32)
+        store_rows(work + W_UPDATE * D, d, live, gradient, D)
         of_update += tl.sum(gradient * update, axis=1)
         of_columns += tl.sum(gradient, axis=1)
         onward = load_rows(d_slots, d, live, D)
-        onward = times(d_gru + D, live, hidden_map, d, onward, 3 * width, 3 * D, D, False, PRECISION, BLOCK_K)
+        onward = times(d_gates, live, hidden_map, d, onward, 3 * width, 3 * D, D, False, PRECISION, BLOCK_K)
         store_rows(d_slots, d, live, onward, D)
-    tl.store(work + 3 * D, of_update, mask=live)
-    tl.store(work + 3 * D + 1, of_columns, mask=live)
+    tl.store(work + W_NUMBERS * D + OF_UPDATE, of_update, mask=live)
+    tl.store(work + W_NUMBERS * D + OF_COLUMNS, of_columns, mask=live)
     tl.debug_barrier()
 
 
 @triton.jit
 def make_queries_backward(
-    d_queries, d_shifts, slots, floats, stats, d_slots, records, work, live, first_time, query_map, vectors, sums,
+    d_queries, d_shifts, slots, floats, stats, d_slots, records, work, live, query_map, vectors, sums,
     width, num_parts, part_stride,
-    ROWS: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Backward of :func:`make_queries`, from sums over parts of the tokens, in their order, to the slots' gradient."""
-    own = vectors + 7 * D + HIDDEN
-    own_sums = sums + 7 * D + HIDDEN
     d_shift = tl.zeros([ROWS], tl.float32)
     for part in range(0, num_parts):
         d_shift += tl.load(d_shifts + part * part_stride, mask=live, other=0.0)
@@ -344,32 +369,34 @@ def make_queries_backward(
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for part in range(0, num_parts):
             gradient += load_rows(d_queries + part * part_stride, d, live, D)
-        query = load_rows(floats, d, live, D)
-        add_to_sum(own_sums, d, gradient * query, False, D)
-        add_to_sum(own_sums + D, d, d_shift[:, None] * query, False, D)
-        gradient = gradient * load_vector(own, d, D) + d_shift[:, None] * load_vector(own + D, d, D)
-        store_rows(records, d, live, gradient, D)
+        query = load_rows(floats + QUERY * D, d, live, D)
+        _store_sum(sums + QUERY_WEIGHT * D, d, gradient * query, D)
+        _store_sum(sums + QUERY_BIAS * D, d, d_shift[:, None] * query, D)
+        gradient *= load_vector(vectors + QUERY_WEIGHT * D, d, D)
+        gradient += d_shift[:, None] * load_vector(vectors + QUERY_BIAS * D, d, D)
+        store_rows(records + D_QUERY * D, d, live, gradient, D)
     tl.debug_barrier()
-    mean = tl.load(stats, mask=live, other=0.0)
-    rstd = tl.load(stats + 1, mask=live, other=0.0)
+    mean = tl.load(stats + MEAN, mask=live, other=0.0)
+    rstd = tl.load(stats + RSTD, mask=live, other=0.0)
     mean_1 = tl.zeros([ROWS], tl.float32)
     mean_x = tl.zeros([ROWS], tl.float32)
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        gradient = times(records, live, query_map, d, gradient, width, D, D, True, PRECISION, BLOCK_K)
+        gradient = times(records + D_QUERY * D, live, query_map, d, gradient, width, D, D, True, PRECISION, BLOCK_K)
         normal = (load_rows(slots, d, live, D) - mean[:, None]) * rstd[:, None]
         normal = tl.where((d < D)[None, :], normal, 0.0)
-        add_to_sum(own_sums + 2 * D, d, gradient * normal, first_time, D)
-        add_to_sum(own_sums + 3 * D, d, gradient, first_time, D)
-        gradient *= load_vector(own + 2 * D, d, D)
-        store_rows(work, d, live, gradient, D)
+        _store_sum(sums + SLOTS_WEIGHT * D, d, gradient * normal, D)
+        _store_sum(sums + SLOTS_BIAS * D, d, gradient, D)
+        gradient *= load_vector(vectors + SLOTS_WEIGHT * D, d, D)
+        store_rows(work + W_NORMAL * D, d, live, gradient, D)
         mean_1 += tl.sum(gradient, axis=1) / D
         mean_x += tl.sum(gradient * normal, axis=1) / D
     tl.debug_barrier()
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         normal = (load_rows(slots, d, live, D) - mean[:, None]) * rstd[:, None]
-        step = rstd[:, None] * (load_rows(work, d, live, D) - mean_1[:, None] - normal * mean_x[:, None])
-        store_rows(d_slots, d, live, load_rows(d_slots, d, live, D) + step, D)
+        step = layer_norm_backward(load_rows(work + W_NORMAL * D, d, live, D), normal, mean_1, mean_x, rstd)
+        step += load_rows(d_slots, d, live, D)
+        store_rows(d_slots, d, live, step, D)
     tl.debug_barrier()

@@ -2,7 +2,14 @@
 
 A program has ``CLASSES`` neighboring classes and so ``ROWS = CLASSES · SLOTS`` slots. Their tokens lie side by side in
 sorted order; a tile of them meets all the rows at once, and what belongs to another class is masked. It takes every
-``num_parts``-th tile and adds to sums of its own. Imports Triton, so only ``triton.py`` files import this module.
+``num_parts``-th tile and adds to sums of its own.
+
+    l = x̂ (g ∘ q)ᵀ + q·b      p = softmax over the class's slots (l)
+    sums = Σ_n (p + eps) x̂      totals = Σ_n (p + eps)
+
+An iteration reads its tokens twice, the second time from the cache, ``B·T·D`` numbers in their dtype; the backward
+reads them twice and adds ``B·T·D`` numbers in fp32 to the tokens' gradient. Imports Triton, so only ``triton.py`` files
+import this module.
 """
 
 from __future__ import annotations
@@ -10,8 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cem_kernels.kernel_math import dot, dot_over_rows
-from cem_kernels.slot_attention.rows import load_rows, load_vector, moments, store_rows
+from cem_kernels.slot_attention.kernels_slots import (
+    OF_COLUMNS,
+    OF_UPDATE,
+    QUERY,
+    QUERY_WEIGHT,
+    SHIFT,
+    TOTAL,
+    W_NUMBERS,
+    W_UPDATE,
+    load_rows,
+    load_vector,
+    moments,
+    store_rows,
+)
+from cem_kernels.triton_utils import dot, dot_over_rows, layer_norm_backward
 
 
 @triton.jit
@@ -70,9 +90,9 @@ def _normal(x_rows, d, live, mean, rstd, D: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def _queries(floats, d, live_rows, input_norm, D: tl.constexpr, kind: tl.constexpr):
+def _queries(floats, d, live_rows, vectors, D: tl.constexpr, kind: tl.constexpr):
     """``[ROWS, BLOCK]`` of the queries with the inputs' affine."""
-    return (load_rows(floats, d, live_rows, D) * load_vector(input_norm, d, D)).to(kind)
+    return (load_rows(floats + QUERY * D, d, live_rows, D) * load_vector(vectors + QUERY_WEIGHT * D, d, D)).to(kind)
 
 
 @triton.jit
@@ -96,7 +116,7 @@ def token_statistics(
 
 @triton.jit
 def attend(
-    x, order, offsets, statistics, floats, operands, stats, live_rows, input_norm, sums, totals,
+    x, order, offsets, statistics, floats, operands, stats, live_rows, vectors, sums, totals,
     stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps,
     D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -104,7 +124,7 @@ def attend(
     """``Σ_n (p + eps) x̂`` and ``Σ_n (p + eps)`` of this part's tokens, for every row, into ``sums`` and ``totals``."""
     kind = operands.dtype.element_ty  # of products
     first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
-    shift = tl.load(stats + 4, mask=live_rows, other=0.0)
+    shift = tl.load(stats + SHIFT, mask=live_rows, other=0.0)
     total = tl.zeros([ROWS], tl.float32)
     begin = part * BLOCK_N
     if begin >= num_live:
@@ -122,7 +142,7 @@ def attend(
         logits = tl.zeros([BLOCK_N, ROWS], tl.float32)
         for first in range(0, width, BLOCK_K):
             d = first + tl.arange(0, BLOCK_K)
-            query = _queries(floats, d, live_rows, input_norm, D, kind)
+            query = _queries(floats, d, live_rows, vectors, D, kind)
             logits = dot(_normal(x_rows, d, live, mean, rstd, D, kind), tl.trans(query), logits, PRECISION)
         attention = _softmax(logits + shift[None, :], mine)
         attention = tl.where(mine, attention + eps, 0.0)
@@ -144,7 +164,7 @@ def attend(
 
 @triton.jit
 def attend_backward(
-    x, order, offsets, statistics, floats, operands, stats, work, live_rows, input_norm, d_queries, d_shifts, dx,
+    x, order, offsets, statistics, floats, operands, stats, work, live_rows, vectors, d_queries, d_shifts, dx,
     stride_b, stride_t, first_class, num_classes, part, num_parts, T, width, eps, first_time,
     D: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -156,15 +176,15 @@ def attend_backward(
     """
     kind = operands.dtype.element_ty  # of products
     first_sample, num_live = tokens_of_classes(offsets, first_class, num_classes, T, CLASSES)
-    shift = tl.load(stats + 4, mask=live_rows, other=0.0)
-    total = tl.load(stats + 5, mask=live_rows, other=1.0)
+    shift = tl.load(stats + SHIFT, mask=live_rows, other=0.0)
+    total = tl.load(stats + TOTAL, mask=live_rows, other=1.0)
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
-    of_update = tl.load(work + 3 * D, mask=live_rows, other=0.0)
-    update_sum = tl.load(work + 3 * D + 1, mask=live_rows, other=0.0)
+    of_update = tl.load(work + W_NUMBERS * D + OF_UPDATE, mask=live_rows, other=0.0)
+    update_sum = tl.load(work + W_NUMBERS * D + OF_COLUMNS, mask=live_rows, other=0.0)
     query_sum = tl.zeros([ROWS], tl.float32)
     for first in range(0, width, BLOCK_K):
         d = first + tl.arange(0, BLOCK_K)
-        query_sum += tl.sum(_queries(floats, d, live_rows, input_norm, D, kind).to(tl.float32), axis=1)
+        query_sum += tl.sum(_queries(floats, d, live_rows, vectors, D, kind).to(tl.float32), axis=1)
     d_shift = tl.zeros([ROWS], tl.float32)
     begin = part * BLOCK_N
     if begin >= num_live:
@@ -184,8 +204,8 @@ def attend_backward(
         for first in range(0, width, BLOCK_K):
             d = first + tl.arange(0, BLOCK_K)
             normal = _normal(x_rows, d, live, mean, rstd, D, kind)
-            logits = dot(normal, tl.trans(_queries(floats, d, live_rows, input_norm, D, kind)), logits, PRECISION)
-            update = load_rows(work + D, d, live_rows, D).to(kind)
+            logits = dot(normal, tl.trans(_queries(floats, d, live_rows, vectors, D, kind)), logits, PRECISION)
+            update = load_rows(work + W_UPDATE * D, d, live_rows, D).to(kind)
             upstream = dot(normal, tl.trans(update), upstream, PRECISION)
         attention = _softmax(logits + shift[None, :], mine)
         weight = tl.where(mine, attention + eps, 0.0) * share[None, :]
@@ -205,11 +225,11 @@ def attend_backward(
             )  # fmt: skip
             store_rows(d_queries, d, live_rows, dot(low_t, normal, before, PRECISION), D)
             gradient = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            update = load_rows(work + D, d, live_rows, D).to(kind)
+            update = load_rows(work + W_UPDATE * D, d, live_rows, D).to(kind)
             gradient = dot_over_rows(weight, update, gradient, PRECISION, ROWS)
-            query = _queries(floats, d, live_rows, input_norm, D, kind)
+            query = _queries(floats, d, live_rows, vectors, D, kind)
             gradient = dot_over_rows(low, query, gradient, PRECISION, ROWS)
-            step = rstd[:, None] * (gradient - mean_1[:, None] - normal.to(tl.float32) * mean_x[:, None])
+            step = layer_norm_backward(gradient, normal.to(tl.float32), mean_1, mean_x, rstd)
             place = dx + row[:, None] * D + d[None, :]
             inside = live[:, None] & (d < D)[None, :]
             earlier = live[:, None] & (d < tl.where(first_time, 0, D))[None, :]

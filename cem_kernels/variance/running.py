@@ -1,4 +1,4 @@
-"""What the backends of centroid variance share."""
+"""What the backends of variances share: their result, and what running centroids remember."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ were long ago would hide what was achieved since.
 """
 
 
+class ClassVariance(NamedTuple):
+    """Result of a variance operator, in fp32 (fp64 for fp64 features), attached to the graph of the features."""
+
+    rob_loss: Tensor  # [] mean of class_penalty over classes, weighted by their samples
+    intra_mse: Tensor  # [] mean of class_mse, likewise
+    class_penalty: Tensor  # [K], exactly 0 where a class has too few samples
+    class_mse: Tensor  # [K], likewise
+
+
 class RunningMoments(NamedTuple):
-    """What :func:`cem_kernels.centroid_variance` remembers of the batches before: zeros to begin with, each tensor with
-    memory of its own.
+    """What :func:`cem_kernels.variance.centroid_variance` remembers of the batches before: zeros to begin with, each
+    tensor with memory of its own.
 
     Letters: ``K`` classes, ``C`` columns.
     """

@@ -1,0 +1,67 @@
+"""What variances cost for all classes at once, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cem_kernels.groups import ClassGroups
+from cem_kernels.penalty import Penalty
+from cem_kernels.variance.running import RunningMoments, least_shares
+
+
+def variance(
+    features: Tensor,
+    groups: ClassGroups,
+    penalty: Penalty,
+    min_samples: int,
+    running: RunningMoments | None,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``; moves ``running`` where it is given."""
+    x = groups.kept(features.to(torch.promote_types(features.dtype, torch.float32)))
+    if running is None:
+        around, mse = _around_means(x, groups, min_samples)
+    else:
+        around, mse = _around_centroids(x, groups, running, momentum)
+    cost = torch.where(groups.counts >= min_samples, penalty.cost(around).mean(dim=1), 0)
+    return groups.weighted_mean(cost, min_samples), groups.weighted_mean(mse, min_samples), cost, mse
+
+
+def _around_means(features: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, Tensor]:
+    """Unbiased variances ``[K, C]`` of the classes that count, and their mean squared deviations ``[K]``.
+
+    Two passes over the padded classes, mean first: ``E[x²] − E[x]²`` cancels where the variance is small against the
+    mean, which is exactly where this penalty drives it.
+    """
+    counted = (groups.padding.mask & (groups.counts >= min_samples)[:, None])[:, :, None]
+    # Chosen, not multiplied by zero: what does not count may be infinite.
+    padded = torch.where(counted, groups.pad(features), 0)  # [K, L, C]
+    count = groups.counts.to(features.dtype)[:, None]  # [K, 1]
+    mean = padded.sum(dim=1) / count.clamp(min=1)
+    deviation = torch.where(counted, padded - mean[:, None], 0)
+    squares = deviation.square().sum(dim=1)  # [K, C]
+    return squares / (count - 1).clamp(min=1), (squares / count.clamp(min=1)).mean(dim=1)
+
+
+def _around_centroids(
+    x: Tensor, groups: ClassGroups, running: RunningMoments, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Running variances ``[K, C]`` with the gradient of the batch's, and mean squared deviations ``[K]`` with none."""
+    present = groups.counts > 0
+    with torch.no_grad():
+        mean = groups.means(x)
+        mse = groups.means((x - groups.of_samples(mean)).square()).mean(dim=1)
+        centroids = torch.where(running.batches[:, None] > 0, running.centroids.to(x.dtype), mean)
+    around = groups.means((x - groups.of_samples(centroids)).square())
+    with torch.no_grad():
+        first = 1 / (running.batches[:, None] + 1).to(x.dtype)
+        of_centroid, of_variance = (first.clamp(min=least) for least in least_shares(momentum))
+        variance = torch.lerp(running.variances.to(x.dtype), around, of_variance)
+        centroids = torch.lerp(centroids, mean, of_centroid).to(running.centroids.dtype)
+        variances = variance.to(running.variances.dtype)
+        moves = present[:, None] & centroids.isfinite() & variances.isfinite()
+        running.centroids.copy_(torch.where(moves, centroids, running.centroids))
+        running.variances.copy_(torch.where(moves, variances, running.variances))
+        running.batches.add_(moves.all(dim=1))
+    return variance + (around - around.detach()), mse  # of the one, with the gradient of the other

@@ -1,0 +1,57 @@
+"""What variances cost, one class at a time: the definition that the other backends are held to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cem_kernels.groups import ClassGroups
+from cem_kernels.penalty import Penalty
+from cem_kernels.variance.running import RunningMoments, least_shares
+
+
+def variance(
+    features: Tensor,
+    groups: ClassGroups,
+    penalty: Penalty,
+    min_samples: int,
+    running: RunningMoments | None,
+    momentum: float,
+) -> tuple[Tensor, ...]:
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``; moves ``running`` where it is given."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    bounds = groups.offsets.tolist()
+    penalties, errors = [], []
+    for c in range(groups.num_classes):
+        x = features[groups.order[bounds[c] : bounds[c + 1]]]
+        if len(x) < min_samples:
+            # An empty slice's sum is zero, and belongs to the graph.
+            penalties.append(x[:0].sum())
+            errors.append(x[:0].sum())
+        elif running is None:
+            mean = x.mean(dim=0)
+            penalties.append(penalty.cost(x.var(dim=0, unbiased=True)).mean())
+            errors.append(F.mse_loss(x, mean.expand_as(x)))
+        else:
+            penalties.append(penalty.cost(_around_centroid(x, c, running, momentum)).mean())
+            errors.append((x.detach() - x.detach().mean(dim=0)).square().mean())
+    of_classes = torch.stack(penalties), torch.stack(errors if running is None else [e.detach() for e in errors])
+    return *(groups.weighted_mean(each, min_samples) for each in of_classes), *of_classes
+
+
+def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float) -> Tensor:
+    """The running variance ``[C]`` of class ``c`` with the gradient of that of its samples ``x [M, C]``; moves both."""
+    mean, batches = x.detach().mean(dim=0), int(running.batches[c])
+    centroid = running.centroids[c].to(x.dtype) if batches else mean
+    around = (x - centroid).square().mean(dim=0)
+
+    of_centroid, of_variance = (max(1 / (batches + 1), least) for least in least_shares(momentum))
+    variance = torch.lerp(running.variances[c].to(x.dtype), around.detach(), of_variance)
+    moved = torch.lerp(centroid, mean, of_centroid).to(running.centroids.dtype)
+    spread = variance.to(running.variances.dtype)
+    moves = moved.isfinite() & spread.isfinite()
+    running.centroids[c] = torch.where(moves, moved, running.centroids[c])
+    running.variances[c] = torch.where(moves, spread, running.variances[c])
+    running.batches[c] += int(moves.all())
+    return variance + (around - around.detach())  # of the one, with the gradient of the other
