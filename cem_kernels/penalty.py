@@ -13,12 +13,11 @@ from torch import Tensor
 from cem_kernels.validation import check_positive, check_shape
 
 Hinge = Literal["relu", "softplus"]
-NEXT_TO_NOTHING = 1e-30  # a variance whose logarithm is finite
 
 
 @dataclass(frozen=True)
 class Nats:
-    """``½ log(1 + v/σ²)``: what a Gaussian of variance ``v`` tells through Gaussian noise, in nats.
+    """``½ log1p(v/σ²)``: what a Gaussian of variance ``v`` tells through Gaussian noise, in nats.
 
     Args:
         noise_std: ``σ``, standard deviation of the noise, in units of the features.
@@ -40,9 +39,7 @@ class Nats:
 
     def cost(self, variance: Tensor) -> Tensor:
         """The cost of each ``variance``, of any shape, differentiable."""
-        gamma = self.noise_std**2
-        height = torch.log(torch.clamp(variance, min=NEXT_TO_NOTHING) + gamma) - math.log(NEXT_TO_NOTHING + gamma)
-        return height / 2
+        return torch.log1p(variance / self.noise_std**2) / 2
 
 
 @dataclass(frozen=True)

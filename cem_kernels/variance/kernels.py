@@ -44,19 +44,20 @@ def _cost(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr
     """The penalty's value at ``variance``, and its slope with respect to it."""
     if threshold_at is not None:  # a tensor: it may change between two replays of a captured graph
         threshold = tl.load(threshold_at)
-    floored = tl.where(variance < floor, floor, variance)  # not their maximum, which would hide a NaN
-    height = tl.log(floored + gamma) - tl.log(threshold + gamma)
-    if PENALTY == "relu":
-        risen = tl.where(height > 0.0, 1.0, 0.0)
-        value = tl.where(height <= 0.0, 0.0, height)
-    elif PENALTY == "softplus":
-        small = tl.exp(-tl.abs(height))
-        value = tl.where(height <= 0.0, 0.0, height) + log1p(small)
-        risen = tl.where(height >= 0.0, 1.0, small) / (1.0 + small)
+    if PENALTY == "nats":  # the threshold is the variance of the noise
+        value = 0.5 * log1p(variance / threshold)
+        slope = 0.5 / (threshold + variance)
     else:
-        value = 0.5 * height
-        risen = tl.full(height.shape, 0.5, tl.float32)
-    slope = tl.where(variance < floor, 0.0, risen / (floored + gamma))  # below the floor there is no gradient
+        floored = tl.where(variance < floor, floor, variance)  # not their maximum, which would hide a NaN
+        height = tl.log(floored + gamma) - tl.log(threshold + gamma)
+        value = tl.where(height <= 0.0, 0.0, height)
+        if PENALTY == "relu":
+            risen = tl.where(height > 0.0, 1.0, 0.0)
+        else:
+            small = tl.exp(-tl.abs(height))
+            value += log1p(small)
+            risen = tl.where(height >= 0.0, 1.0, small) / (1.0 + small)
+        slope = tl.where(variance < floor, 0.0, risen / (floored + gamma))  # below the floor there is no gradient
     return value, slope
 
 
