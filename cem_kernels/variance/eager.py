@@ -19,29 +19,26 @@ def variance(
     momentum: float,
 ) -> tuple[Tensor, ...]:
     """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``; moves ``running`` where it is given."""
-    x = groups.kept(features.to(torch.promote_types(features.dtype, torch.float32)))
+    x = features.to(torch.promote_types(features.dtype, torch.float32))
     if running is None:
         around, mse = _around_means(x, groups, min_samples)
     else:
-        around, mse = _around_centroids(x, groups, running, momentum)
+        around, mse = _around_centroids(groups.kept(x), groups, running, momentum)
     cost = torch.where(groups.counts >= min_samples, penalty.cost(around).mean(dim=1), 0)
     return groups.weighted_mean(cost, min_samples), groups.weighted_mean(mse, min_samples), cost, mse
 
 
-def _around_means(features: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, Tensor]:
+def _around_means(x: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, Tensor]:
     """Unbiased variances ``[K, C]`` of the classes that count, and their mean squared deviations ``[K]``.
 
-    Two passes over the padded classes, mean first: ``E[x²] − E[x]²`` cancels where the variance is small against the
-    mean, which is exactly where this penalty drives it.
+    In two passes, mean first: ``E[x²] − E[x]²`` cancels where the variance is small against the mean, which is exactly
+    where this penalty drives it.
     """
-    counted = (groups.padding.mask & (groups.counts >= min_samples)[:, None])[:, :, None]
+    counts = groups.counts[:, None].to(x.dtype)
     # Chosen, not multiplied by zero: what does not count may be infinite.
-    padded = torch.where(counted, groups.pad(features), 0)  # [K, L, C]
-    count = groups.counts.to(features.dtype)[:, None]  # [K, 1]
-    mean = padded.sum(dim=1) / count.clamp(min=1)
-    deviation = torch.where(counted, padded - mean[:, None], 0)
-    squares = deviation.square().sum(dim=1)  # [K, C]
-    return squares / (count - 1).clamp(min=1), (squares / count.clamp(min=1)).mean(dim=1)
+    x = torch.where(groups.of_samples(counts >= min_samples), x, 0)
+    squares = groups.means((x - groups.of_samples(groups.means(x))).square())
+    return squares * (counts / (counts - 1).clamp(min=1)), squares.mean(dim=1)
 
 
 def _around_centroids(
