@@ -174,9 +174,9 @@ def tanh_slope(x):
 
 @triton.jit
 def log1p(u):
-    """``log(1 + u)`` of ``u ≥ 0``, to the last bits for small ``u`` too (Kahan)."""
+    """``log(1 + u)`` of ``u ≥ 0``, to the last bits for small ``u`` too: what rounding took from ``1 + u`` is added."""
     w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.log(w) + (u - (w - 1.0)) * (1.0 / w)
 
 
 @triton.jit

@@ -254,6 +254,17 @@ def step_slots(
 
 
 @triton.jit
+def _through_affine(gradient, normal, d, live, weight, d_weight, work, mean_1, mean_x, D: tl.constexpr):
+    """A block of the backward of a norm's affine: sums for weight and bias, which stand side by side, the gradient of
+    the normalized rows into ``work``, and both means that their own backward wants."""
+    _store_sum(d_weight, d, gradient * normal, D)
+    _store_sum(d_weight + D, d, gradient, D)
+    gradient *= load_vector(weight, d, D)
+    store_rows(work + W_NORMAL * D, d, live, gradient, D)
+    return mean_1 + tl.sum(gradient, axis=1) / D, mean_x + tl.sum(gradient * normal, axis=1) / D
+
+
+@triton.jit
 def step_slots_backward(
     slots, floats, operands, stats, d_slots, records, work, live, filled,
     input_map, hidden_map, mlp_in, mlp_out, vectors, sums, width, hidden_width,
@@ -293,12 +304,9 @@ def step_slots_backward(
         candidate = load_rows(floats + CANDIDATE * D, d, live, D)
         stepped = candidate + z * (load_rows(slots, d, live, D) - candidate)
         normal = tl.where((d < D)[None, :], (stepped - mean[:, None]) * rstd[:, None], 0.0)
-        _store_sum(sums + MLP_WEIGHT * D, d, gradient * normal, D)
-        _store_sum(sums + MLP_BIAS * D, d, gradient, D)
-        gradient *= load_vector(vectors + MLP_WEIGHT * D, d, D)
-        store_rows(work + W_NORMAL * D, d, live, gradient, D)
-        mean_1 += tl.sum(gradient, axis=1) / D
-        mean_x += tl.sum(gradient * normal, axis=1) / D
+        mean_1, mean_x = _through_affine(
+            gradient, normal, d, live, vectors + MLP_WEIGHT * D, sums + MLP_WEIGHT * D, work, mean_1, mean_x, D
+        )
     tl.debug_barrier()
 
     for first in range(0, width, BLOCK_D):
@@ -386,12 +394,9 @@ def make_queries_backward(
         gradient = times(records + D_QUERY * D, live, query_map, d, gradient, width, D, D, True, PRECISION, BLOCK_K)
         normal = (load_rows(slots, d, live, D) - mean[:, None]) * rstd[:, None]
         normal = tl.where((d < D)[None, :], normal, 0.0)
-        _store_sum(sums + SLOTS_WEIGHT * D, d, gradient * normal, D)
-        _store_sum(sums + SLOTS_BIAS * D, d, gradient, D)
-        gradient *= load_vector(vectors + SLOTS_WEIGHT * D, d, D)
-        store_rows(work + W_NORMAL * D, d, live, gradient, D)
-        mean_1 += tl.sum(gradient, axis=1) / D
-        mean_x += tl.sum(gradient * normal, axis=1) / D
+        mean_1, mean_x = _through_affine(
+            gradient, normal, d, live, vectors + SLOTS_WEIGHT * D, sums + SLOTS_WEIGHT * D, work, mean_1, mean_x, D
+        )
     tl.debug_barrier()
     for first in range(0, width, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)

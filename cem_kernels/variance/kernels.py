@@ -44,11 +44,12 @@ def _cost(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr
     """The penalty's value at ``variance``, and its slope with respect to it."""
     if threshold_at is not None:  # a tensor: it may change between two replays of a captured graph
         threshold = tl.load(threshold_at)
-    if PENALTY == "nats":  # the threshold is the variance of the noise
-        value = 0.5 * log1p(variance / threshold)
-        slope = 0.5 / (threshold + variance)
+    floored = tl.where(variance < floor, floor, variance)  # not their maximum, which would hide a NaN
+    if PENALTY == "nats":  # gamma is one over the variance of the noise
+        ratio = floored * gamma
+        value = 0.5 * log1p(ratio)
+        slope = 0.5 * gamma * (1.0 / (1.0 + ratio))
     else:
-        floored = tl.where(variance < floor, floor, variance)  # not their maximum, which would hide a NaN
         height = tl.log(floored + gamma) - tl.log(threshold + gamma)
         value = tl.where(height <= 0.0, 0.0, height)
         if PENALTY == "relu":
@@ -57,7 +58,8 @@ def _cost(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr
             small = tl.exp(-tl.abs(height))
             value += log1p(small)
             risen = tl.where(height >= 0.0, 1.0, small) / (1.0 + small)
-        slope = tl.where(variance < floor, 0.0, risen / (floored + gamma))  # below the floor there is no gradient
+        slope = risen / (floored + gamma)
+    slope = tl.where(variance < floor, 0.0, slope)  # below the floor there is no gradient
     return value, slope
 
 

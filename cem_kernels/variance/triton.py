@@ -73,7 +73,8 @@ def variance_forward(
     """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``center, slope, low [K, C]``.
 
     ``centroids, variances [K, C]`` and ``batches [K]`` are moved, or None: then centers are the batch's means.
-    The threshold is read from ``threshold_at`` where that is given; of nats it is ``σ²``, with no floor and no γ.
+    The threshold is read from ``threshold_at`` where that is given; of nats ``gamma`` is ``1/σ²``, and there is
+    neither threshold nor floor.
     """
     result = _forward_shapes(x, order, offsets)
     rob, intra, penalties, mse, weight, center, slope, low = result
@@ -168,7 +169,7 @@ def variance(
     """
     at: Tensor | None = None
     if isinstance(penalty, Nats):
-        kind, threshold, floor, gamma = "nats", penalty.noise_std**2, 0.0, 0.0
+        kind, threshold, floor, gamma = "nats", 0.0, 0.0, penalty.noise_std**-2
     else:
         kind, floor, gamma = penalty.hinge, penalty.floor, penalty.gamma
         at, threshold = (penalty.threshold, 0.0) if isinstance(penalty.threshold, Tensor) else (None, penalty.threshold)
