@@ -192,14 +192,14 @@ def layer_norm_backward(d_normal, normal, mean_1, mean_x, rstd):
 def zero_ignored(out, order, offsets, program, programs, num_classes, num_samples, T, width, BLOCK: tl.constexpr):
     """Zeros in the rows of ``out [B, T, width]`` whose samples are in no class: they come last in ``order``.
 
-    All ``programs`` share them, a row at a time, which costs no registers; mostly there is none.
+    All ``programs`` share them, a sample at a time, which costs few registers; mostly there is none.
     """
     first_sample = tl.load(offsets + num_classes)
-    for n in range(program, (num_samples - first_sample).to(tl.int32) * T, programs):
-        row = out + (tl.load(order + first_sample + n // T).to(tl.int64) * T + n % T) * width
-        for first in range(0, width, BLOCK):
+    for n in range(program, (num_samples - first_sample).to(tl.int32), programs):
+        rows = out + tl.load(order + first_sample + n).to(tl.int64) * (T * width)
+        for first in range(0, T * width, BLOCK):
             d = first + tl.arange(0, BLOCK)
-            tl.store(row + d, tl.zeros([BLOCK], out.dtype.element_ty), mask=d < width)
+            tl.store(rows + d, tl.zeros([BLOCK], out.dtype.element_ty), mask=d < T * width)
 
 
 @triton.jit

@@ -94,7 +94,8 @@ def gated_read_forward_kernel(
     c = tl.program_id(1)
     program = c * num_parts + part
     programs = num_parts * tl.num_programs(1)
-    zero_ignored(y, order, offsets, program, programs, tl.num_programs(1), num_samples, T, width, BLOCK_D)
+    if GROUPS == 1:  # ahead of the walk or behind it, whichever costs no registers
+        zero_ignored(y, order, offsets, program, programs, tl.num_programs(1), num_samples, T, width, BLOCK_D)
     first_row = tl.load(offsets + c)
     num_live = (tl.load(offsets + c + 1) - first_row).to(tl.int32) * T
     ROWS: tl.constexpr = GROUPS * HEADS * SLOTS
@@ -148,6 +149,8 @@ def gated_read_forward_kernel(
                 tl.store(y + row[:, None] * D + d[None, :], before + gate * out, mask=inside)
             if GROUPS > 1:
                 tl.debug_barrier()  # the next group reads what other threads wrote
+    if GROUPS > 1:
+        zero_ignored(y, order, offsets, program, programs, tl.num_programs(1), num_samples, T, width, BLOCK_D)
 
 
 @triton.jit
@@ -193,9 +196,6 @@ def gated_read_backward_kernel(
     """
     part = tl.program_id(0)
     c = tl.program_id(1)
-    program = c * num_parts + part
-    programs = num_parts * tl.num_programs(1)
-    zero_ignored(dx, order, offsets, program, programs, tl.num_programs(1), num_samples, T, width, BLOCK_D)
     first_row = tl.load(offsets + c)
     num_live = (tl.load(offsets + c + 1) - first_row).to(tl.int32) * T
     ROWS: tl.constexpr = GROUPS * HEADS * SLOTS
@@ -272,3 +272,6 @@ def gated_read_backward_kernel(
                 tl.store(to_outputs + place, d_output, mask=(d < D)[None, :])
             tl.debug_barrier()  # the next tile or group reads what other threads wrote
     tl.store(to_shifts + ROWS, d_gate * tanh_slope(tl.load(alpha)))
+    program = c * num_parts + part
+    programs = num_parts * tl.num_programs(1)
+    zero_ignored(dx, order, offsets, program, programs, tl.num_programs(1), num_samples, T, width, BLOCK_D)
