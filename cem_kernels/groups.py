@@ -67,17 +67,15 @@ class ClassGroups:
                 label out of range is one that does not count, and a class that is too large trips a device assertion
                 in eager: no class takes another's rows. Kernels know no bound on the class size.
         """
-        labels = validation.as_labels(labels, num_classes)
+        labels, ignores = validation.as_labels(labels, num_classes)
         if max_class_size is not None and max_class_size < 1:
             raise ValueError(f"max_class_size must be positive, got {max_class_size}")
-        read = validation.values_are_checked(labels)
-        ignores = not read or bool((labels < 0).any())
         if ignores:
             labels = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
         sorted_labels, order = torch.sort(labels, stable=True)
         offsets = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
         groups = cls(order, offsets, offsets.diff(), labels, ignores, max_class_size)
-        if max_class_size is not None and read:
+        if max_class_size is not None and validation.values_are_checked(labels):
             largest = int(groups.counts.max())
             if largest > max_class_size:
                 raise ValueError(f"max_class_size is {max_class_size}, but a class has {largest} samples")
@@ -128,7 +126,9 @@ class ClassGroups:
         An embedding bag adds up every class by itself and in a fixed order, needs to know no largest class, as padding
         does, and lets what is not finite stay in its class, as a product with a mask does not.
         """
-        means: Tensor = _ClassMeans.apply(rows, self.order, self.offsets, self.labels)
+        if not torch.is_grad_enabled():
+            return _ClassMeans.forward(rows, self.order, self.offsets, self.labels, self.ignores)
+        means: Tensor = _ClassMeans.apply(rows, self.order, self.offsets, self.labels, self.ignores)
         return means
 
     def of_samples(self, statistic: Tensor) -> Tensor:
@@ -137,10 +137,12 @@ class ClassGroups:
             statistic = torch.cat([statistic, statistic.new_zeros(1, *statistic.shape[1:])])
         return statistic.index_select(0, self.labels)
 
-    def weighted_mean(self, of_classes: Tensor, min_samples: int) -> Tensor:
-        """Mean of ``of_classes [K]`` weighted by samples, over the classes that have at least ``min_samples``; or 0."""
-        weight = torch.where(self.counts >= min_samples, self.counts, 0).to(of_classes.dtype)
-        return (weight * of_classes).sum() / weight.sum().clamp(min=1)
+    def weighted_means(self, min_samples: int, *of_classes: Tensor) -> tuple[Tensor, ...]:
+        """Means of each of ``of_classes [K]``, weighted by samples, over classes with at least ``min_samples`` of them;
+        0 where there is none."""
+        weight = torch.where(self.counts >= min_samples, self.counts, 0).to(of_classes[0].dtype)
+        total = weight.sum().clamp(min=1)
+        return tuple((weight * each).sum() / total for each in of_classes)
 
     def pad(self, rows: Tensor) -> Tensor:
         """``[B, ...]`` in batch order to ``[K, L, ...]`` by class, zeros where a class has no more samples."""
@@ -164,19 +166,21 @@ class _ClassMeans(torch.autograd.Function):
     """With a backward that is a gather: the one of an embedding bag sorts again."""
 
     @staticmethod
-    def forward(rows: Tensor, order: Tensor, offsets: Tensor, labels: Tensor) -> Tensor:
+    def forward(rows: Tensor, order: Tensor, offsets: Tensor, labels: Tensor, ignores: bool) -> Tensor:
         if not len(rows):  # an embedding bag wants at least one row
             return rows.new_zeros(len(offsets) - 1, rows.shape[1])
         # One bag more than classes: that of the samples of no class.
         return F.embedding_bag(order, rows, offsets, mode="mean")[:-1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *_, offsets, labels, ctx.ignores = inputs
+        ctx.save_for_backward(offsets, labels)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         offsets, labels = ctx.saved_tensors
         share = grad / offsets.diff().clamp(min=1)[:, None].to(grad.dtype)
-        share = torch.cat([share, share.new_zeros(1, share.shape[1])])
-        return share.index_select(0, labels), None, None, None
+        if ctx.ignores:
+            share = torch.cat([share, share.new_zeros(1, share.shape[1])])
+        return share.index_select(0, labels), None, None, None, None

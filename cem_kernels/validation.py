@@ -48,8 +48,8 @@ def check_labels(labels: Tensor, name: str = "labels") -> None:
         raise ValueError(f"{name} must have shape [B], got {list(labels.shape)}")
 
 
-def as_labels(labels: Tensor, num_classes: int, name: str = "labels") -> Tensor:
-    """``labels [B]`` of any integer dtype as int64, checked.
+def as_labels(labels: Tensor, num_classes: int, name: str = "labels") -> tuple[Tensor, bool]:
+    """``labels [B]`` of any integer dtype as int64, checked, and whether some of them may not count.
 
     Raises:
         TypeError: no integer tensor.
@@ -60,16 +60,17 @@ def as_labels(labels: Tensor, num_classes: int, name: str = "labels") -> Tensor:
     if num_classes < 1:
         raise ValueError(f"num_classes must be positive, got {num_classes}")
     signed, labels = labels.dtype.is_signed, labels.long()
-    if labels.numel() and values_are_checked(labels):
+    ignores = not values_are_checked(labels)
+    if labels.numel() and not ignores:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if signed and low == IGNORED:
-            low = int(labels.masked_fill(labels == IGNORED, max(high, 0)).amin())
+            ignores, low = True, int(labels.masked_fill(labels == IGNORED, max(high, 0)).amin())
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"{name} must lie in [0, {num_classes}), or be {IGNORED} where a sample does not count, got values "
                 f"from {low} to {high}"
             )
-    return labels
+    return labels, ignores
 
 
 def check_float(name: str, tensor: Tensor) -> None:

@@ -305,7 +305,7 @@ class GaussianMixtureCEM(Surrogate):
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, D]`` in fp32 or wider, and labels, int64."""
         check_sample_shapes(features, labels)
-        labels = as_labels(labels, self.num_classes)
+        labels, _ = as_labels(labels, self.num_classes)
         rows = features.flatten(1)
         if rows.shape[1] != self.feature_dim:
             raise ValueError(f"a sample must have feature_dim={self.feature_dim} features, got {list(features.shape)}")

@@ -25,7 +25,7 @@ def variance(
     else:
         around, mse = _around_centroids(groups.kept(x), groups, running, momentum)
     cost = torch.where(groups.counts >= min_samples, penalty.cost(around).mean(dim=1), 0)
-    return groups.weighted_mean(cost, min_samples), groups.weighted_mean(mse, min_samples), cost, mse
+    return *groups.weighted_means(min_samples, cost, mse), cost, mse
 
 
 def _around_means(x: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Tensor, Tensor]:

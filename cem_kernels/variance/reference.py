@@ -37,7 +37,7 @@ def variance(
             penalties.append(penalty.cost(_around_centroid(x, c, running, momentum)).mean())
             errors.append((x.detach() - x.detach().mean(dim=0)).square().mean())
     of_classes = torch.stack(penalties), torch.stack(errors if running is None else [e.detach() for e in errors])
-    return *(groups.weighted_mean(each, min_samples) for each in of_classes), *of_classes
+    return *groups.weighted_means(min_samples, *of_classes), *of_classes
 
 
 def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float) -> Tensor:
