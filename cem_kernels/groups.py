@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +126,10 @@ class ClassGroups:
         An embedding bag adds up every class by itself and in a fixed order, needs to know no largest class, as padding
         does, and lets what is not finite stay in its class, as a product with a mask does not.
         """
-        if not torch.is_grad_enabled():
-            return _ClassMeans.forward(rows, self.order, self.offsets, self.labels, self.ignores)
-        means: Tensor = _ClassMeans.apply(rows, self.order, self.offsets, self.labels, self.ignores)
-        return means
+        if not len(rows):  # an embedding bag wants at least one row
+            return rows.new_zeros(self.num_classes, rows.shape[1])
+        # One bag more than classes: that of the samples of no class.
+        return F.embedding_bag(self.order, rows, self.offsets, mode="mean")[:-1]
 
     def of_samples(self, statistic: Tensor) -> Tensor:
         """``statistic [K, ...]`` of each sample's class, ``[B, ...]``; zeros for samples of no class."""
@@ -160,27 +160,3 @@ class ClassGroups:
         if self.ignores:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
         return rows.index_select(0, self.padding.row)
-
-
-class _ClassMeans(torch.autograd.Function):
-    """With a backward that is a gather: the one of an embedding bag sorts again."""
-
-    @staticmethod
-    def forward(rows: Tensor, order: Tensor, offsets: Tensor, labels: Tensor, ignores: bool) -> Tensor:
-        if not len(rows):  # an embedding bag wants at least one row
-            return rows.new_zeros(len(offsets) - 1, rows.shape[1])
-        # One bag more than classes: that of the samples of no class.
-        return F.embedding_bag(order, rows, offsets, mode="mean")[:-1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *_, offsets, labels, ctx.ignores = inputs
-        ctx.save_for_backward(offsets, labels)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        offsets, labels = ctx.saved_tensors
-        share = grad / offsets.diff().clamp(min=1)[:, None].to(grad.dtype)
-        if ctx.ignores:
-            share = torch.cat([share, share.new_zeros(1, share.shape[1])])
-        return share.index_select(0, labels), None, None, None, None

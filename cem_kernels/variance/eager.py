@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,34 @@ def _around_means(x: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Ten
     counts = groups.counts[:, None].to(x.dtype)
     # Chosen, not multiplied by zero: what does not count may be infinite.
     x = torch.where(groups.of_samples(counts >= min_samples), x, 0)
-    squares = groups.means((x - groups.of_samples(groups.means(x))).square())
+    squares: Tensor = _MeanSquares.apply(x, None, groups)
     return squares * (counts / (counts - 1).clamp(min=1)), squares.mean(dim=1)
+
+
+class _MeanSquares(torch.autograd.Function):
+    """Mean squared deviations ``[K, C]`` from centers, by default the means of classes.
+
+    Their own gradient vanishes, because deviations sum to zero, and is left out, but for a second derivative.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, centers: Tensor | None, groups: ClassGroups) -> Tensor:
+        return groups.means(_deviations(x, centers, groups).square())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.groups = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        share = 2 * upstream / ctx.groups.counts.clamp(min=1)[:, None].to(upstream.dtype)
+        x, centers = ctx.saved_tensors
+        return _deviations(x, centers, ctx.groups) * ctx.groups.of_samples(share), None, None
+
+
+def _deviations(x: Tensor, centers: Tensor | None, groups: ClassGroups) -> Tensor:
+    return x - groups.of_samples(groups.means(x) if centers is None else centers)
 
 
 def _around_centroids(
@@ -48,9 +76,9 @@ def _around_centroids(
     present = groups.counts > 0
     with torch.no_grad():
         mean = groups.means(x)
-        mse = groups.means((x - groups.of_samples(mean)).square()).mean(dim=1)
+        mse = groups.means(_deviations(x, mean, groups).square()).mean(dim=1)
         centroids = torch.where(running.batches[:, None] > 0, running.centroids.to(x.dtype), mean)
-    around = groups.means((x - groups.of_samples(centroids)).square())
+    around = _MeanSquares.apply(x, centroids, groups)
     with torch.no_grad():
         first = 1 / (running.batches[:, None] + 1).to(x.dtype)
         of_centroid, of_variance = (first.clamp(min=least) for least in least_shares(momentum))

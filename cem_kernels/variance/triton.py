@@ -14,15 +14,7 @@ from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Nats, Penalty
-from cem_kernels.triton_utils import (
-    ALL_REGISTERS,
-    backward_once,
-    launch,
-    operator,
-    processors,
-    splits_per_class,
-    tuned,
-)
+from cem_kernels.triton_utils import ALL_REGISTERS, backward_once, launch, operator, processors, splits_per_class, tuned
 from cem_kernels.variance.kernels import variance_backward_kernel, variance_forward_kernel
 from cem_kernels.variance.running import RunningMoments, least_shares
 

@@ -64,10 +64,9 @@ def test_means_keep_what_is_not_finite_in_its_class():
     assert ClassGroups.from_labels(LABELS, 6).means(rows).isfinite().all(dim=1).tolist() == [True] * 4 + [False, True]
 
 
-def test_means_are_differentiable_twice():
+def test_means_are_differentiable():
     groups, rows = ClassGroups.from_labels(LABELS, 6), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(groups.means, rows)
-    assert torch.autograd.gradgradcheck(groups.means, rows)
 
 
 def test_grouping_reads_no_value_on_the_host():
