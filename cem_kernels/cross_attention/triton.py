@@ -62,7 +62,10 @@ def tiles(width: int, rows: int, num_slots: int, precision: str, dtype: torch.dt
     even = width % 32 == 0  # else the last block's mask costs registers
     if dtype == torch.float32 and precision == "ieee":
         # Products without matrix units keep both operands of a block in registers.
-        return Tiles(*heads, 32, 32 if even and not backward else 16, 16 if backward or OLDER or heads[0] > 1 else 32, 4, 1)
+        if heads[0] > 1 and not backward:
+            return Tiles(*heads, 32, 16, 16, 4, 1)
+        wide = even and not (backward and OLDER)
+        return Tiles(*heads, 32, 32 if wide else 16, 16 if backward or OLDER else 32, 4, 1)
     if even and OLDER:
         return Tiles(*heads, 32, 16, 16, 4, 2) if backward else Tiles(*heads, 64, 32, 16, 4, 1)
     if backward:
