@@ -98,9 +98,9 @@ class ClassGroups:
         While :func:`torch.compile` traces, the bound is ``B`` where none was given: nothing is read.
         """
         if self._padding is None:
-            size = self.max_class_size
-            if size is None:
-                size = self.num_samples if torch.compiler.is_compiling() else int(self.counts.max())
+            size = self.max_class_size or (
+                self.num_samples if torch.compiler.is_compiling() else int(self.counts.max())
+            )
             size, rows = max(size, 1), self.num_classes * max(size, 1)
             positions = torch.arange(max(self.num_samples, size), device=self.order.device)
             classes = self.labels[self.order]

@@ -100,5 +100,5 @@ def placed(penalty: Penalty, features: Tensor) -> Penalty:
         raise TypeError(f"penalty must be Nats or LogHinge, got {type(penalty).__name__}")
     if isinstance(penalty, Nats) or not isinstance(penalty.threshold, Tensor):
         return penalty
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return replace(penalty, threshold=penalty.threshold.to(features.device, dtype))
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return replace(penalty, threshold=penalty.threshold.to(features.device, wide))

@@ -330,8 +330,7 @@ def gated_read(
 ) -> Tensor:  # fmt: skip
     """``y [B, T, D]`` in fp32: ``tokens [B, T, D]`` after ``slots [K, S, D]``, without the feed-forward."""
     y, _ = _GatedRead.apply(*_read_inputs(tokens, slots, groups, weights, num_heads, dropout, product_dtype))
-    result: Tensor = y
-    return result
+    return y
 
 
 def cross_attention(

@@ -47,7 +47,7 @@ def slot_attention(
 
     Returns:
         ``[K, S, D]`` in fp32 (fp64 for fp64 tokens). A class without samples keeps the slots it started with. Same
-        bits for the same call; differentiable in tokens, slots and weights.
+        bits for the same call on the same model of device; differentiable in tokens, slots and weights.
 
     Raises:
         TypeError: a dtype is not floating-point, fp64 is mixed with narrower ones, or ``product_dtype`` is another.

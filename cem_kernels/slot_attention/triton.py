@@ -300,10 +300,9 @@ def slot_attention(
     """``tokens [B, T, D]``, ``slots [K, S, D]`` to the final slots ``[K, S, D]``, in fp32."""
     w = weights
     query_map, input_map = absorb(w)
-    dtype = product_dtype or tokens.dtype
-    matrices = [query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight]
+    maps = query_map, input_map, w.gru_weight_hh, w.mlp_in_weight, w.mlp_out_weight
     result, *_ = _SlotAttention.apply(
-        tokens, groups.order, groups.offsets, slots, *(m.to(dtype).contiguous() for m in matrices), _vectors(w),
-        num_iterations, eps,
+        tokens, groups.order, groups.offsets, slots, *(m.to(product_dtype or tokens.dtype).contiguous() for m in maps),
+        _vectors(w), num_iterations, eps,
     )  # fmt: skip
     return result
