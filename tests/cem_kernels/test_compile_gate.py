@@ -1,9 +1,11 @@
 """Every kernel compiles for GPUs that are not there, fits, spills nothing, and does not change its needs unnoticed."""
 
+import contextlib
 import csv
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,10 +38,13 @@ def test_kernels_compile_and_need_what_the_table_says(compiled, target):
 def older_triton(pytestconfig: pytest.Config) -> Path:
     """Triton 3.6.0 alone in a folder of its own, downloaded once: what it compiles does not depend on the PyTorch that
     calls it."""
-    folder = Path(pytestconfig.cache.mkdir(f"triton-{OLDER}"))
-    if not (folder / f"triton-{OLDER}.dist-info").exists():
-        command = ["pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder, f"triton=={OLDER}"]
-        subprocess.run([sys.executable, "-m", *command], check=True)
+    folder = Path(pytestconfig.cache.mkdir("older")) / f"triton-{OLDER}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            command = ["pip", "install", "--quiet", "--no-deps", "--target", f"{made}/new", f"triton=={OLDER}"]
+            subprocess.run([sys.executable, "-m", *command], check=True)
+            with contextlib.suppress(OSError):  # another worker was first
+                Path(made, "new").rename(folder)
     return folder
 
 
