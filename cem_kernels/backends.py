@@ -66,7 +66,6 @@ def why_not_triton(tokens: Tensor) -> str | None:
 
 
 MOST_CLASSES = 65_535  # a grid's second and third axes have no more programs
-MOST_TOKENS = 2**30  # tokens of a class are counted in 32 bits
 
 
 def size_outside_kernels(tokens: Tensor, slots: Tensor, *more: tuple[str, int, int, int]) -> str | None:
@@ -80,7 +79,7 @@ def size_outside_kernels(tokens: Tensor, slots: Tensor, *more: tuple[str, int, i
         ("D", width, 16, 512),
         ("S", num_slots, 1, 32),
         ("K", num_classes, 1, MOST_CLASSES),
-        ("B·T", num_samples * num_tokens, 0, MOST_TOKENS),
+        ("B·T", num_samples * num_tokens, 0, 2**30),  # tokens of a class are counted in 32 bits
         *more,
     )
     for letter, size, least, most in limits:

@@ -19,15 +19,11 @@ LN_EPS = 1e-5  # F.layer_norm's
 
 # -------------------------------------------------------------------------------------------------------- launchers
 
-# Kernels are compiled for CUDA (and ROCm, which PyTorch calls cuda too) and interpreted on the CPU.
-DISPATCH_KEYS = ("CPU", "CUDA")
-
 # Multiplications and additions are fused, which is said because versions of Triton differ in what they do by default.
 FUSION = {"enable_fp_fusion": True}
 # For kernels of few programs: left alone, ptxas may spill to make room for more programs than there are.
 ALL_REGISTERS: dict[str, Any] = {} if torch.version.hip else {"maxnreg": 255}
 
-Grid = tuple[int, ...]
 Sizes = TypeVar("Sizes", bound=NamedTuple)
 
 _tuned: dict[str, dict[str, int]] = {}
@@ -56,7 +52,7 @@ def tuned(operator: str, defaults: Sizes) -> Sizes:
     return replaced
 
 
-def launch(kernel: Any, grid: Grid, device: torch.device, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """Run ``kernel`` on ``device``, which need not be the current one."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **FUSION, **options)
@@ -102,7 +98,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     def register(launcher: Callable[..., Any]) -> Any:
         name = schema[: schema.index("(")]
         torch.library.define(f"cem_kernels::{name}", schema[len(name) :])
-        for key in DISPATCH_KEYS:
+        for key in ("CPU", "CUDA"):  # interpreted, and compiled, for ROCm too, which PyTorch calls cuda
             torch.library.impl(f"cem_kernels::{name}", key)(launcher)
         torch.library.register_fake(f"cem_kernels::{name}")(fake)
         return getattr(torch.ops.cem_kernels, name).default

@@ -62,7 +62,10 @@ class _MeanSquares(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         share = 2 * upstream / ctx.groups.counts.clamp(min=1)[:, None].to(upstream.dtype)
         x, centers = ctx.saved_tensors
-        return _deviations(x, centers, ctx.groups) * ctx.groups.of_samples(share), None, None
+        away = _deviations(x, centers, ctx.groups)
+        if centers is None:  # once more: where classes are tight, rounding of their means is large
+            away = _deviations(away, None, ctx.groups)
+        return away * ctx.groups.of_samples(share), None, None
 
 
 def _deviations(x: Tensor, centers: Tensor | None, groups: ClassGroups) -> Tensor:
