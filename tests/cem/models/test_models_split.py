@@ -9,7 +9,7 @@ from cem.errors import UsageError
 from cem.models import Normalize, SplitModel, build_split_model, split_sequential
 
 
-def small_network() -> nn.Sequential:
+def small_network():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
@@ -22,14 +22,14 @@ def small_network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("cut_layer", [1, 3, 4, 5])
-def test_cutting_leaves_the_composition_unchanged(cut_layer: int) -> None:
+def test_cutting_leaves_the_composition_unchanged(cut_layer):
     model = small_network().eval()
     x = torch.rand(2, 3, 5, 5)
     split = SplitModel.from_sequential(model, cut_layer, image_shape=(3, 5, 5))
     assert torch.equal(split(x), model(x))
 
 
-def test_stages_keep_their_names_and_are_not_copied() -> None:
+def test_stages_keep_their_names_and_are_not_copied():
     model = small_network()
     encoder, server = split_sequential(model, 2)
     assert list(encoder.state_dict()) + list(server.state_dict()) == list(model.state_dict())
@@ -37,31 +37,23 @@ def test_stages_keep_their_names_and_are_not_copied() -> None:
     assert server[-1] is model[-1]
 
 
-def test_a_module_used_twice_stays_twice() -> None:
-    relu = nn.ReLU()
-    model = nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu)
-    encoder, server = split_sequential(model, 1)
-    assert len(encoder) == 1
+def test_a_module_used_twice_stays_twice():
+    _, server = split_sequential(nn.Sequential(*[nn.Linear(2, 2), nn.ReLU()] * 2), 1)
     assert len(server) == 3
 
 
-@pytest.mark.parametrize("cut_layer", [-1, 0, 6, 7])
-def test_a_cut_that_leaves_a_side_empty_is_refused(cut_layer: int) -> None:
+@pytest.mark.parametrize("cut_layer", [-1, 0, 6])
+def test_a_cut_that_leaves_a_side_empty_is_refused(cut_layer):
     with pytest.raises(UsageError, match=rf"must be in 1\.\.5 \(stages: 1 0, 2 1, .*\), got {cut_layer}"):
         split_sequential(small_network(), cut_layer)
 
 
-def test_the_error_lists_the_stage_names_of_an_architecture() -> None:
-    with pytest.raises(UsageError, match=r"1\.\.13 \(stages: 1 conv1, 2 pool1, .*, 14 head\), got 14"):
-        build_split_model("vgg11", num_classes=10, image_shape=(3, 32, 32), cut_layer=14)
-
-
-def test_only_sequences_can_be_cut() -> None:
+def test_only_sequences_can_be_cut():
     with pytest.raises(TypeError, match=r"nn\.Sequential .* got Linear"):
         split_sequential(nn.Linear(2, 2), 1)
 
 
-def test_the_server_sees_noisy_features_in_evaluation_too() -> None:
+def test_the_server_sees_noisy_features_in_evaluation_too():
     split = SplitModel.from_sequential(small_network(), 3, image_shape=(3, 5, 5), defense=GaussianNoise(0.5)).eval()
     x = torch.rand(2, 3, 5, 5)
     assert torch.equal(split.encoder(x), split.encoder(x))
@@ -70,52 +62,40 @@ def test_the_server_sees_noisy_features_in_evaluation_too() -> None:
 
 @pytest.mark.parametrize("bottleneck", ["none", "C2S1"])
 @pytest.mark.parametrize("end", [nn.Sigmoid(), nn.Sequential(nn.BatchNorm2d(4), nn.Sigmoid()), nn.ReLU()], ids=str)
-def test_features_are_bounded_where_a_sigmoid_is_the_last_that_happens_to_them(end: nn.Module, bottleneck: str) -> None:
+def test_features_are_bounded_where_a_sigmoid_is_the_last_that_happens_to_them(end, bottleneck):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), end, nn.Flatten(), nn.Linear(36, 2))
     split = SplitModel.from_sequential(model, 2, image_shape=(3, 5, 5), bottleneck=bottleneck)
     assert split.bounded == (bottleneck == "none" and not isinstance(end, nn.ReLU))
 
 
-def test_building_leaves_no_trace() -> None:
+def test_building_leaves_no_trace():
     model = small_network()
     model[1].eval()  # a user's frozen batch normalization must stay frozen
     before = copy.deepcopy(model.state_dict())
     rng = torch.get_rng_state()
-    split = SplitModel.from_sequential(model, 3, image_shape=(3, 5, 5))
-    assert split.feature_shape == (4, 5, 5)
+    SplitModel.from_sequential(model, 3, image_shape=(3, 5, 5))
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [module.training for module in model] == [True, False, True, True, True, True]
 
 
-def test_double_precision_networks_can_be_cut() -> None:
+def test_double_precision_networks_can_be_cut():
     split = SplitModel.from_sequential(small_network().double(), 3, image_shape=(3, 5, 5), bottleneck="C2S2")
     assert split.feature_shape == (2, 3, 3)
 
 
-def test_a_server_that_overwrites_the_features_is_refused() -> None:
+def test_a_server_that_overwrites_the_features_is_refused():
     with pytest.raises(UsageError, match="overwrites the features"):
         SplitModel.from_sequential(small_network(), 2, image_shape=(3, 5, 5))
 
 
-def test_normalize_standardizes_each_channel() -> None:
-    x = torch.rand(2, 3, 4, 4)
-    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
-    expected = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
-    torch.testing.assert_close(Normalize(mean, std)(x), expected)
-
-
-def test_the_encoder_begins_with_normalization_and_the_checkpoint_holds_it() -> None:
-    model = build_split_model(
-        "resnet20",
-        num_classes=2,
-        image_shape=(3, 8, 8),
-        cut_layer=4,
-        mean=[0.1, 0.2, 0.3],
-        std=[0.5, 0.6, 0.7],
-    )
+def test_the_encoder_begins_with_normalization_of_each_channel_and_the_checkpoint_holds_it():
+    mean, std, x = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], torch.rand(2, 3, 8, 8)
+    model = build_split_model("resnet20", num_classes=2, image_shape=(3, 8, 8), cut_layer=1, mean=mean, std=std)
     assert isinstance(model.encoder[0], Normalize)
-    torch.testing.assert_close(model.state_dict()["encoder.normalize.mean"].flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    expected = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    torch.testing.assert_close(model.encoder[0](x), expected)
+    torch.testing.assert_close(model.state_dict()["encoder.normalize.mean"].flatten(), torch.tensor(mean))
 
 
 @pytest.mark.parametrize(
@@ -129,18 +109,10 @@ def test_the_encoder_begins_with_normalization_and_the_checkpoint_holds_it() -> 
         {"num_classes": 0},
         {"centralized": True, "bottleneck": "C8S1"},
         {"bottleneck": "narrow"},
+        {"cut_layer": 11},
     ],
     ids=str,
 )
-def test_unusable_arguments_are_refused(options: dict) -> None:
+def test_unusable_arguments_are_refused(options):
     with pytest.raises(UsageError):
         build_split_model("resnet20", **{"num_classes": 10, "image_shape": (3, 8, 8), "cut_layer": 4, **options})
-
-
-def test_same_seed_same_weights() -> None:
-    states = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        model = build_split_model("resnet20", num_classes=10, image_shape=(1, 8, 8), cut_layer=4, bottleneck="C8S1")
-        states.append(model.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
