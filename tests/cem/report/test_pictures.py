@@ -1,108 +1,178 @@
-"""Training curves and the map of features."""
+"""Pictures: drawn, complete, and readable back."""
 
-from __future__ import annotations
+from dataclasses import replace
 
-import subprocess
-import sys
-from pathlib import Path
-
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
+from cem.report.attack_curves import draw_attack_curves
 from cem.report.curves import draw_curves
-from cem.report.tsne import MAX_SAMPLES, draw_tsne
+from cem.report.reconstructions import draw_reconstructions
+from cem.report.tradeoff import Point, draw_tradeoff
+from cem.report.tsne import draw_tsne
 
 NAMES = [str(digit) for digit in range(10)]
 
 
-def history(epochs: int, rob_loss: float = 1.0) -> list[dict[str, float]]:
+@pytest.fixture
+def path(tmp_path):
+    """Of a picture, which must not be blank in the end, where there is one."""
+    path = tmp_path / "picture.png"
+    yield path
+    if path.exists():
+        assert imread(path).std() > 0.01, "the picture is blank"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, and saving still works."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda fig, *args, **options: (saved.append(fig), save(fig, *args, **options))
+    )
+    return saved
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# Training.
+
+
+def history(epochs, rob_loss=1.0):
+    same = {"intra_mse": 0.1, "train_accuracy": 0.9, "val_accuracy": 0.8, "seconds": 1.0, "surrogate_seconds": 0.5}
+    falling = {"lr": 0.05, "train_loss": 2.0, "cross_entropy": 1.0, "rob_loss": rob_loss}
     return [
-        {
-            "epoch": epoch,
-            "lr": 0.05 / epoch,
-            "lambda_eff": 0.3 * epoch,
-            "train_loss": 2.0 / epoch,
-            "cross_entropy": 1.0 / epoch,
-            "rob_loss": rob_loss / epoch,
-            "intra_mse": 0.1,
-            "train_accuracy": 0.9,
-            "val_accuracy": 0.8,
-            "seconds": 1.0,
-            "surrogate_seconds": 0.5,
-        }
+        {"epoch": epoch, "lambda_eff": 0.3 * epoch, **{name: value / epoch for name, value in falling.items()}, **same}
         for epoch in range(1, epochs + 1)
     ]
 
 
-def assert_drawn(path: Path) -> np.ndarray:
-    pixels = matplotlib.image.imread(path)
-    assert pixels.std() > 0.01, "the picture is blank"
-    return pixels
+@pytest.mark.parametrize("epochs", [1, 60])
+def test_curves_show_the_terms_and_mark_the_best_epoch(path, figures, epochs):
+    draw_curves(history(epochs), path, best_epoch=1)
+    loss, accuracy, *_ = figures[0].axes
+    assert legend(loss)[:2] == ["cross-entropy", "sum"]
+    assert legend(loss)[3:] == ["penalty", "best epoch (1)"]
+    assert legend(accuracy) == ["training", "validation", "best epoch (1)"]
+    weighted = loss.lines[2].get_ydata()
+    assert weighted == pytest.approx([0.3] * epochs)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 60])
-def test_curves_of_any_number_of_epochs_are_drawn(tmp_path: Path, epochs: int) -> None:
-    draw_curves(history(epochs), tmp_path / "curves.png", best_epoch=1)
-    assert_drawn(tmp_path / "curves.png")
+def test_curves_without_a_penalty_show_the_cross_entropy_alone(path, figures):
+    draw_curves(history(5, rob_loss=0.0), path)
+    assert legend(figures[0].axes[0]) == ["cross-entropy"]
 
 
-def test_curves_without_a_penalty_are_drawn(tmp_path: Path) -> None:
-    draw_curves(history(5, rob_loss=0.0), tmp_path / "curves.png")
-    assert_drawn(tmp_path / "curves.png")
-
-
-def test_curves_of_no_epochs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no epochs"):
-        draw_curves([], tmp_path / "curves.png")
-
-
-@pytest.mark.parametrize(("samples", "shape"), [(3, (2,)), (40, (8, 2, 2)), (12, (1,))])
-def test_map_of_few_samples_is_drawn(tmp_path: Path, samples: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("samples", "shape", "classes"), [(3, (2,), 10), (40, (8, 2, 2), 10), (12, (1,), 10), (50, (4,), 100)]
+)
+def test_map_has_a_point_a_sample_and_a_legend_where_it_can_hold_the_classes(path, figures, samples, shape, classes):
     torch.manual_seed(0)
-    draw_tsne(torch.randn(samples, *shape), torch.arange(samples) % 10, NAMES, tmp_path / "tsne.png")
-    assert_drawn(tmp_path / "tsne.png")
+    labels = torch.arange(samples) % classes
+    draw_tsne(torch.randn(samples, *shape), labels, [str(name) for name in range(classes)], path)
+    axes = figures[0].axes[0]
+    assert sum(len(points.get_offsets()) for points in axes.collections) == samples
+    assert (legend(axes) if axes.get_legend() else []) == ([] if classes > 20 else NAMES[:samples])
 
 
-def test_map_with_more_classes_than_a_legend_holds_is_drawn(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    names = [f"class {index}" for index in range(100)]
-    draw_tsne(torch.randn(50, 4), torch.arange(50), names, tmp_path / "tsne.png")
-    assert_drawn(tmp_path / "tsne.png")
+def test_map_takes_no_more_than_the_maximum(path, figures, monkeypatch):
+    monkeypatch.setattr("cem.report.tsne.MAX_SAMPLES", 5)
+    draw_tsne(torch.randn(9, 3), torch.zeros(9).long(), NAMES, path)
+    assert [len(points.get_offsets()) for points in figures[0].axes[0].collections] == [5]
 
 
-def test_map_takes_no_more_than_the_maximum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sklearn.manifold
-
-    sizes = []
-
-    class Recorder(sklearn.manifold.TSNE):
-        def fit_transform(self, X: np.ndarray, y: object = None) -> np.ndarray:
-            sizes.append(len(X))
-            return X[:, :2]
-
-    monkeypatch.setattr(sklearn.manifold, "TSNE", Recorder)
-    draw_tsne(torch.randn(MAX_SAMPLES + 5, 3), torch.zeros(MAX_SAMPLES + 5).long(), NAMES, tmp_path / "t.png")
-    assert sizes == [MAX_SAMPLES]
+# Attacks.
 
 
-def test_map_of_two_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 3 samples, got 2"):
-        draw_tsne(torch.randn(2, 4), torch.zeros(2).long(), NAMES, tmp_path / "tsne.png")
+def attacker(name, converged=True):
+    return {
+        "name": name,
+        "curve": [{"epoch": epoch, "val_mse": 0.1 / epoch} for epoch in (1, 2, 3)],
+        "best_epoch": 2,
+        "converged": converged,
+    }
 
 
-def test_map_of_features_that_are_not_finite_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        draw_tsne(torch.full((5, 4), torch.nan), torch.zeros(5).long(), NAMES, tmp_path / "tsne.png")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_has_the_originals_over_a_row_for_every_name(path, figures, channels):
+    images = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 8), dtype=np.uint8)
+    rows = {"mixture": (images // 2, np.array([0.1, 0.2, 0.3, 0.4])), "attention": (images, None)}
+    draw_reconstructions(images, rows, path)
+    axes = figures[0].axes
+    assert len(axes) == 3 * 4
+    assert [axes[row * 4].get_ylabel() for row in range(3)] == ["original", "mixture", "attention"]
+    assert [each.get_xlabel() for each in axes[4:8]] == ["0.10", "0.20", "0.30", "0.40"]
+    shown = np.asarray(axes[5].images[0].get_array())
+    expected = images[1] // 2
+    assert np.array_equal(shown, expected[0] if channels == 1 else np.moveaxis(expected, 0, -1))
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
-    program = f"""
-import sys
-from pathlib import Path
-from cem.report.curves import draw_curves
-draw_curves({history(2)!r}, Path({str(tmp_path / "curves.png")!r}))
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_curves_tell_nine_decoders_apart_and_which_converged_and_show_the_controls(path, figures):
+    attackers = [attacker(NAMES[number], converged=number != 1) for number in range(9)]
+    draw_attack_curves(attackers, {"mean image": 0.09, "class mean": 0.05}, path)
+    (axes,) = figures[0].axes
+    assert legend(axes) == ["0", "1 (not converged)", *NAMES[2:9], "mean image", "class mean"]
+    lines = axes.lines[: 2 * 9]  # a curve and a dot each
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines[::2]}) == 9
+    assert [tuple(line.get_xydata()[0]) for line in lines[1::2]] == [(2, 0.05)] * 9
+    assert [line.get_markerfacecolor() == "white" for line in lines[1::2]] == [number == 1 for number in range(9)]
+
+
+# Comparisons.
+
+
+def point(method="mixture", lambd=16.0, noise_std=0.1, mse=0.03):
+    return Point(method, lambd, noise_std, mse, 0.9)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [point("none", 0.0), point(), point("attention")],
+        [point(noise_std=noise, lambd=lambd) for noise in (0.1, 0.2) for lambd in (4.0, 16.0)],
+        [point(noise_std=0.1 * index) for index in range(1, 10)],
+    ],
+    ids=["one noise", "grid", "more noises than markers"],
+)
+def test_tradeoff_is_drawn_with_its_controls(path, figures, points):
+    draw_tradeoff(points, {"mean image": 0.09, "class mean": 0.05}, path)
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[-2:] == ["control: mean image", "control: class mean"]
+    assert len([label for label in labels if label.startswith("noise")]) == len({each.noise_std for each in points})
+    assert [line.get_xdata()[0] for line in figures[0].axes[0].lines[-2:]] == [0.09, 0.05]
+
+
+def test_tradeoff_has_a_mark_a_run_and_a_hollow_one_at_the_mean_of_a_setting(path, figures):
+    draw_tradeoff([point(mse=0.02), point(mse=0.04)], {}, path)
+    mean, runs = figures[0].axes[0].collections
+    np.testing.assert_allclose(mean.get_offsets(), [[0.03, 90]])
+    np.testing.assert_allclose(runs.get_offsets(), [[0.02, 90], [0.04, 90]])
+
+
+@pytest.mark.parametrize(("methods", "numbers"), [(7, set()), (8, set("12345678"))])
+def test_tradeoff_numbers_methods_that_colors_cannot_tell_apart(path, figures, methods, numbers):
+    draw_tradeoff([replace(point(), method=f"s{index}") for index in range(methods)], {}, path)
+    (axes,) = figures[0].axes
+    assert {text.get_text().strip() for text in axes.texts} - {""} == numbers
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert ("8 s7 λ 16" in labels) == bool(numbers)
+
+
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (draw_curves, [[]], "no epochs"),
+        (draw_tsne, [torch.randn(2, 4), torch.zeros(2).long(), NAMES], "at least 3 samples, got 2"),
+        (draw_tsne, [torch.full((5, 4), torch.nan), torch.zeros(5).long(), NAMES], "not finite"),
+        (draw_attack_curves, [[], {}], "no attackers"),
+        (draw_tradeoff, [[], {}], "no runs"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(path, draw, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw(*arguments, path)
