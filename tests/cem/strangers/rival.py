@@ -34,7 +34,7 @@ class Attacker(cem.Term):
 
     def measure(self, batch: cem.Batch) -> cem.Measured:
         error = self.error(batch)
-        return cem.Measured(-error.clamp(max=0.1), {"error": error})
+        return cem.Measured(-error.clamp(max=0.2), {"error": error})
 
     def error(self, batch: cem.Batch) -> torch.Tensor:
         return F.mse_loss(self.decoder(batch.sent.flatten(1)), batch.images.flatten(1))
