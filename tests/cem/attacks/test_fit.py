@@ -1,7 +1,5 @@
 """Training and scoring of a decoder: what it sees, when it stops, and that it repeats."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,99 +16,80 @@ from cem.models import SplitModel, build_split_model
 
 
 @pytest.fixture(scope="module")
-def splits() -> AttackSplits:
+def splits():
     whole = attack_splits(load_data("digits", train_size=700), load_data("digits"), aux_size=64)
     return AttackSplits(**{name: images.subset(range(min(64, len(images)))) for name, images in vars(whole).items()})
 
 
 @pytest.fixture
-def model() -> SplitModel:
+def model():
     torch.manual_seed(0)
     model = build_split_model("resnet20", num_classes=10, image_shape=(1, 8, 8), cut_layer=2)
     model.defense = Chain({"noise": GaussianNoise(0.1)})
     return model.eval()
 
 
-def decoder_for(model: SplitModel) -> nn.Module:
+def decoder_for(model):
     torch.manual_seed(1)
     return build_decoder("deconvC8", model.feature_shape, (1, 8, 8))
 
 
-def small(**options: object) -> AttackConfig:
-    return AttackConfig(**{"cycle_epochs": 1, "max_epochs": 3, "batch_size": 32, "lr": 1e-3, **options})  # type: ignore[arg-type]
+def fitted(model, splits, loss="mse", **options):
+    options = {"cycle_epochs": 1, "max_epochs": 3, "batch_size": 32, "lr": 1e-3, **options}
+    return fit.fit_decoder(model, decoder_for(model), loss, splits, AttackConfig(**options))  # type: ignore[arg-type]
 
 
-def with_validation_errors(monkeypatch: pytest.MonkeyPatch, errors: list[float]) -> None:
+def with_validation_errors(monkeypatch, errors):
     """Let the decoder's validation MSE be ``errors``, epoch by epoch."""
     left = iter(errors)
     monkeypatch.setattr(fit, "_mse", lambda *_: next(left))
 
 
-def test_validation_error_falls(model: SplitModel, splits: AttackSplits) -> None:
-    fitted = fit.fit_decoder(model, decoder_for(model), "mse", splits, small(max_epochs=15, lr=1e-2))
-    errors = [row["val_mse"] for row in fitted.curve]
-    assert min(errors) < 0.8 * errors[0]
+@pytest.mark.parametrize(("loss", "amp"), [*((loss, False) for loss in LOSS_NAMES), ("mse", True)])
+def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(model, splits, loss, amp):
+    found = fitted(model, splits, loss, max_epochs=7, lr=1e-2, amp=amp)
+    assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"]
+    assert found.curve[-1]["val_mse"] < 0.95 * found.curve[0]["val_mse"]
+    assert fit.reconstruct(model, found.decoder, splits.test, 1, 0).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("bound", "cycles"), [(1, [1]), (2, [1]), (3, [1, 2]), (6, [1, 2]), (7, [1, 2, 4])], ids=str)
-def test_cycles_double_while_they_fit(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch, bound: int, cycles: list[int]
-) -> None:
-    with_validation_errors(monkeypatch, [0.5**n for n in range(100)])
-    curve = fit.fit_decoder(model, decoder_for(model), "mse", splits, small(max_epochs=bound)).curve
-    assert len(curve) == sum(cycles)
-    # Two steps an epoch: where a cycle of n steps ends, its last step is taken at (1 + cos(π (n-1)/n)) / 2 of the rate.
-    lowest = {1: 0.505, 2: 0.155, 4: 0.0476}
-    ends = [
-        row["epoch"]
-        for row in curve
-        if any(row["lr"] == pytest.approx(1e-3 * each, rel=0.01) for each in lowest.values())
-    ]
-    assert ends == [sum(cycles[: n + 1]) for n in range(len(cycles))]
+@pytest.mark.parametrize(
+    ("errors", "bound", "restarts", "converged"),
+    [
+        *(([0.5], bound, [], False) for bound in (1, 2)),
+        *(([0.5, 0.4, 0.3], bound, [1], False) for bound in (3, 6)),
+        ([0.5, 0.4, 0.3, 0.3, 0.3, 0.3, 0.2], 7, [1, 3], False),
+        ([0.5, 0.49, 0.486], 100, [1], True),
+        ([0.5, 0.49, 0.484, 0.484, 0.484, 0.484, 0.48], 100, [1, 3], True),
+    ],
+)
+def test_cycles_double_while_whole_ones_fit_until_one_gains_less_than_the_tolerance(
+    model, splits, monkeypatch, errors, bound, restarts, converged
+):
+    with_validation_errors(monkeypatch, errors)
+    found = fitted(model, splits, max_epochs=bound, tolerance=0.03)
+    assert (len(found.curve), found.converged) == (len(errors), converged)
+    rates = [row["lr"] for row in found.curve]
+    assert [epoch for epoch in range(1, len(rates)) if rates[epoch] > rates[epoch - 1]] == restarts
 
 
-def test_decoder_that_stopped_improving_has_converged(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_validation_errors(monkeypatch, [0.5, 0.49, 0.49])
-    fitted = fit.fit_decoder(model, decoder_for(model), "mse", splits, small(max_epochs=100, tolerance=0.03))
-    assert fitted.converged
-    assert len(fitted.curve) == 3
-
-
-def test_decoder_stopped_by_the_bound_has_not_converged(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_validation_errors(monkeypatch, [0.5, 0.4, 0.3])
-    assert not fit.fit_decoder(model, decoder_for(model), "mse", splits, small(max_epochs=3)).converged
-
-
-def test_a_single_cycle_says_nothing_of_convergence(model: SplitModel, splits: AttackSplits) -> None:
-    assert not fit.fit_decoder(model, decoder_for(model), "mse", splits, small(max_epochs=1)).converged
-
-
-def test_weights_of_the_best_epoch_are_kept(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_the_best_epoch_are_kept(model, splits, monkeypatch):
     seen: list[Tensor] = []
-    decoder = decoder_for(model)
     errors = iter([0.5, 0.1, 0.3])
 
-    def spy(*_: object) -> float:
+    def spy(decoder: nn.Module, *_: object) -> float:
         seen.append(next(decoder.parameters()).detach().clone())
         return next(errors)
 
     monkeypatch.setattr(fit, "_mse", spy)
-    fitted = fit.fit_decoder(model, decoder, "mse", splits, small())
-    assert fitted.best_epoch == 2
-    torch.testing.assert_close(next(fitted.decoder.parameters()), seen[1], rtol=0, atol=0)
+    found = fitted(model, splits)
+    assert found.best_epoch == 2
+    torch.testing.assert_close(next(found.decoder.parameters()), seen[1], rtol=0, atol=0)
     assert not torch.equal(seen[1], seen[2])
-    assert not fitted.decoder.training
+    assert not found.decoder.training
 
 
-def test_only_the_attackers_own_images_are_read(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_attackers_own_images_are_read(model, splits, monkeypatch):
     read: set[tuple[str, int]] = set()
     original = ImageSet.__getitems__
 
@@ -119,13 +98,11 @@ def test_only_the_attackers_own_images_are_read(
         return original(self, positions)
 
     monkeypatch.setattr(ImageSet, "__getitems__", spy)
-    fit.fit_decoder(model, decoder_for(model), "mse", splits, small())
+    fitted(model, splits)
     assert read == identities(splits.attacker_train) | identities(splits.attacker_val)
 
 
-def test_the_defense_draws_anew_in_every_epoch(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_defense_draws_anew_in_every_epoch(model, splits, monkeypatch):
     views: list[Tensor] = []
     monkeypatch.setattr(fit, "_mse", lambda *_: 1.0)
 
@@ -134,94 +111,58 @@ def test_the_defense_draws_anew_in_every_epoch(
         return views[-1]
 
     monkeypatch.setattr(fit, "defended", spy)
-    fit.fit_decoder(model, decoder_for(model), "mse", splits, small(batch_size=64))
+    fitted(model, splits, batch_size=64)
     noise = torch.stack(views)  # one batch an epoch
     assert noise.std().item() == pytest.approx(0.1, rel=0.05)
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_scoring_twice_with_a_seed_gives_the_same_numbers(model: SplitModel, splits: AttackSplits) -> None:
-    decoder = decoder_for(model).eval()
-    torch.manual_seed(5)
-    first = fit.score_decoder(model, decoder, splits.test, 1, seed=3)
-    torch.manual_seed(6)
-    again = fit.score_decoder(model, decoder, splits.test, 1, seed=3)
-    other = fit.score_decoder(model, decoder, splits.test, 1, seed=4)
-    assert torch.equal(first.mse, again.mse)
-    assert first.ssim is not None
-    assert again.ssim is not None
-    assert torch.equal(first.ssim, again.ssim)
-    assert not torch.equal(first.mse, other.mse)
+def test_scoring_draws_the_noise_of_its_seed_alone(model, splits):
+    decoder, scores = decoder_for(model).eval(), []
+    for seed, around in ((3, 5), (3, 6), (4, 5)):
+        torch.manual_seed(around)
+        scores.append(fit.score_decoder(model, decoder, splits.test, 1, seed=seed))
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0)
+    assert not torch.equal(scores[0].mse, scores[2].mse)
 
 
-def test_fitting_twice_with_a_seed_gives_the_same_decoder(model: SplitModel, splits: AttackSplits) -> None:
-    one, other = (fit.fit_decoder(model, decoder_for(model), "l1", splits, small()).curve for _ in range(2))
-    assert one == other
-
-
-def test_fitting_leaves_the_callers_random_numbers_alone(model: SplitModel, splits: AttackSplits) -> None:
-    decoder = decoder_for(model)
-    before = torch.get_rng_state()
-    fit.fit_decoder(model, decoder, "mse", splits, small())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_target_does_not_change(model: SplitModel, splits: AttackSplits) -> None:
+def test_fitting_repeats_and_changes_neither_the_target_nor_the_callers_random_numbers(model, splits):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit.fit_decoder(model, decoder_for(model), "mse", splits, small())
+    curves = []
+    for _ in range(2):
+        decoder_for(model)  # what fitted does first: the same random state as before
+        state = torch.get_rng_state()
+        curves.append(fitted(model, splits, "l1").curve)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(7)
+    assert curves[0] == curves[1]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("queries", [1, 16])
-def test_repeated_queries_average_the_noise_away(model: SplitModel, splits: AttackSplits, queries: int) -> None:
-    images = splits.test.images.float() / 255
-    torch.manual_seed(0)
-    noise = observe(model, images, queries) - model.encoder(images)
-    assert noise.std().item() == pytest.approx(0.1 / queries**0.5, rel=0.05)
-
-
-def test_the_attacker_sees_what_all_defenses_leave(model: SplitModel, splits: AttackSplits) -> None:
-    class Double(Defense):
+@pytest.mark.parametrize(("queries", "factor"), [(1, 1.0), (16, 1.0), (1, 2.0)])
+def test_the_attacker_sees_what_all_defenses_leave_averaged_over_queries(model, splits, queries, factor):
+    class Scaled(Defense):
         def transform(self, z: Tensor) -> Tensor:
-            return 2 * z
+            return factor * z
 
-    model.defense = Chain({"noise": GaussianNoise(0.1), "double": Double()})
+    model.defense = Chain({"noise": GaussianNoise(0.1), "scaled": Scaled()})
     images = splits.test.images.float() / 255
     torch.manual_seed(0)
-    away = observe(model, images) - 2 * model.encoder(images)
-    assert away.std().item() == pytest.approx(0.2, rel=0.05)
+    away = observe(model, images, queries) - factor * model.encoder(images)
+    assert away.std().item() == pytest.approx(0.1 * factor / queries**0.5, rel=0.05)
 
 
-def test_a_validation_error_that_is_no_number_ends_the_training(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_that_are_not_finite_end_the_training(model, splits, monkeypatch):
+    with pytest.raises(DivergedError, match=r"epoch 1 is nan; lower --lr \(1e\+30\)"):
+        fitted(model, splits, lr=1e30, batch_size=8)
     with_validation_errors(monkeypatch, [0.5, float("nan")])
     with pytest.raises(DivergedError, match="validation MSE of epoch 2 is not finite"):
-        fit.fit_decoder(model, decoder_for(model), "mse", splits, small())
+        fitted(model, splits)
 
 
-@pytest.mark.parametrize("loss", LOSS_NAMES)
-def test_every_loss_trains(model: SplitModel, splits: AttackSplits, loss: str) -> None:
-    curve = fit.fit_decoder(model, decoder_for(model), loss, splits, small(max_epochs=7, lr=1e-2)).curve
-    assert curve[-1]["train_loss"] < curve[0]["train_loss"]
-
-
-def test_mixed_precision_trains_and_scores_in_single(model: SplitModel, splits: AttackSplits) -> None:
-    fitted = fit.fit_decoder(model, decoder_for(model), "mse", splits, small(amp=True, max_epochs=7, lr=1e-2))
-    assert fitted.curve[-1]["train_loss"] < fitted.curve[0]["train_loss"]
-    assert fit.reconstruct(model, fitted.decoder, splits.test, 1, 0).dtype == torch.float32
-
-
-def test_a_loss_that_is_no_number_ends_the_training(model: SplitModel, splits: AttackSplits) -> None:
-    with pytest.raises(DivergedError, match=r"epoch 1 is nan; lower --lr \(1e\+30\)"):
-        fit.fit_decoder(model, decoder_for(model), "mse", splits, small(lr=1e30, batch_size=8))
-
-
-def test_features_too_large_to_keep_give_the_same_decoder(
-    model: SplitModel, splits: AttackSplits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = fit.fit_decoder(model, decoder_for(model), "mse", splits, small()).curve
+def test_features_too_large_to_keep_give_the_same_decoder(model, splits, monkeypatch):
+    kept = fitted(model, splits).curve
     monkeypatch.setattr("cem.attacks.observe.CACHE_BYTES", 1)
     assert clean_features(model, splits.test) is None
-    computed = fit.fit_decoder(model, decoder_for(model), "mse", splits, small()).curve
+    computed = fitted(model, splits).curve
     assert [row["val_mse"] for row in computed] == pytest.approx([row["val_mse"] for row in kept], rel=1e-4)
