@@ -19,7 +19,7 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
     [
         ({"seeds": ()}, "--seeds needs at least one value"),
         ({"lambds": (16.0, 0.0)}, "--lambds must be finite and above 0, got 0; without a penalty is --surrogates none"),
-        ({"surrogates": ("s",), "variants": ("s: {lambd: 0}",)}, "lambd of s must be finite and above 0, got 0"),
+        ({"surrogates": ("s",), "variants": ("s",)}, "--variants takes a name and its options"),
         ({"surrogates": ("s",), "variants": ("s: {lambd: []}",)}, "lambd of s must be finite and above 0, got nan"),
         ({"surrogates": ("s",), "variants": ("s: {lambd: much}",)}, "lambd of s takes a number or a list of them"),
         ({"seeds": (1, 1)}, "two runs would be called none-noise0.1-seed1"),
