@@ -1,24 +1,21 @@
-"""How the attention surrogate is built for a run, and what trains its parameters."""
+"""How the attention surrogate is built for a run, what trains its parameters, and where its penalty begins."""
+
+import math
 
 import pytest
 import torch
-from attention_surrogates import batch
+from small_surrogates import attention, batch, build
 
 import cem
 from cem.errors import UsageError
+from cem.surrogates.threshold import coupled_threshold
 from cem.training.weighted import gradients_of
 
 Options = cem.SlotCrossAttentionCEM.Options
 
 
 def built(feature_shape=(8, 2, 2), backend="auto", **options):
-    context = cem.Context(feature_shape, (3, 32, 32), num_classes=5, noise_std=0.5, backend=backend)
-    return cem.SURROGATES.build("attention", context, Options(**options).checked("attention."))
-
-
-def weight_of(reduction):
-    (weight,) = reduction.parameters()
-    return list(weight.shape[:2])
+    return build("attention", options, feature_shape=feature_shape, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +64,6 @@ def test_build_makes_a_ramp_to_the_threshold_that_there_would_be(options, start,
     assert (ramp.start, ramp.end) == pytest.approx((start, end))
 
 
-# width of a token
-
-
 @pytest.mark.parametrize(
     ("feature_shape", "reduction", "spatial", "width", "weight"),
     [
@@ -87,13 +81,8 @@ def test_build_makes_a_ramp_to_the_threshold_that_there_would_be(options, start,
 def test_build_makes_tokens_of_a_width(feature_shape, reduction, spatial, width, weight):
     module = built(feature_shape, reduction=reduction, spatial=spatial)
     assert module.feature_dim == module.slot_attention.slot_dim == width
-    assert (None if module.reduction is None else weight_of(module.reduction)) == weight
-
-
-@pytest.mark.parametrize("options", [{"reduction": "linear8"}, {"reduction": "conv2"}, {"spatial": True}])
-def test_what_is_built_measures_features_of_the_run(options):
-    rob_loss, _ = built(**options)(torch.randn(24, 8, 2, 2), batch()[1])
-    assert rob_loss.item() > 0
+    found = [list(p.shape[:2]) for name, p in module.named_parameters() if name.startswith("reduction.")]
+    assert found == ([weight] if weight else [])
 
 
 @pytest.mark.parametrize(("width", "heads"), [(9, 1), (10, 2), (12, 4), (16, 4)])
@@ -101,17 +90,17 @@ def test_build_takes_as_many_heads_as_a_token_allows(width, heads):
     assert built((width,)).cross_attention.num_heads == heads
 
 
-@pytest.mark.parametrize("options", [{"spatial": True}, {"reduction": "conv4"}])
-def test_build_refuses_positions_of_flat_features(options):
-    message = r"spatial tokens and conv reductions need features \(C, H, W\), got \(64,\)"
+@pytest.mark.parametrize(
+    ("feature_shape", "options", "message"),
+    [
+        ((64,), {"spatial": True}, r"spatial tokens and conv reductions need features \(C, H, W\), got \(64,\)"),
+        ((64,), {"reduction": "conv4"}, r"need features \(C, H, W\), got \(64,\)"),
+        ((8, 2, 2), {"spatial": True, "reduction": "linear4"}, "needs a map, which --attention.reduction linear4 is"),
+    ],
+)
+def test_build_refuses_positions_of_what_is_no_map(feature_shape, options, message):
     with pytest.raises(UsageError, match=message):
-        built((64,), **options)
-
-
-def test_build_refuses_positions_of_a_linear_reduction():
-    message = "--attention.spatial needs a map, which --attention.reduction linear4 is not"
-    with pytest.raises(UsageError, match=message):
-        built(spatial=True, reduction="linear4")
+        built(feature_shape, **options)
 
 
 @pytest.mark.parametrize("reduction", ["linear", "linear0", "conv-4", "pool4", "128", "none4", "Linear8", "linear8 "])
@@ -124,16 +113,8 @@ def test_a_reduction_that_cannot_be_read_is_refused(reduction):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("num_slots", 0),
-        ("var_threshold", -0.1),
-        ("threshold", 0.0),
-        ("ramp_from", 0.0),
-        ("eps_var", 0.0),
-        ("gamma", 0.0),
-        ("hinge", "identity"),
-        ("dropout", 1.0),
-        ("trained", 0.0),
-        ("trained", "slowly"),
+        *((option, 0) for option in ("num_slots", "threshold", "ramp_from", "eps_var", "gamma", "trained")),
+        *[("var_threshold", -0.1), ("hinge", "identity"), ("dropout", 1.0), ("trained", "slowly")],
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(option, value):
@@ -144,38 +125,78 @@ def test_an_option_out_of_range_is_refused_by_name(option, value):
 # what trains its parameters
 
 
-def asked(module):
-    """What the module says of its parameters, and how many of them a step has gradients for."""
-    features, labels = batch(width=32)
+@pytest.mark.parametrize("trained", ["frozen", "shared", 1e-4])
+def test_parameters_are_trained_by_nothing_by_the_network_s_optimizer_or_by_an_adam_of_their_own(trained):
+    module, (features, labels) = built(trained=trained, reduction="linear8"), batch(width=32)
     answer = gradients_of(module, cem.Batch(None, labels, features, features))
     assert answer.features_grad.any()
-    return module.optimizers(), module.shared_parameters(), len(answer.own_grads)
+    parameters = [id(each) for each in module.parameters()]
+    assert len(answer.own_grads) == sum(each.requires_grad for each in module.parameters())
+    assert len(answer.own_grads) == (0 if trained == "frozen" else len(parameters))
+    assert [id(each) for each in module.shared_parameters()] == (parameters if trained == "shared" else [])
+    groups = {name: adam.param_groups[0] for name, adam in module.optimizers().items()}
+    found = {name: (group["lr"], [id(each) for each in group["params"]]) for name, group in groups.items()}
+    assert found == ({"adam": (1e-4, parameters)} if trained == 1e-4 else {})
 
 
-def test_frozen_parameters_are_trained_by_nothing():
-    assert asked(built()) == ({}, [], 0)
-    assert not any(each.requires_grad for each in built().parameters())
+# where the penalty begins
 
 
-def test_shared_parameters_are_trained_by_the_optimizer_of_the_network():
-    module = built(trained="shared", reduction="linear8")
-    optimizers, shared, own = asked(module)
-    assert optimizers == {}
-    assert list(map(id, shared)) == list(map(id, module.parameters()))
-    assert own == len(shared)
+def moved(ramp, epoch, epochs=5):
+    ramp.before_epoch(epoch, epochs)
+    return ramp().item()
 
 
-def test_a_learning_rate_trains_all_parameters_by_an_adam_of_their_own():
-    module = built(trained=1e-4, reduction="linear8")
-    optimizers, shared, own = asked(module)
-    (group,) = optimizers["adam"].param_groups
-    assert (list(optimizers), group["lr"], shared) == (["adam"], 1e-4, [])
-    assert list(map(id, group["params"])) == list(map(id, module.parameters()))
-    assert own == len(group["params"])
+@pytest.mark.parametrize(("tau", "sigma"), [(0.1, 0.5), (2.0, 3.0), (0.1, 0.0), (0.0, 0.5), (0.1, 1e-5)])
+@pytest.mark.filterwarnings("ignore:.*above the variance threshold")
+def test_a_threshold_is_the_share_of_the_noise_and_at_least_its_floor(tau, sigma):
+    expected = max(tau * sigma**2, 1e-8)
+    assert coupled_threshold(tau, sigma) == expected
+    assert attention(var_threshold=tau, reg_strength=sigma).threshold == expected
 
 
-def test_the_other_surrogates_have_nothing_to_train():
-    context = cem.Context((8,), (3, 32, 32), num_classes=5, noise_std=0.5)
-    for name in set(cem.SURROGATES) - {"attention"}:
-        module = cem.SURROGATES.build(name, context)
-        assert (list(module.parameters()), module.optimizers(), module.shared_parameters()) == ([], {}, [])
+def test_a_threshold_that_is_given_penalizes_as_the_noise_does_at_the_same_place():
+    features, labels = batch()
+    given = attention(threshold=0.8 * 0.5**2, reg_strength=7.0).eval()
+    assert given(features, labels) == attention(var_threshold=0.8).eval()(features, labels)
+
+
+def test_a_ramp_stands_at_its_start_until_there_is_a_penalty_and_at_its_end_if_there_is_one_epoch():
+    ramp = cem.Ramp(0.2, 1e-3)
+    assert ramp().item() == moved(ramp, -3) == moved(ramp, 0) == pytest.approx(0.2)
+    assert moved(ramp, 0, epochs=1) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.1, 1e-3), (1e-3, 0.1), (1, 2)])
+def test_a_ramp_moves_in_place_by_equal_factors(start, end):
+    ramp = cem.Ramp(start, end)
+    held, levels = ramp(), []
+    for epoch in range(5):
+        ramp.before_epoch(epoch, 5)
+        levels.append(held.item())
+    assert levels == pytest.approx([start * (end / start) ** (epoch / 4) for epoch in range(5)])
+    assert (list(ramp.state_dict()), held.dtype) == (["level"], torch.float32)
+
+
+def test_a_ramp_penalizes_more_the_further_it_has_come_and_as_its_end_does():
+    features, labels = batch(200)
+    module = attention(threshold=cem.Ramp(0.05, 0.025)).eval()
+    losses = []
+    for epoch in range(3):
+        module.before_epoch(epoch, 3)
+        losses.append(module(features, labels)[0].item())
+    assert losses == sorted(losses)
+    # All variances are above both.
+    assert losses[2] - losses[0] == pytest.approx(math.log((0.05 + 1e-6) / (0.025 + 1e-6)), abs=1e-5)
+    assert losses[2] == pytest.approx(attention(threshold=0.025).eval()(features, labels)[0].item(), abs=1e-6)
+
+
+def test_a_ramp_prints_where_it_begins_and_ends():
+    assert "(threshold): Ramp(0.04, 0.0001)" in repr(attention(threshold=cem.Ramp(0.04, 1e-4), eps_var=1e-5))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.inf, math.nan])
+def test_a_ramp_from_or_to_what_is_no_variance_is_refused(value):
+    for name, ends in {"start": (value, 0.1), "end": (0.1, value)}.items():
+        with pytest.raises(ValueError, match=f"{name} must be finite and positive, got {value}"):
+            cem.Ramp(*ends)
