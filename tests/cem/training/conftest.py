@@ -1,18 +1,25 @@
-"""Runs that take a second or two."""
+"""Runs that take a third of a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import Make, small, tiny
 
+from cem.models import split
 from cem.training import TrainConfig
 from cem.training import trainer as trainer_module
 
-MakeConfig = Callable[..., TrainConfig]
+
+@pytest.fixture(autouse=True, scope="session")
+def _tiny_network() -> Any:
+    """Let runs choose the network of these tests by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(split._BUILDERS, "tiny", tiny)
+        patch.setattr(split, "ARCHITECTURES", (*split.ARCHITECTURES, "tiny"))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +30,10 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> MakeConfig:
-    """Options of a run of three steps an epoch, in the directory of that name."""
+def make(tmp_path: Path) -> Make:
+    """Options of a small run in the directory of that name."""
 
     def make(name: str = "run", **options: Any) -> TrainConfig:
-        small = TrainConfig(train_size=96, batch_size=32, epochs=4, penalty_from=1, noise_std=0.1, device="cpu")
-        return replace(small, out=tmp_path / name, **options)
+        return small(tmp_path / name, **options)
 
     return make

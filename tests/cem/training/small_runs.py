@@ -1,146 +1,95 @@
-"""Small surrogates and defenses, chosen by module and class as a user's are, and readers of what runs leave."""
+"""A small network, small runs of it and what may happen to them, and readers of what they leave."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import cem
-from cem.options import Options, option
+from cem.training import TrainConfig, Trainer, read_config, train
 from cem.training import checkpoint as checkpoints
+from cem.training.injection import INJECTIONS, Step
+from cem.training.weighted import Answer
+
+Make = Callable[..., TrainConfig]
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+STEPS = 3
+"""Training steps in an epoch of a small run: two of 32 samples and one of 26."""
 
 
-class Scale(cem.Surrogate):
-    """A penalty with a parameter, that pulls features to zero and draws random numbers."""
-
-    name = "scale"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def measure(self, batch: cem.Batch) -> cem.Measured:
-        z = batch.features
-        size = (z * (1 + 0.1 * torch.rand_like(z))).square().mean()
-        return cem.Measured(self.weight.square() * size, {"intra_mse": size, "weight_now": self.weight})
+def small(out: Path, **options: Any) -> TrainConfig:
+    """Options of a run that takes a third of a second, of which most is reading digits and writing files."""
+    few = {"train_size": 90, "batch_size": 32, "epochs": 3, "penalty_from": 1}
+    return TrainConfig(out=out, **{"arch": "tiny", "cut_layer": 1, "device": "cpu", "noise_std": 0.1, **few, **options})
 
 
-class Learned(Scale):
-    """Its parameter is trained on the penalty."""
-
-    def measure(self, batch: cem.Batch) -> cem.Measured:
-        measured = super().measure(batch)
-        return measured._replace(own_loss=measured.loss)
-
-
-class SharedScale(Learned):
-    """The network's optimizer trains its parameter."""
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.weight]
+def tiny(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequential:
+    """Two convolutions with batch normalization, the second down to one pixel, dropout and a linear layer."""
+    stem = nn.Sequential(nn.Conv2d(image_shape[0], 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    body = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(8, 32, 4), nn.BatchNorm2d(32), nn.ReLU())
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, num_classes))
+    return nn.Sequential(OrderedDict(stem=stem, body=body, head=head))
 
 
-class OwnScale(Learned):
-    """It trains its parameter with its own optimizer."""
+@contextmanager
+def in_each_step(do: Callable[[int, Step], Step]) -> Iterator[None]:
+    """Let ``do`` have what each step of a training measured, with its number from 0, before the trainer has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = count()
+        for name, inject in INJECTIONS.items():
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"adam": torch.optim.Adam(self.parameters(), lr=3e-4)}
+            def injected(*args: Any, inject: Callable[..., Step] = inject, **options: Any) -> Step:
+                return do(next(numbers), inject(*args, **options))
 
-
-class Watched(Scale):
-    """Keeps what it is told of epochs and steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs: list[tuple[int, int]] = []
-        self.steps: list[tuple[cem.Batch, bool]] = []
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        self.epochs.append((epoch, epochs))
-
-    def before_step(self, batch: cem.Batch) -> None:
-        self.steps.append((batch, self.training))
+            patch.setitem(INJECTIONS, name, injected)
+        yield
 
 
-class Refitted(Scale):
-    """A penalty that records its refits."""
+def interrupt(config: TrainConfig, step: int, *, resume: bool = False) -> Path:
+    """Train until Ctrl-C comes in the middle of step ``step``, counted from 0."""
 
-    needs_epoch_features = True
+    def stop(number: int, measured: Step) -> Step:
+        if number == step:
+            raise KeyboardInterrupt
+        return measured
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.refits: list[tuple[Tensor, Tensor]] = []
-
-    def after_epoch(self, features: Tensor, labels: Tensor) -> Mapping[str, float]:
-        torch.rand(())  # a draw that must not shift the run's
-        self.refits.append((features, labels))
-        return {"information_nats": 123.4}
+    with in_each_step(stop), pytest.raises(KeyboardInterrupt):
+        train(config, resume=resume)
+    return config.run_dir
 
 
-class Broken(Scale):
-    """A penalty that is never finite."""
-
-    def measure(self, batch: cem.Batch) -> cem.Measured:
-        return cem.Measured((batch.features * torch.nan).sum(), {"intra_mse": batch.features.mean()})
+def resume(run_dir: Path, **options: Any) -> dict[str, Any]:
+    """Continue a run to its end; return its summary."""
+    return fitted(replace(read_config(run_dir), out=run_dir, **options), resume=True).finished
 
 
-class Size(cem.Term):
-    """Mean square of what is sent, and a parameter that learns it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.guess = nn.Parameter(torch.zeros(()))
-
-    def measure(self, batch: cem.Batch) -> cem.Measured:
-        size = batch.sent.square().mean()
-        return cem.Measured(size, {"guess": self.guess}, own_loss=(self.guess - size.detach()).square())
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"sgd": torch.optim.SGD(self.parameters(), lr=0.1)}
+def fitted(config: TrainConfig, *, resume: bool = False) -> Trainer:
+    """A trainer after its training, with what :meth:`Trainer.fit` returned as ``finished``."""
+    trainer = Trainer(config, resume=resume)
+    trainer.finished = trainer.fit()
+    return trainer
 
 
-class Gain(cem.Defense):
-    """Sends features twice as large, and penalizes how large they are."""
-
-    name = "gain"
-
-    @dataclass(frozen=True)
-    class Options(Options):
-        weight: float = option(0.25, least=0)
-        factor: float = option(2.0, above=0)
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-        self.size = Size()
-        self.prepared: list[int] = []
-
-    @classmethod
-    def build(cls, options: Any, context: cem.Context) -> Gain:
-        return cls(options.factor)
-
-    def transform(self, z: Tensor) -> Tensor:
-        return self.factor * z
-
-    def term(self) -> cem.Term:
-        return self.size
-
-    def prepare(self, model: nn.Module, epoch: int) -> None:
-        self.prepared.append(epoch)
+def attention(**options: Any) -> dict[str, Any]:
+    """Options of a run under the attention surrogate, narrow, with these of its own."""
+    own = cem.SURROGATES["attention"].Options(reduction="linear16", **options)
+    return {"surrogate": "attention", "members": {"attention": own}}
 
 
-def surrogate(kind: type[cem.Surrogate]) -> str:
-    """What ``--surrogate`` takes for one of these."""
-    return f"{__name__}:{kind.__name__}"
-
-
-GAIN = f"{__name__}:{Gain.__name__}"
+def tensors(answer: Answer) -> list[Tensor]:
+    """All tensors of a term's answer."""
+    found = [answer.loss, *answer.monitors.values(), answer.finite, answer.features_grad, answer.sent_grad]
+    return [each for each in (*found, *answer.own_grads) if each is not None]
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
@@ -150,9 +99,9 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def weights(run_dir: Path, *parts: str) -> list[Tensor]:
-    """All tensors of parts of ``last.pt``."""
+    """All tensors of parts of ``last.pt``, of the network if none is named."""
     content = checkpoints.load(run_dir / "last.pt")
-    return [tensor for part in parts for tensor in content[part].values()]
+    return [tensor for part in parts or ("encoder", "server") for tensor in content[part].values()]
 
 
 def log(run_dir: Path) -> str:

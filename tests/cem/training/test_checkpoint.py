@@ -13,17 +13,8 @@ import torch
 from torch import nn
 
 from cem.errors import CheckpointError
-from cem.training.checkpoint import (
-    FORMAT,
-    load,
-    load_state,
-    random_state,
-    restore_random_state,
-    save,
-    seed_everything,
-)
-
-CPU = torch.device("cpu")
+from cem.training import checkpoint
+from cem.training.checkpoint import FORMAT, load, load_state, save, seed_everything
 
 
 def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
@@ -33,58 +24,54 @@ def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert (content["history"], content["best"]) == ([{"epoch": 1}], (0.5, 0.9))
 
 
-@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
+@pytest.mark.parametrize(("module", "step"), [(torch, "save"), (os, "fsync"), (os, "replace")])
 def test_failure_while_saving_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, step: str
 ) -> None:
     save(tmp_path / "a.pt", {"epoch": 1})
 
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch if step == "save" else os, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "a.pt", {"epoch": 2})
-    monkeypatch.undo()
     assert load(tmp_path / "a.pt")["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*last\.pt"):
-        load(tmp_path / "last.pt")
+def truncated(path: Path, kept: int) -> None:
+    save(path, {"weights": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:kept])
 
 
-@pytest.mark.parametrize("kept", [0, 10, 500, -1])
-def test_truncated_checkpoint_is_refused(tmp_path: Path, kept: int) -> None:
-    save(tmp_path / "a.pt", {"weights": torch.randn(1000)})
-    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*a\.pt"):
-        load(tmp_path / "a.pt")
-
-
-def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.pt").write_text("weights, honestly")
-    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
-        load(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("content", [{"state_dict": {}}, {"format": "cem-checkpoint-1"}, [1, 2], torch.ones(2)])
-def test_checkpoint_of_another_program_or_version_is_refused(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint of cem\.train"):
-        load(tmp_path / "a.pt")
-
-
-class _Payload:
+class Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("pwned",))
 
 
-def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WRONG: dict[str, tuple[Any, str]] = {
+    "missing": (lambda path: None, "there is no checkpoint .*a.pt"),
+    "empty": (lambda path: truncated(path, 0), "cannot read checkpoint .*a.pt"),
+    "begun": (lambda path: truncated(path, 10), "cannot read checkpoint .*a.pt"),
+    "half": (lambda path: truncated(path, 500), "cannot read checkpoint .*a.pt"),
+    "all but a byte": (lambda path: truncated(path, -1), "cannot read checkpoint .*a.pt"),
+    "text": (lambda path: path.write_text("weights, honestly"), "cannot read checkpoint .*a.pt"),
+    "code": (lambda path: torch.save({"format": FORMAT, "x": Payload()}, path), "cannot read checkpoint .*a.pt"),
+    "another program's": (lambda path: torch.save({"state_dict": {}}, path), r"a.pt is not a checkpoint of cem\.train"),
+    "another version's": (lambda path: torch.save({"format": "cem-checkpoint-1"}, path), "is not a checkpoint of cem"),
+    "a list": (lambda path: torch.save([1, 2], path), "is not a checkpoint of cem"),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), "is not a checkpoint of cem"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_no_whole_checkpoint_of_ours_is_refused_and_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": FORMAT, "x": _Payload()}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
+    make(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "a.pt")
     assert not (tmp_path / "pwned").exists()
 
@@ -95,29 +82,25 @@ def test_state_of_another_network_is_refused_with_file_and_part(content: dict[st
         load_state(nn.Linear(2, 2), content, "encoder", Path("a.pt"))
 
 
+def draw(loader: torch.Generator | None = None) -> list[float]:
+    """From every generator that a run draws from."""
+    ours = [random.random(), np.random.normal(), np.random.rand()]  # noqa: NPY002
+    return [*ours, torch.rand(()).item(), torch.rand((), generator=loader).item()]
+
+
 def test_random_states_survive_the_file(tmp_path: Path) -> None:
-    loader = torch.Generator().manual_seed(5)
+    loader, cpu = torch.Generator().manual_seed(5), torch.device("cpu")
     seed_everything(4)
     np.random.normal()  # noqa: NPY002 - leaves half of a pair cached, which is part of the state
-
-    def draw() -> list[float]:
-        return [
-            random.random(),
-            np.random.normal(),  # noqa: NPY002
-            np.random.rand(),  # noqa: NPY002
-            torch.rand(()).item(),
-            torch.rand((), generator=loader).item(),
-        ]
-
-    save(tmp_path / "a.pt", {"random": random_state(loader, CPU)})
-    expected = draw()
-    assert draw() != expected
-    restore_random_state(load(tmp_path / "a.pt")["random"], loader, CPU)
-    assert draw() == expected
+    save(tmp_path / "a.pt", {"random": checkpoint.random_state(loader, cpu)})
+    expected = draw(loader)
+    assert draw(loader) != expected
+    checkpoint.restore_random_state(load(tmp_path / "a.pt")["random"], loader, cpu)
+    assert draw(loader) == expected
 
 
 def test_seed_everything_seeds_every_global_generator() -> None:
     seed_everything(6)
-    first = (random.random(), np.random.rand(), torch.rand(()).item())  # noqa: NPY002
+    first = draw()
     seed_everything(6)
-    assert (random.random(), np.random.rand(), torch.rand(()).item()) == first  # noqa: NPY002
+    assert draw() == first

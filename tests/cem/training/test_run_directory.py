@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import Scale, board, log, rows, surrogate
+from small_runs import Make, board, log, rows, small
+from small_terms import Scale, surrogate
 
 from cem.errors import CheckpointError, UsageError
 from cem.training import TrainConfig, Trainer, load_run, read_config, read_summary, train
@@ -19,23 +18,17 @@ from cem.training.evaluation import accuracy
 from cem.training.runlog import COLUMNS
 from cem.training.runs import new_run_dir, peak_memory
 
-MakeConfig = Callable[..., TrainConfig]
-OPTIONS: dict[str, Any] = {
-    "surrogate": surrogate(Scale),
-    "train_size": 200,
-    "batch_size": 32,
-    "epochs": 4,
-    "lambd": 0.5,
-    "device": "cpu",
-}
+CPU = torch.device("cpu")
+OPTIONS: dict[str, Any] = {"surrogate": surrogate(Scale), "epochs": 4, "lambd": 0.5, "penalty_from": 2}
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, pictures and all."""
-    return train(TrainConfig(**OPTIONS, out=tmp_path_factory.mktemp("runs") / "a"))
+    """A finished run, pictures and all, which the tests only read."""
+    return train(small(tmp_path_factory.mktemp("runs") / "a", **OPTIONS))
 
 
+@pytest.fixture(scope="module")
 def summary(run_dir: Path) -> dict[str, Any]:
     found = read_summary(run_dir)
     assert found is not None
@@ -44,87 +37,57 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 def test_run_directory_holds_every_file(run_dir: Path) -> None:
     names = {path.name for path in run_dir.iterdir() if not path.name.startswith("events.out.tfevents")}
-    assert names == {
-        "config.yaml",
-        "metrics.csv",
-        "summary.json",
-        "curves.png",
-        "tsne.png",
-        "train.log",
-        "last.pt",
-        "best.pt",
-    }
+    pictures, tables = {"curves.png", "tsne.png"}, {"config.yaml", "metrics.csv", "summary.json"}
+    assert names == {*pictures, *tables, "train.log", "last.pt", "best.pt"}
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
 
 
 def test_config_is_accepted_back_and_does_not_claim_the_directory_again(run_dir: Path) -> None:
-    assert read_config(run_dir).checked() == TrainConfig(**OPTIONS).checked().resolved()
+    assert read_config(run_dir).checked() == small(None, **OPTIONS).checked().resolved()
 
 
 def test_metrics_have_a_row_per_epoch_the_named_columns_and_those_of_monitors(run_dir: Path) -> None:
     table = rows(run_dir)
     assert [row["epoch"] for row in table] == [1, 2, 3, 4]
     assert tuple(table[-1]) == (*COLUMNS, "scale.weight_now")
-
-
-def test_train_loss_is_the_weighted_sum_of_its_terms(run_dir: Path) -> None:
-    for row in rows(run_dir):
-        expected = row["cross_entropy"] + row["lambda_eff"] * row["rob_loss"]
-        assert row["train_loss"] == pytest.approx(expected, rel=1e-12)
+    assert set(board(run_dir)) == {*COLUMNS, "scale.weight_now"} - {"epoch"}
 
 
 def test_metrics_follow_the_schedules(run_dir: Path) -> None:
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
     assert [row["lambda_eff"] for row in table] == [0.0, 0.5, 0.5, 0.5]  # from epoch 2
+    for row in table:
+        expected = row["cross_entropy"] + row["lambda_eff"] * row["rob_loss"]
+        assert row["train_loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_surrogate_time_is_part_of_the_time(run_dir: Path) -> None:
-    others = rows(run_dir)[1:]
-    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in others)
+    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in rows(run_dir)[1:])
 
 
-def test_summary_has_exactly_the_named_keys(run_dir: Path) -> None:
-    found = json.loads((run_dir / "summary.json").read_text())
-    assert set(found) == {
-        "test_accuracy",
-        "best_epoch",
-        "epochs",
-        "train_seconds",
-        "surrogate_seconds",
-        "rob_loss",
-        "intra_mse",
-        "parameters",
-        "skipped_steps",
-        "peak_memory_bytes",
-        "device",
-        "versions",
-    }
-    assert {"encoder", "server", "surrogate"} <= set(found["parameters"])
-    assert {"python", "torch", "triton", "numpy", "cem"} <= set(found["versions"])
+def test_summary_has_exactly_the_named_keys(summary: dict[str, Any]) -> None:
+    figures = {"test_accuracy", "best_epoch", "epochs", "train_seconds", "surrogate_seconds", "rob_loss", "intra_mse"}
+    assert set(summary) == figures | {"parameters", "skipped_steps", "peak_memory_bytes", "device", "versions"}
+    assert {"python", "torch", "triton", "numpy", "scikit-learn", "cem"} == set(summary["versions"])
 
 
-def test_summary_agrees_with_the_metrics(run_dir: Path) -> None:
-    found, table = summary(run_dir), rows(run_dir)
-    best = table[found["best_epoch"] - 1]
-    assert (found["rob_loss"], found["intra_mse"]) == (best["rob_loss"], best["intra_mse"])
-    assert found["train_seconds"] == pytest.approx(sum(row["seconds"] for row in table))
-    assert (found["epochs"], found["device"], found["skipped_steps"]) == (4, "cpu", 0)
+def test_summary_agrees_with_metrics_and_checkpoints(run_dir: Path, summary: dict[str, Any]) -> None:
+    table, content = rows(run_dir), checkpoints.load(run_dir / "best.pt")
+    best = table[summary["best_epoch"] - 1]
+    assert (summary["rob_loss"], summary["intra_mse"]) == (best["rob_loss"], best["intra_mse"])
+    for ours, theirs in (("train_seconds", "seconds"), ("surrogate_seconds", "surrogate_seconds")):
+        assert summary[ours] == pytest.approx(sum(row[theirs] for row in table))
+    assert (summary["epochs"], summary["device"], summary["skipped_steps"]) == (4, "cpu", 0)
+    assert summary["parameters"]["surrogate"] == 1
+    assert content["best_epoch"] == summary["best_epoch"] == 4  # under the strongest penalty
 
 
-def test_best_is_chosen_under_the_strongest_penalty(run_dir: Path) -> None:
-    assert checkpoints.load(run_dir / "best.pt")["best_epoch"] == 4
-
-
-def test_loaded_model_has_the_accuracy_of_the_summary(run_dir: Path, tmp_path: Path) -> None:
+def test_loaded_model_has_the_accuracy_of_the_summary(run_dir: Path, summary: dict[str, Any], make: Make) -> None:
     config, model = load_run(run_dir, device="cpu")
-    test = Trainer(TrainConfig(**OPTIONS, out=tmp_path / "another")).state.test
-    assert accuracy(model, test, torch.device("cpu"), config.seed) == summary(run_dir)["test_accuracy"]
+    test = Trainer(make(**OPTIONS)).state.test
+    assert accuracy(model, test, CPU, config.seed) == summary["test_accuracy"]
     assert not model.training
-
-
-def test_tensorboard_has_every_column(run_dir: Path) -> None:
-    assert set(board(run_dir)) == {*COLUMNS, "scale.weight_now"} - {"epoch"}
 
 
 @pytest.mark.parametrize("found", ["", "format: 1\n", "format: 3\n"])
@@ -142,56 +105,59 @@ def test_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
     assert read_summary(tmp_path) is None
 
 
-def test_run_directory_that_is_not_empty_is_refused(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none")
+@pytest.mark.parametrize(
+    ("found", "hint"),
+    [
+        ("thesis.tex", "choose another --out"),
+        ("last.pt", "to continue the run that lies there: python -m cem.train --resume"),
+        ("summary.json", "a finished run lies there; choose another --out, or another --seed"),
+    ],
+)
+def test_run_directory_that_is_not_empty_is_refused_with_what_to_do(make: Make, found: str, hint: str) -> None:
+    config = make(surrogate="none")
     config.run_dir.mkdir()
-    (config.run_dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="exists and is not empty: choose another --out"):
+    (config.run_dir / found).write_text("years of work")
+    with pytest.raises(UsageError, match=f"exists and is not empty: {hint}"):
         Trainer(config)
-    assert [path.name for path in config.run_dir.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in config.run_dir.iterdir()] == [found]
 
 
 def test_automatic_run_directory_takes_the_first_free_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig()
-    assert new_run_dir(config) == config.run_dir
-    for taken in ("", "-2", "-4"):
-        path = config.run_dir.with_name(config.run_dir.name + taken)
-        path.mkdir(parents=True)
-        (path / "last.pt").touch()
-    assert new_run_dir(config) == config.run_dir.with_name(f"{config.run_dir.name}-3")
+    first = TrainConfig().run_dir
+    assert new_run_dir(TrainConfig()) == first
+    first.mkdir(parents=True)
+    assert new_run_dir(TrainConfig()) == first  # it is empty
+    for taken in (first, first.with_name(f"{first.name}-2"), first.with_name(f"{first.name}-4")):
+        taken.mkdir(exist_ok=True)
+        (taken / "last.pt").touch()
+    assert new_run_dir(TrainConfig()) == first.with_name(f"{first.name}-3")
 
 
-def test_automatic_run_directory_that_is_empty_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    TrainConfig().run_dir.mkdir(parents=True)
-    assert new_run_dir(TrainConfig()) == TrainConfig().run_dir
-
-
-def test_wrong_options_leave_no_directory_behind(make_config: MakeConfig) -> None:
-    config = make_config(arch="resnet21")
+def test_wrong_options_leave_no_directory_behind(make: Make) -> None:
+    config = make(arch="resnet21")
     with pytest.raises(UsageError, match="resnet21"):
         train(config)
     assert not config.run_dir.exists()
 
 
 def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(trainer_module, "draw_curves", fail)
-    run_dir = train(make_config(surrogate="none", epochs=1))
+    run_dir = train(make(surrogate="none", epochs=1))
     assert "cannot draw curves.png" in log(run_dir)
     assert "RuntimeError: no fonts" in log(run_dir)
     assert read_summary(run_dir) is not None
 
 
 def test_peak_memory_counts_what_was_allocated() -> None:
-    before = peak_memory(torch.device("cpu"))
+    before = peak_memory(CPU)
     block = torch.ones(2**27)  # 512 MiB, more than the process can have freed and kept
-    after = peak_memory(torch.device("cpu"))
+    after = peak_memory(CPU)
     assert before is not None
     assert after is not None
     assert after >= before

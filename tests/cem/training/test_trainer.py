@@ -1,144 +1,114 @@
-"""The trainer: weights and rates, what it learns, and which epoch it keeps."""
+"""The trainer: weights and rates, what it learns, which epoch it keeps, and what its numbers depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_runs import Scale, rows, surrogate, weights
+from small_runs import Make, attention, fitted, rows, weights
+from small_terms import Scale, surrogate
 from torch import nn
 
 from cem.errors import CheckpointError
 from cem.models import SplitModel
 from cem.surrogates import SURROGATES
-from cem.training import TrainConfig, Trainer, read_config, read_summary, train
+from cem.training import Trainer, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
 from cem.training.evaluation import accuracy, collect_features
 
-MakeConfig = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
 
 
-def test_a_rising_weight_follows_the_learning_rate(make_config: MakeConfig) -> None:
-    run_dir = train(make_config(lambd=16.0, lambd_schedule="rising", penalty_from=2))
-    assert [row["lambda_eff"] / 16 for row in rows(run_dir)] == pytest.approx([0.0, 0.1, 0.5, 1.0])
+def same(a: Path, b: Path) -> bool:
+    return all(map(torch.equal, weights(a), weights(b)))
 
 
 @pytest.mark.parametrize(
-    ("surrogate", "own"),
-    [("centroid", [0.0, 0.5]), ("mixture", [0.0, 8.0]), ("attention", [0.0, 8.0]), ("none", [0.0, 0.0])],
+    ("options", "expected"),
+    [
+        ({"lambd": 16.0, "lambd_schedule": "rising", "epochs": 4}, [0.0, 1.6, 8.0, 16.0]),
+        ({"lambd": 3.0, "lambd_schedule": "constant", "epochs": 4}, [0.0, 3.0, 3.0, 3.0]),
+        ({"surrogate": "centroid", "epochs": 2}, [0.0, 0.5]),
+        (attention() | {"epochs": 2}, [0.0, 8.0]),
+        ({"surrogate": "none", "epochs": 2}, [0.0, 0.0]),
+    ],
+    ids=["rising", "constant", "centroid's own", "attention's own", "none"],
 )
-def test_every_surrogate_has_a_weight_and_a_schedule_of_its_own(
-    surrogate: str, own: list[float], make_config: MakeConfig
-) -> None:
-    config = make_config(surrogate=surrogate, epochs=2, penalty_from=2)
-    train(config)
-    assert [row["lambda_eff"] for row in rows(config.run_dir)] == own
-    assert read_config(config.run_dir).checked() == replace(config.checked().resolved(), out=None)
+def test_weight_follows_its_schedule(make: Make, options: dict[str, Any], expected: list[float]) -> None:
+    run_dir = train(make(penalty_from=2, **options))
+    assert [row["lambda_eff"] for row in rows(run_dir)] == pytest.approx(expected)
 
 
-def test_a_constant_weight_is_there_in_every_epoch_with_a_penalty(make_config: MakeConfig) -> None:
-    run_dir = train(make_config(epochs=5, lambd=3.0, lambd_schedule="constant", penalty_from=2))
-    assert [row["lambda_eff"] for row in rows(run_dir)] == [0.0, 3.0, 3.0, 3.0, 3.0]
-
-
-def test_penalty_begins_in_the_epoch_it_is_asked_for(make_config: MakeConfig) -> None:
-    late = rows(train(make_config("late", surrogate=surrogate(Scale), penalty_from=3)))
-    plain = rows(train(make_config("plain", surrogate="none")))
-    assert [row["lambda_eff"] > 0 for row in late] == [False, False, True, True]
-    assert [row["rob_loss"] > 0 for row in late] == [False, False, True, True]
+def test_penalty_begins_in_the_epoch_it_is_asked_for(make: Make) -> None:
+    late = rows(train(make("late", surrogate=surrogate(Scale), penalty_from=3)))
+    plain = rows(train(make("plain", surrogate="none")))
+    assert [row["lambda_eff"] > 0 for row in late] == [False, False, True]
+    assert [row["rob_loss"] > 0 for row in late] == [False, False, True]
     assert [row["cross_entropy"] for row in late[:2]] == [row["cross_entropy"] for row in plain[:2]]
 
 
-def test_best_epoch_has_the_best_validation_accuracy_among_equally_penalized(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none", epochs=8)
-    train(config)
-    late = [row for row in rows(config.run_dir) if row["epoch"] > 6]
-    summary = read_summary(config.run_dir)
-    assert summary is not None
-    assert summary["best_epoch"] == max(late, key=lambda row: row["val_accuracy"])["epoch"]
-
-
-def test_the_best_epoch_is_a_late_one_under_a_constant_weight_too(make_config: MakeConfig) -> None:
-    config = make_config(epochs=8, lambd=0.1, lambd_schedule="constant")
-    summary = Trainer(config).fit()
-    late = rows(config.run_dir)[6:]
-    assert summary["best_epoch"] == max(late, key=lambda row: row["val_accuracy"])["epoch"]
-
-
-def test_every_surrogate_chooses_its_best_epoch_among_the_penalized_ones(make_config: MakeConfig) -> None:
-    # One epoch has the penalty, so it is chosen, however well the ones before it did.
-    summary = Trainer(make_config(surrogate="none", penalty_from=4)).fit()
-    assert summary["best_epoch"] == 4
-
-
-def test_training_learns(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none", epochs=8, train_size=400)
-    train(config)
-    summary = read_summary(config.run_dir)
-    assert summary is not None
-    assert summary["test_accuracy"] > 0.8
-
-
-def test_training_under_amp_learns_and_its_weights_are_fp32(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none", epochs=8, train_size=400, amp=True)
-    train(config)
-    summary = read_summary(config.run_dir)
-    assert summary is not None
-    assert summary["test_accuracy"] > 0.8
-    assert not any(weight.dtype == torch.bfloat16 for weight in weights(config.run_dir, "encoder", "server"))
-
-
-def test_same_seed_gives_the_same_numbers(make_config: MakeConfig) -> None:
-    for name in ("a", "b"):
-        train(make_config(name, surrogate="none", epochs=2))
-    a, b = (make_config(name).run_dir for name in ("a", "b"))
-    assert all(map(torch.equal, weights(a, "encoder", "server"), weights(b, "encoder", "server")))
-
-
-def test_another_seed_gives_other_numbers(make_config: MakeConfig) -> None:
-    for seed in (0, 1):
-        train(make_config(str(seed), surrogate="none", epochs=1, seed=seed))
-    a, b = (make_config(name).run_dir for name in ("0", "1"))
-    assert not torch.equal(weights(a, "encoder")[-1], weights(b, "encoder")[-1])
-
-
-def test_constructing_another_trainer_in_between_changes_nothing(make_config: MakeConfig) -> None:
-    train(make_config("a", surrogate="none", epochs=1))
-    trainer = Trainer(make_config("b", surrogate="none", epochs=1))
-    Trainer(make_config("c", surrogate="none", seed=5))
-    trainer.fit()
-    a, b = (make_config(name).run_dir for name in ("a", "b"))
-    assert all(map(torch.equal, weights(a, "encoder"), weights(b, "encoder")))
-
-
-def test_training_without_evaluation_gives_the_same_weights(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [
+        ({"surrogate": "none"}, 7),
+        ({"surrogate": surrogate(Scale), "lambd_schedule": "constant"}, 7),
+        ({"surrogate": "none", "penalty_from": 8}, 8),
+    ],
+    ids=["no penalty", "constant weight", "one epoch with the penalty"],
+)
+def test_best_epoch_is_the_first_of_the_most_accurate_under_the_strongest_penalty(
+    make: Make, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], best: int
 ) -> None:
-    train(make_config("a", surrogate="none", epochs=2))
+    """The rule is that of a rising weight, whatever the run has: the last quarter of the epochs has the most of it."""
+    found = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.9, 0.4, 0.4, 0.123])  # the last on the test set
+    monkeypatch.setattr(trainer_module, "accuracy", lambda *_, **__: next(found))
+    trainer = fitted(make(epochs=8, **options))
+    assert trainer.finished["best_epoch"] == best
+    assert trainer.finished["test_accuracy"] == 0.123
+    kept = checkpoints.load(trainer.run_dir / "best.pt")["server"]
+    assert len(checkpoints.load(trainer.run_dir / "best.pt")["history"]) == best
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trainer.state.model.server.state_dict().items())
 
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bfloat16"])
+def test_training_learns_and_its_weights_are_fp32(make: Make, amp: bool) -> None:
+    trainer = fitted(make(surrogate="none", epochs=8, train_size=400, amp=amp))
+    assert trainer.finished["test_accuracy"] > 0.8
+    assert not any(weight.dtype == torch.bfloat16 for weight in weights(trainer.run_dir))
+
+
+def test_same_seed_gives_the_same_numbers_whatever_is_constructed_in_between(make: Make) -> None:
+    first = train(make("first", surrogate="none", epochs=1))
+    again, other = Trainer(make("again", surrogate="none", epochs=1)), make("other", surrogate="none", epochs=1, seed=5)
+    Trainer(other)
+    again.fit()
+    assert same(first, again.run_dir)
+    assert not same(first, train(other))
+
+
+def test_training_without_evaluation_gives_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_evaluation = train(make("a", surrogate="none", epochs=2))
     monkeypatch.setattr(trainer_module, "accuracy", lambda *_, **__: 0.5)
-    train(make_config("b", surrogate="none", epochs=2))
-    a, b = (make_config(name).run_dir for name in ("a", "b"))
-    assert all(map(torch.equal, weights(a, "encoder", "server"), weights(b, "encoder", "server")))
+    assert same(with_evaluation, train(make("b", surrogate="none", epochs=2)))
 
 
-def test_surrogates_begin_from_the_same_weights_and_random_numbers(make_config: MakeConfig) -> None:
-    none, *others = (Trainer(make_config(name, surrogate=name)).state for name in SURROGATES)
+def test_surrogates_begin_from_the_same_weights_and_random_numbers(make: Make) -> None:
+    none, *others = (Trainer(make(name, surrogate=name)).state for name in SURROGATES)
     for other in others:
         for name, tensor in none.model.state_dict().items():
-            torch.testing.assert_close(other.model.state_dict()[name], tensor, rtol=0, atol=0)
+            assert torch.equal(other.model.state_dict()[name], tensor)
         assert torch.equal(other.random["torch"], none.random["torch"])
 
 
-def test_evaluation_leaves_the_mode_and_sees_the_same_noise_again(make_config: MakeConfig) -> None:
-    state = Trainer(make_config(surrogate="none")).state
+def test_evaluation_leaves_the_mode_and_sees_the_same_noise_again(make: Make) -> None:
+    state = Trainer(make(surrogate="none")).state
     state.model.train()
-    first, _ = collect_features(state.model, state.val, state.device, 0, noisy=True)
-    again, _ = collect_features(state.model, state.val, state.device, 0, noisy=True)
-    clean, _ = collect_features(state.model, state.val, state.device, 0, noisy=False)
+    first, again, clean = (
+        collect_features(state.model, state.val, state.device, 0, noisy=noisy)[0] for noisy in (True, True, False)
+    )
     assert torch.equal(first, again)
     assert (first - clean).std().item() == pytest.approx(0.1, rel=0.05)
     assert state.model.training
@@ -149,54 +119,41 @@ def test_accuracy_is_computed_in_bfloat16_where_asked(amp: bool, dtype: torch.dt
     model = SplitModel(nn.Flatten(), nn.Linear(16, 3), image_shape=(1, 4, 4))
     seen: list[torch.dtype] = []
     model.server.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    assert 0 <= accuracy(model, [(torch.rand(5, 1, 4, 4), torch.arange(5) % 3)], torch.device("cpu"), 0, amp=amp) <= 1
+    assert 0 <= accuracy(model, [(torch.rand(5, 1, 4, 4), torch.arange(5) % 3)], CPU, 0, amp=amp) <= 1
     assert seen == [dtype]
+    with pytest.raises(ValueError, match="no samples"):
+        accuracy(model, [], CPU, 0)
 
 
-def test_two_pass_trains_as_combined_does(make_config: MakeConfig) -> None:
-    for injection in ("combined", "two_pass"):
-        train(make_config(injection, surrogate=surrogate(Scale), epochs=1, injection=injection))
-    a, b = (rows(make_config(name).run_dir)[0] for name in ("combined", "two_pass"))
-    for name in ("cross_entropy", "rob_loss", "intra_mse"):
-        assert a[name] == pytest.approx(b[name], rel=1e-4)
-
-
-def test_warm_start_takes_the_weights_and_the_full_penalty(make_config: MakeConfig) -> None:
-    first = make_config("first", surrogate="none", epochs=2)
-    train(first)
-    second = Trainer(make_config("second", surrogate="attention", epochs=1, init_from=first.run_dir))
-    best = checkpoints.load(first.run_dir / "best.pt")["encoder"]
+def test_warm_start_takes_the_weights_and_the_full_penalty(make: Make) -> None:
+    first = train(make("first", surrogate="none", epochs=2))
+    options = {"surrogate": surrogate(Scale), "lambd": 16.0, "lambd_schedule": "rising", "epochs": 1}
+    second = Trainer(make("second", init_from=first, **options))
+    best = checkpoints.load(first / "best.pt")["encoder"]
     assert all(torch.equal(second.state.model.encoder.state_dict()[name], best[name]) for name in best)
     second.fit()
     assert rows(second.run_dir)[0]["lambda_eff"] == 16.0
 
 
-def test_warm_start_from_another_architecture_is_refused_before_anything_is_written(
-    make_config: MakeConfig,
-) -> None:
-    first = make_config("first", surrogate="none", epochs=1)
-    train(first)
-    other = make_config("other", surrogate="none", arch="vgg11", image_size=32, init_from=first.run_dir)
+def test_warm_start_from_another_architecture_is_refused_before_anything_is_written(make: Make) -> None:
+    first = train(make("first", surrogate="none", epochs=1))
+    other = make("other", surrogate="none", arch="resnet20", init_from=first / "best.pt")
     with pytest.raises(CheckpointError, match=r"best\.pt does not fit this run's encoder"):
         train(other)
     assert not other.run_dir.exists()
 
 
-def test_centralized_model_trains(make_config: MakeConfig) -> None:
-    trainer = Trainer(make_config(surrogate="none", epochs=1, centralized=True))
-    assert trainer.state.model.feature_shape == (64,)
-    trainer.fit()
+def test_centralized_model_trains(make: Make) -> None:
+    trainer = fitted(make(epochs=1, centralized=True))
+    assert trainer.state.model.feature_shape == (32,)
+    assert rows(trainer.run_dir)[0]["rob_loss"] > 0
 
 
-def test_batch_that_does_not_divide_the_data_counts_every_sample(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none", epochs=1, train_size=70)
-    train(config)
-    assert rows(config.run_dir)[0]["train_accuracy"] * 70 == pytest.approx(
-        round(rows(config.run_dir)[0]["train_accuracy"] * 70)
-    )
+def test_every_sample_counts_where_the_batch_does_not_divide_them(make: Make) -> None:
+    correct = rows(train(make(surrogate="none", epochs=1, train_size=70)))[0]["train_accuracy"] * 70
+    assert correct == pytest.approx(round(correct))
 
 
-def test_lone_last_sample_does_not_stop_batch_normalization(make_config: MakeConfig) -> None:
-    config = make_config(surrogate="none", arch="vgg11_bn", train_size=5, batch_size=4, epochs=1)
-    train(config)  # its maps shrink to one pixel
-    assert read_summary(config.run_dir) is not None
+def test_lone_last_sample_does_not_stop_batch_normalization(make: Make) -> None:
+    trainer = fitted(make(surrogate="none", train_size=33, epochs=1))
+    assert len(trainer.state.train) == 1
