@@ -1,20 +1,14 @@
 """Runs that take a third of a second."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
-from small_runs import Make, small, tiny
+from small_runs import small, tiny
 
 from cem.models import split
-from cem.training import TrainConfig
 from cem.training import trainer as trainer_module
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _tiny_network() -> Any:
+def _tiny_network():
     """Let runs choose the network of these tests by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(split._BUILDERS, "tiny", tiny)
@@ -23,17 +17,17 @@ def _tiny_network() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_pictures(monkeypatch):
     """Pictures have tests of their own, and t-SNE takes longer than training here."""
     monkeypatch.setattr(trainer_module, "draw_tsne", lambda *_, **__: None)
     monkeypatch.setattr(trainer_module, "draw_curves", lambda *_, **__: None)
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path):
     """Options of a small run in the directory of that name."""
 
-    def make(name: str = "run", **options: Any) -> TrainConfig:
+    def make(name="run", **options):
         return small(tmp_path / name, **options)
 
     return make

@@ -1,13 +1,9 @@
 """Small surrogates and defenses, chosen by module and class as a user's are."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cem
 from cem.options import Options, option
@@ -17,64 +13,53 @@ class Scale(cem.Surrogate):
     """A penalty with a parameter, that pulls features to zero and draws random numbers."""
 
     name = "scale"
+    taught = False
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         z = batch.features
         size = (z * (1 + 0.1 * torch.rand_like(z))).square().mean()
-        return cem.Measured(self.weight.square() * size, {"intra_mse": size, "weight_now": self.weight})
+        loss, monitors = self.weight.square() * size, {"intra_mse": size, "weight_now": self.weight}
+        return cem.Measured(loss, monitors, own_loss=loss if self.taught else None)
 
 
-class Learned(Scale):
-    """Its parameter is trained on the penalty."""
+class SharedScale(Scale):
+    """The network's optimizer trains its parameter on the penalty."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
-        measured = super().measure(batch)
-        return measured._replace(own_loss=measured.loss)
+    taught = True
 
-
-class SharedScale(Learned):
-    """The network's optimizer trains its parameter."""
-
-    def shared_parameters(self) -> list[nn.Parameter]:
+    def shared_parameters(self):
         return [self.weight]
 
 
-class OwnScale(Learned):
-    """It trains its parameter with its own optimizer."""
+class OwnScale(Scale):
+    """It trains its parameter on the penalty with its own optimizer."""
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    taught = True
+
+    def optimizers(self):
         return {"adam": torch.optim.Adam(self.parameters(), lr=3e-4)}
 
 
 class Watched(Scale):
-    """Keeps what it is told of epochs and steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs: list[tuple[int, int]] = []
-        self.steps: list[tuple[cem.Batch, bool]] = []
-
-    def before_epoch(self, epoch: int, epochs: int) -> None:
-        self.epochs.append((epoch, epochs))
-
-    def before_step(self, batch: cem.Batch) -> None:
-        self.steps.append((batch, self.training))
-
-
-class Refitted(Scale):
-    """A penalty that records its refits."""
+    """Keeps what it is told of epochs and steps, and its refits."""
 
     needs_epoch_features = True
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.refits: list[tuple[Tensor, Tensor]] = []
+        self.epochs, self.steps, self.refits = [], [], []
 
-    def after_epoch(self, features: Tensor, labels: Tensor) -> Mapping[str, float]:
+    def before_epoch(self, epoch, epochs):
+        self.epochs.append((epoch, epochs))
+
+    def before_step(self, batch):
+        self.steps.append((batch, self.training))
+
+    def after_epoch(self, features, labels):
         torch.rand(())  # a draw that must not shift the run's
         self.refits.append((features, labels))
         return {"information_nats": 123.4}
@@ -83,22 +68,22 @@ class Refitted(Scale):
 class Broken(Scale):
     """A penalty that is never finite."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         return cem.Measured((batch.features * torch.nan).sum(), {"intra_mse": batch.features.mean()})
 
 
 class Size(cem.Term):
     """Mean square of what is sent, and a parameter that learns it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.guess = nn.Parameter(torch.zeros(()))
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         size = batch.sent.square().mean()
         return cem.Measured(size, {"guess": self.guess}, own_loss=(self.guess - size.detach()).square())
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def optimizers(self):
         return {"sgd": torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)}
 
 
@@ -112,27 +97,27 @@ class Gain(cem.Defense):
         weight: float = option(0.25, least=0)
         factor: float = option(2.0, above=0)
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor):
         super().__init__()
         self.factor = factor
         self.size = Size()
         self.prepared: list[int] = []
 
     @classmethod
-    def build(cls, options: Any, context: cem.Context) -> Gain:
+    def build(cls, options, context):
         return cls(options.factor)
 
-    def transform(self, z: Tensor) -> Tensor:
+    def transform(self, z):
         return self.factor * z
 
-    def term(self) -> cem.Term:
+    def term(self):
         return self.size
 
-    def prepare(self, model: nn.Module, epoch: int) -> None:
+    def prepare(self, model, epoch):
         self.prepared.append(epoch)
 
 
-def surrogate(kind: type[cem.Surrogate]) -> str:
+def surrogate(kind):
     """What ``--surrogate`` takes for one of these."""
     return f"{__name__}:{kind.__name__}"
 

@@ -1,15 +1,11 @@
 """Terms in a CUDA graph, or in one that computes again by hand: the gradients of the ordinary way."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from small_runs import Make, attention, cuda, fitted, tensors
+from small_runs import attention, cuda, fitted, tensors
 from small_terms import GAIN, Size
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -21,30 +17,30 @@ from cem.training import capture, train
 from cem.training import checkpoint as checkpoints
 from cem.training.capture import CapturedTerm
 from cem.training.injection import combined
-from cem.training.weighted import Answer, WeightedTerm, gradients_of
+from cem.training.weighted import WeightedTerm, gradients_of
 
 B, D, K = 32, 16, 4
-OPTIMIZERS: dict[Any, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS = {
     1e-4: lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-3),  # no steps from rounding errors
     "shared": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
 }
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request):
     return torch.device(request.param)
 
 
 @pytest.fixture
-def replays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def replays(device, monkeypatch):
     """Count replays; without a device, let graphs compute again, into the memory of the first time."""
-    count: list[int] = []
+    count = []
     real = capture.record
 
-    def record(work: Callable[[], Answer], device: torch.device) -> tuple[Answer, Callable[[], None]]:
+    def record(work, device):
         memory, replay = (work(), None) if device.type == "cpu" else real(work, device)
 
-        def counted() -> None:
+        def counted():
             count.append(1)
             if replay is not None:
                 return replay()
@@ -62,18 +58,18 @@ class Remembers(Size):
 
     needs_images = True
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("seen", torch.zeros(()))
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         assert batch.images is not None
         self.seen += batch.images.mean()
         size, monitors, own_loss = super().measure(batch)
         return cem.Measured(size * self.seen + batch.features.abs().mean(), monitors, own_loss)
 
 
-def slots(trained: Any = "frozen", **options: Any) -> cem.SlotCrossAttentionCEM:
+def slots(trained="frozen", **options):
     """Under a static bound nothing waits, also where there are no kernels."""
     torch.manual_seed(0)
     term = cem.SlotCrossAttentionCEM(D, num_classes=K, reg_strength=0.3, **{"max_class_size": B, **options})
@@ -81,22 +77,22 @@ def slots(trained: Any = "frozen", **options: Any) -> cem.SlotCrossAttentionCEM:
     return term.requires_grad_(trained != "frozen")
 
 
-def centroid(backend: str = "auto") -> cem.CentroidCEM:
+def centroid(backend="auto"):
     return cem.CentroidCEM(D, num_classes=K, noise_std=0.3, backend=backend)
 
 
-def captured_of(term: cem.Term, device: torch.device) -> CapturedTerm:
+def captured_of(term, device):
     return CapturedTerm(term, (B, D), (B, 1, 2, 2), device)
 
 
-def batch(device: torch.device, size: int = B, seed: int = 1) -> cem.Batch:
+def batch(device, size=B, seed=1):
     generator = torch.Generator().manual_seed(seed)
     features, images = torch.randn(size, D, generator=generator), torch.rand(size, 1, 2, 2, generator=generator)
     labels = torch.randint(K, (size,), generator=generator)
     return cem.Batch(images.to(device), labels.to(device), features.to(device), 2 * features.to(device))
 
 
-def check(captured: CapturedTerm, plain: cem.Term, given: cem.Batch) -> tuple[Answer, Answer]:
+def check(captured, plain, given):
     """Answers of both ways to a batch, under the same draws: the same on the CPU, close where sums are split."""
     torch.manual_seed(2)
     found = captured(given)
@@ -109,9 +105,7 @@ def check(captured: CapturedTerm, plain: cem.Term, given: cem.Batch) -> tuple[An
 
 
 @pytest.mark.parametrize("trained", ["frozen", "shared", 1e-4])
-def test_replays_give_the_ordinary_gradients_while_the_term_learns(
-    device: torch.device, replays: list[int], trained: Any
-) -> None:
+def test_replays_give_the_ordinary_gradients_while_the_term_learns(device, replays, trained):
     ours, plain = (slots(trained, dropout=0.1).to(device) for _ in range(2))
     captured = captured_of(ours, device)
     optimizers = [OPTIMIZERS[trained](list(each.parameters())) for each in (ours, plain) if trained != "frozen"]
@@ -128,7 +122,7 @@ def test_replays_give_the_ordinary_gradients_while_the_term_learns(
     assert len(replays) == 3
 
 
-def test_smaller_batch_and_the_other_mode_take_the_ordinary_way(device: torch.device, replays: list[int]) -> None:
+def test_smaller_batch_and_the_other_mode_take_the_ordinary_way(device, replays):
     ours, plain = (slots().to(device) for _ in range(2))
     captured = captured_of(ours, device)
     for size in (B, B - 5, B):
@@ -140,9 +134,7 @@ def test_smaller_batch_and_the_other_mode_take_the_ordinary_way(device: torch.de
 
 
 @pytest.mark.parametrize("term", [centroid, lambda: centroid("eager"), Remembers], ids=["auto", "eager", "images"])
-def test_replays_move_what_the_ordinary_way_moves(
-    device: torch.device, replays: list[int], term: Callable[[], cem.Term]
-) -> None:
+def test_replays_move_what_the_ordinary_way_moves(device, replays, term):
     ours, plain = term().to(device), term().to(device)
     captured = captured_of(ours, device)
     for seed in range(3):
@@ -152,9 +144,7 @@ def test_replays_move_what_the_ordinary_way_moves(
 
 
 @pytest.mark.parametrize("trained", ["frozen", "shared"])
-def test_step_leaves_nothing_that_the_next_replay_overwrites_but_the_answer(
-    device: torch.device, replays: list[int], trained: str
-) -> None:
+def test_step_leaves_nothing_that_the_next_replay_overwrites_but_the_answer(device, replays, trained):
     ours = slots(trained).to(device)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, D))
     model = SplitModel(encoder, nn.Linear(D, K), image_shape=(1, 2, 2)).to(device)
@@ -173,7 +163,7 @@ def test_step_leaves_nothing_that_the_next_replay_overwrites_but_the_answer(
 
 
 @pytest.mark.parametrize("term", [cem.GaussianMixtureCEM(D, K), slots(backend="eager", max_class_size=None)])
-def test_term_that_waits_for_the_device_is_refused(term: cem.Term) -> None:
+def test_term_that_waits_for_the_device_is_refused(term):
     with pytest.raises(UsageError, match="--capture: a term waits for the device in every call"):
         captured_of(term, torch.device("cpu"))
 
@@ -184,9 +174,7 @@ def test_term_that_waits_for_the_device_is_refused(term: cem.Term) -> None:
     [{"defenses": (GAIN,)}, attention(), attention(trained=1e-4), attention(trained="shared")],
     ids=["two terms", "attention", "attention with Adam", "attention with SGD"],
 )
-def test_captured_run_is_the_run_without_bit_for_bit(
-    make: Make, monkeypatch: pytest.MonkeyPatch, replays: list[int], options: dict[str, Any]
-) -> None:
+def test_captured_run_is_the_run_without_bit_for_bit(make, monkeypatch, replays, options):
     plain = make("plain", epochs=2, penalty_from=2, **options)
     theirs = checkpoints.load(train(plain) / "last.pt")
     assert not replays
@@ -205,9 +193,7 @@ def test_captured_run_is_the_run_without_bit_for_bit(
     [(lambda: slots(dropout=0.1), False), (lambda: slots(max_class_size=None), True), (centroid, False)],
     ids=["bounded attention", "attention", "centroid"],
 )
-def test_eager_terms_read_nothing_from_the_device_under_a_static_bound(
-    monkeypatch: pytest.MonkeyPatch, term: Callable[[], cem.Term], waits: bool
-) -> None:
+def test_eager_terms_read_nothing_from_the_device_under_a_static_bound(monkeypatch, term, waits):
     """Fake tensors have no values: whatever asks for one raises. Checks of values are left out as on CUDA."""
     monkeypatch.setattr("cem_kernels.validation.values_are_checked", lambda _: False)
     expected = pytest.raises(DataDependentOutputException) if waits else nullcontext()

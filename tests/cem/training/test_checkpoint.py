@@ -1,11 +1,8 @@
 """Checkpoint files: whole or not at all, and only ours."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ from cem.training import checkpoint
 from cem.training.checkpoint import FORMAT, load, load_state, save, seed_everything
 
 
-def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
+def test_load_gives_back_what_was_saved(tmp_path):
     save(tmp_path / "a.pt", {"weights": torch.arange(3.0), "history": [{"epoch": 1}], "best": (0.5, 0.9)})
     content = load(tmp_path / "a.pt")
     assert torch.equal(content["weights"], torch.arange(3.0))
@@ -25,12 +22,10 @@ def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "step"), [(torch, "save"), (os, "fsync"), (os, "replace")])
-def test_failure_while_saving_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, step: str
-) -> None:
+def test_failure_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, module, step):
     save(tmp_path / "a.pt", {"epoch": 1})
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, step, fail)
@@ -40,17 +35,17 @@ def test_failure_while_saving_leaves_the_old_file_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def truncated(path: Path, kept: int) -> None:
+def truncated(path, kept):
     save(path, {"weights": torch.randn(1000)})
     path.write_bytes(path.read_bytes()[:kept])
 
 
 class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (os.mkdir, ("pwned",))
 
 
-WRONG: dict[str, tuple[Any, str]] = {
+WRONG = {
     "missing": (lambda path: None, "there is no checkpoint .*a.pt"),
     "empty": (lambda path: truncated(path, 0), "cannot read checkpoint .*a.pt"),
     "begun": (lambda path: truncated(path, 10), "cannot read checkpoint .*a.pt"),
@@ -66,9 +61,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_no_whole_checkpoint_of_ours_is_refused_and_runs_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str
-) -> None:
+def test_what_is_no_whole_checkpoint_of_ours_is_refused_and_runs_no_code(tmp_path, monkeypatch, make, message):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
@@ -77,18 +70,18 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused_and_runs_no_code(
 
 
 @pytest.mark.parametrize("content", [{}, {"encoder": nn.Linear(2, 3).state_dict()}])
-def test_state_of_another_network_is_refused_with_file_and_part(content: dict[str, Any]) -> None:
+def test_state_of_another_network_is_refused_with_file_and_part(content):
     with pytest.raises(CheckpointError, match=r"a\.pt does not fit this run's encoder"):
         load_state(nn.Linear(2, 2), content, "encoder", Path("a.pt"))
 
 
-def draw(loader: torch.Generator | None = None) -> list[float]:
+def draw(loader=None):
     """From every generator that a run draws from."""
     ours = [random.random(), np.random.normal(), np.random.rand()]  # noqa: NPY002
     return [*ours, torch.rand(()).item(), torch.rand((), generator=loader).item()]
 
 
-def test_random_states_survive_the_file(tmp_path: Path) -> None:
+def test_random_states_survive_the_file(tmp_path):
     loader, cpu = torch.Generator().manual_seed(5), torch.device("cpu")
     seed_everything(4)
     np.random.normal()  # noqa: NPY002 - leaves half of a pair cached, which is part of the state
@@ -99,7 +92,7 @@ def test_random_states_survive_the_file(tmp_path: Path) -> None:
     assert draw(loader) == expected
 
 
-def test_seed_everything_seeds_every_global_generator() -> None:
+def test_seed_everything_seeds_every_global_generator():
     seed_everything(6)
     first = draw()
     seed_everything(6)

@@ -1,26 +1,20 @@
 """What is not finite: a step goes without its penalty, a run that diverges ends, and the log says so."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from small_runs import STEPS, Make, fitted, in_each_step, log, rows, weights
-from small_terms import Broken, Refitted, Scale, surrogate
+from small_runs import STEPS, fitted, in_each_step, log, rows, weights
+from small_terms import Broken, Scale, Watched, surrogate
 
 from cem.errors import DivergedError
 from cem.training import Trainer, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
-from cem.training.injection import Step
 
 
-def test_steps_with_broken_penalty_train_exactly_as_without_one_and_are_counted_and_warned_about_once(
-    make: Make,
-) -> None:
+def test_steps_with_broken_penalty_train_exactly_as_without_one_and_are_counted_and_warned_about_once(make):
     trainer, none = fitted(make("broken", surrogate=surrogate(Broken))), train(make("none", surrogate="none"))
     assert all(map(torch.equal, weights(trainer.run_dir), weights(none)))
     assert trainer.finished["skipped_steps"] == 3 * STEPS
@@ -30,13 +24,13 @@ def test_steps_with_broken_penalty_train_exactly_as_without_one_and_are_counted_
 
 
 @pytest.mark.parametrize("broken", ["cross-entropy", "weight", "running_var"])
-def test_run_that_diverges_in_an_epoch_says_so_and_keeps_the_one_before(make: Make, broken: str) -> None:
+def test_run_that_diverges_in_an_epoch_says_so_and_keeps_the_one_before(make, broken):
     """Whether in its cross-entropy, or in its last step, after a cross-entropy that is finite."""
     trainer = Trainer(make(surrogate="none"))
     state = trainer.state.model.state_dict()
     name = next((name for name in state if name.endswith(broken)), None)
 
-    def blow_up(number: int, measured: Step) -> Step:
+    def blow_up(number, measured):
         if number == 2 * STEPS - 1 and name is not None:
             state[name].fill_(torch.inf)
         elif number == 2 * STEPS - 1:
@@ -55,17 +49,17 @@ def test_run_that_diverges_in_an_epoch_says_so_and_keeps_the_one_before(make: Ma
     assert "Traceback" not in log(trainer.run_dir)
 
 
-def test_features_that_are_not_finite_never_reach_a_refit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_are_not_finite_never_reach_a_refit(make, monkeypatch):
     infinite = torch.full((90, 2), torch.inf), torch.zeros(90, dtype=torch.int64)
     monkeypatch.setattr(trainer_module, "collect_features", lambda *_, **__: infinite)
-    trainer = Trainer(make(surrogate=surrogate(Refitted), epochs=1))
+    trainer = Trainer(make(surrogate=surrogate(Watched), epochs=1))
     with pytest.raises(DivergedError, match="after epoch 1 features are not finite"):
         trainer.fit()
     assert trainer.state.parts()["surrogate"].refits == []
 
 
-def test_other_errors_leave_their_traceback_in_the_log(make: Make) -> None:
-    def fail(*_: Any) -> Step:
+def test_other_errors_leave_their_traceback_in_the_log(make):
+    def fail(*_):
         raise RuntimeError("out of memory")
 
     config = make(surrogate="none", epochs=1)
@@ -75,8 +69,8 @@ def test_other_errors_leave_their_traceback_in_the_log(make: Make) -> None:
     assert "RuntimeError: out of memory" in log(config.run_dir)
 
 
-def test_warning_raised_while_building_reaches_the_log(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: Any) -> Scale:
+def test_warning_raised_while_building_reaches_the_log(make, monkeypatch):
+    def build(*_):
         warnings.warn("the threshold is swamped", UserWarning, stacklevel=1)
         return Scale()
 

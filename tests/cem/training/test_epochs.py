@@ -1,13 +1,9 @@
 """Epochs of a run: their rates and weights, means and times, their log and their table."""
 
-from __future__ import annotations
-
 import csv
 import time
 import warnings
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,13 +18,13 @@ from cem.training.weighted import Answer
 CPU = torch.device("cpu")
 
 
-def step(cross_entropy: float, loss: float, correct: int, *more: str, finite: bool = True) -> Step:
+def step(cross_entropy, loss, correct, *more, finite=True):
     monitors = {"intra_mse": torch.tensor(2 * loss)} | dict.fromkeys(more, torch.ones(()))
     answer = Answer(torch.tensor(loss), monitors, torch.tensor(finite), None, None, [])
     return Step(torch.tensor(cross_entropy), torch.tensor(correct), {"surrogate": answer})
 
 
-def measured(*steps: tuple[Step, int]) -> Any:
+def measured(*steps):
     """What a meter reads after steps over that many samples."""
     meter = EpochMeter(CPU)
     for each, samples in steps:
@@ -36,7 +32,7 @@ def measured(*steps: tuple[Step, int]) -> Any:
     return meter.read()
 
 
-def test_rate_falls_where_the_original_lets_it_fall() -> None:
+def test_rate_falls_where_the_original_lets_it_fall():
     rates = [epoch_lr(0.05, epoch, 240) for epoch in range(240)]
     falls = [epoch for epoch in range(1, 240) if rates[epoch] != rates[epoch - 1]]
     assert falls == [60, 120, 180]
@@ -44,14 +40,14 @@ def test_rate_falls_where_the_original_lets_it_fall() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 7])
-def test_rate_of_a_short_run_falls_at_most_once_an_epoch_quarter(epochs: int) -> None:
+def test_rate_of_a_short_run_falls_at_most_once_an_epoch_quarter(epochs):
     rates = [epoch_lr(1.0, epoch, epochs) for epoch in range(epochs)]
     assert rates[0] == 1.0
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] >= 1 / 125
 
 
-def test_warm_up_rises_step_by_step_never_from_zero_and_then_the_schedule_rules() -> None:
+def test_warm_up_rises_step_by_step_never_from_zero_and_then_the_schedule_rules():
     factor = lr_factor(epochs=8, steps_per_epoch=10, warmup_epochs=1.5)
     assert [factor(number) for number in range(15)] == pytest.approx([(number + 1) / 15 for number in range(15)])
     assert [factor(10 * epoch + 9) for epoch in range(2, 8)] == [epoch_lr(1.0, epoch, 8) for epoch in range(2, 8)]
@@ -60,18 +56,18 @@ def test_warm_up_rises_step_by_step_never_from_zero_and_then_the_schedule_rules(
 
 
 @pytest.mark.parametrize(("lr", "share"), [(0.05, 0.02), (0.01, 0.1), (0.002, 0.5), (4.1e-4, 1 / 0.41), (0.0004, 1.0)])
-def test_penalty_grows_as_the_rate_falls_and_is_full_after_a_warm_start(lr: float, share: float) -> None:
+def test_penalty_grows_as_the_rate_falls_and_is_full_after_a_warm_start(lr, share):
     assert lambda_eff(16.0, lr, warm_start=False) == pytest.approx(16.0 * share)
     assert lambda_eff(16.0, lr, warm_start=True) == 16.0
 
 
-def test_means_weigh_steps_by_their_samples() -> None:
+def test_means_weigh_steps_by_their_samples():
     means, terms = measured((step(1.0, 4.0, correct=3), 30), (step(2.0, 8.0, correct=7), 10))
     assert means == pytest.approx({"cross_entropy": 1.25, "train_accuracy": 0.25})
     assert terms["surrogate"] == pytest.approx({"loss": 5.0, "intra_mse": 10.0, "skipped": 0})
 
 
-def test_steps_in_which_a_term_is_not_finite_count_for_the_others_only() -> None:
+def test_steps_in_which_a_term_is_not_finite_count_for_the_others_only():
     whole, broken = step(2.0, 4.0, 4), step(2.0, 4.0, 4)
     whole.answers["other"] = step(0.0, 4.0, 0).answers["surrogate"]
     broken.answers["other"] = step(0.0, float("nan"), 0, finite=False).answers["surrogate"]
@@ -81,7 +77,7 @@ def test_steps_in_which_a_term_is_not_finite_count_for_the_others_only() -> None
     assert terms["other"] == pytest.approx({"loss": 4.0, "intra_mse": 8.0, "skipped": 1})
 
 
-def test_epochs_without_a_step_a_term_or_a_finite_one_can_be_read() -> None:
+def test_epochs_without_a_step_a_term_or_a_finite_one_can_be_read():
     assert measured() == ({"cross_entropy": 0.0, "train_accuracy": 0.0}, {})
     without_term = Step(torch.tensor(1.0), torch.tensor(2))
     assert measured((without_term, 4)) == ({"cross_entropy": 1.0, "train_accuracy": 0.5}, {})
@@ -90,14 +86,14 @@ def test_epochs_without_a_step_a_term_or_a_finite_one_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "weight", "seconds", "skipped"])
-def test_monitors_with_a_name_of_the_trainers_and_monitors_that_change_are_refused(name: str) -> None:
+def test_monitors_with_a_name_of_the_trainers_and_monitors_that_change_are_refused(name):
     with pytest.raises(ValueError, match=f"must not be called {name}"):
         measured((step(1.0, 4.0, 3, name), 30))
     with pytest.raises(ValueError, match="must be the same in every step"):
         measured((step(1.0, 4.0, 3), 30), (step(1.0, 4.0, 3, "more"), 30))
 
 
-def test_stopwatch_adds_up_its_blocks_alone_and_starts_again_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_adds_up_its_blocks_alone_and_starts_again_when_read(monkeypatch):
     clock = iter([10.0, 12.0, 100.0, 100.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     watch = Stopwatch(CPU)
@@ -107,9 +103,7 @@ def test_stopwatch_adds_up_its_blocks_alone_and_starts_again_when_read(monkeypat
     assert (watch.read(), watch.read()) == (2.5, 0)
 
 
-def test_log_goes_to_the_file_and_to_stderr_once_however_often_it_is_opened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_goes_to_the_file_and_to_stderr_once_however_often_it_is_opened(tmp_path, capsys):
     with run_log(tmp_path) as log, run_log(tmp_path) as again:
         again.info("first")
     assert again is log
@@ -120,15 +114,15 @@ def test_log_goes_to_the_file_and_to_stderr_once_however_often_it_is_opened(
     assert capsys.readouterr().err == "first\nsecond\n"
 
 
-def test_log_is_closed_after_an_error(tmp_path: Path) -> None:
+def test_log_is_closed_after_an_error(tmp_path):
     with suppress(RuntimeError), run_log(tmp_path) as log:
         file = log.handlers[0]
         raise RuntimeError
     assert log.handlers == []
-    assert file.stream is None  # type: ignore[attr-defined]
+    assert file.stream is None
 
 
-def test_logs_of_two_runs_stay_apart(tmp_path: Path) -> None:
+def test_logs_of_two_runs_stay_apart(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with run_log(tmp_path / "a") as a, run_log(tmp_path / "b"):
@@ -136,7 +130,7 @@ def test_logs_of_two_runs_stay_apart(tmp_path: Path) -> None:
     assert "only in a" not in (tmp_path / "b" / "train.log").read_text()
 
 
-def test_warnings_reach_the_log_and_nothing_stays_captured(tmp_path: Path) -> None:
+def test_warnings_reach_the_log_and_nothing_stays_captured(tmp_path):
     before = warnings.showwarning
     with run_log(tmp_path):
         warnings.simplefilter("always")
@@ -145,7 +139,7 @@ def test_warnings_reach_the_log_and_nothing_stays_captured(tmp_path: Path) -> No
     assert warnings.showwarning is before
 
 
-def test_line_of_an_epoch_names_what_other_terms_add() -> None:
+def test_line_of_an_epoch_names_what_other_terms_add():
     row = dict.fromkeys(COLUMNS, 0.0) | {"epoch": 3, "cross_entropy": 1.0, "lambda_eff": 0.5, "rob_loss": 2.0}
     assert "epoch  3/10  lr 0  λ 0.5  loss 2.000 = ce 1.000 + λ·rob 2.000  train" in epoch_line(
         row | {"train_loss": 2.0}, 10
@@ -153,7 +147,7 @@ def test_line_of_an_epoch_names_what_other_terms_add() -> None:
     assert "+ λ·rob 2.000 + others 0.250  train" in epoch_line(row | {"train_loss": 2.25}, 10)
 
 
-def test_metrics_table_replaces_the_one_before_and_has_what_only_some_epochs_have(tmp_path: Path) -> None:
+def test_metrics_table_replaces_the_one_before_and_has_what_only_some_epochs_have(tmp_path):
     early = dict.fromkeys(COLUMNS, 1)
     for history in ([early] * 3, [early, early | {"mixture.information_nats": 2}]):
         write_metrics(tmp_path / "metrics.csv", history)

@@ -1,24 +1,18 @@
 """How the gradients of classification and of terms meet in the encoder."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import cem
 from cem.defenses import Chain
 from cem.models import SplitModel
-from cem.training.injection import INJECTIONS, Step, combined, two_pass
+from cem.training.injection import INJECTIONS, combined, two_pass
 from cem.training.meter import EpochMeter
 from cem.training.weighted import WeightedTerm
 from cem_kernels.validation import as_labels
 
-Injection = Callable[..., Any]
 LAMBDA = 3.5
 each_injection = pytest.mark.parametrize("inject", INJECTIONS.values(), ids=INJECTIONS)
 
@@ -26,18 +20,17 @@ each_injection = pytest.mark.parametrize("inject", INJECTIONS.values(), ids=INJE
 class Spread(cem.Term):
     """A smooth penalty with a parameter: the log variance of a projection of the batch."""
 
-    def __init__(self, loss_factor: float = 1.0) -> None:
+    def __init__(self, loss_factor=1.0):
         super().__init__()
         torch.manual_seed(3)
         self.weight = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
         self.loss_factor = loss_factor
-        self.seen: list[cem.Batch] = []
-        self.steps: list[cem.Batch] = []
+        self.seen, self.steps = [], []
 
-    def before_step(self, batch: cem.Batch) -> None:
+    def before_step(self, batch):
         self.steps.append(batch)
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         self.seen.append(batch)
         variance = (batch.features.flatten(1) @ self.weight).var(dim=0)
         loss = variance.add(1e-3).log().mean() * self.loss_factor
@@ -47,7 +40,7 @@ class Spread(cem.Term):
 class InfiniteGradient(Spread):
     """A penalty that is finite and has a gradient that is not: the square root at zero."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         loss, monitors, _ = super().measure(batch)
         return cem.Measured(loss + (batch.features - batch.features.detach()).abs().sum().sqrt(), monitors)
 
@@ -55,7 +48,7 @@ class InfiniteGradient(Spread):
 class OfBoth(Spread):
     """Depends on the features and on what the defenses made of them."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         loss, monitors, _ = super().measure(batch)
         loss = loss + (batch.sent * batch.features).square().mean()
         return cem.Measured(loss, monitors, own_loss=loss)
@@ -64,7 +57,7 @@ class OfBoth(Spread):
 class Taught(OfBoth):
     """Trains its own parameter on a loss of its own."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         loss, monitors, _ = super().measure(batch)
         return cem.Measured(loss, monitors, own_loss=(self.weight - batch.sent.mean()).square().sum())
 
@@ -72,39 +65,39 @@ class Taught(OfBoth):
 class Adversary(OfBoth):
     """Trains its parameter in every step, and on nothing besides."""
 
-    def before_step(self, batch: cem.Batch) -> None:
+    def before_step(self, batch):
         super().before_step(batch)
         self.weight.square().sum().backward()
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         return super().measure(batch)._replace(own_loss=None)
 
 
 class Constant(cem.Term):
     """Depends on nothing."""
 
-    def measure(self, batch: cem.Batch) -> cem.Measured:
+    def measure(self, batch):
         return cem.Measured(torch.ones((), dtype=torch.float64), {})
 
 
 class Double(cem.Defense):
-    def transform(self, z: Tensor) -> Tensor:
+    def transform(self, z):
         return z * 2
 
 
 class Squash(cem.Defense):
     """Depends on the features in another way at every value, and has a parameter, and a term that is a part of it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
         self.spread = OfBoth()
 
-    def transform(self, z: Tensor) -> Tensor:
+    def transform(self, z):
         return (self.slope * z).tanh() * z
 
 
-def network(*defenses: cem.Defense, noise_std: float = 0.3) -> SplitModel:
+def network(*defenses, noise_std=0.3):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh())
     server = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -112,13 +105,13 @@ def network(*defenses: cem.Defense, noise_std: float = 0.3) -> SplitModel:
     return SplitModel(encoder, server, image_shape=(1, 4, 4), defense=chain).double()
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch():
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(12, 1, 4, 4, generator=generator, dtype=torch.float64)
     return images, torch.arange(12) % 3
 
 
-def weighted(*terms: cem.Term, weight: float = LAMBDA) -> list[WeightedTerm]:
+def weighted(*terms, weight=LAMBDA):
     """Terms with this weight, half of it, a third, and so on."""
     found = [
         WeightedTerm(f"term{n}", "", term, lambda _, n=n: weight / n, 0, torch.device("cpu"))
@@ -129,9 +122,7 @@ def weighted(*terms: cem.Term, weight: float = LAMBDA) -> list[WeightedTerm]:
     return found
 
 
-def gradients(
-    inject: Injection, *terms: cem.Term, defenses: Sequence[cem.Defense] = (), weight: float = LAMBDA
-) -> tuple[list[Tensor], Step]:
+def gradients(inject, *terms, defenses=(), weight=LAMBDA):
     """Gradients of a fresh model's parameters, and then of the terms', after one step."""
     model = network(*defenses)
     torch.manual_seed(2)
@@ -140,7 +131,7 @@ def gradients(
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters], step
 
 
-def plain_sum(model: SplitModel, terms: list[WeightedTerm], images: Tensor, labels: Tensor) -> None:
+def plain_sum(model, terms, images, labels):
     """The textbook: one backward of the sum."""
     z = model.encoder(images)
     sent = model.defense(z)
@@ -150,7 +141,7 @@ def plain_sum(model: SplitModel, terms: list[WeightedTerm], images: Tensor, labe
     loss.backward()
 
 
-def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
+def assert_equal(ours, expected):
     for got, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
 
@@ -158,7 +149,7 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 @each_injection
 @pytest.mark.parametrize("defense", [None, Double, Squash], ids=["noise alone", "doubled", "squashed"])
 @pytest.mark.parametrize("terms", [(Spread,), (OfBoth,), (OfBoth, Spread, Constant), ()], ids=len)
-def test_gradient_is_that_of_the_weighted_sum(inject: Injection, terms: Any, defense: Any) -> None:
+def test_gradient_is_that_of_the_weighted_sum(inject, terms, defense):
     ours, expected = (
         gradients(way, *(each() for each in terms), defenses=[] if defense is None else [defense()])[0]
         for way in (inject, plain_sum)
@@ -167,7 +158,7 @@ def test_gradient_is_that_of_the_weighted_sum(inject: Injection, terms: Any, def
 
 
 @each_injection
-def test_term_that_is_a_part_of_its_defense_gets_its_gradient_once(inject: Injection) -> None:
+def test_term_that_is_a_part_of_its_defense_gets_its_gradient_once(inject):
     squashes = Squash(), Squash()
     found = [
         gradients(way, each.spread, defenses=[each])[0] for way, each in zip((inject, plain_sum), squashes, strict=True)
@@ -175,7 +166,7 @@ def test_term_that_is_a_part_of_its_defense_gets_its_gradient_once(inject: Injec
     assert_equal(*found)
 
 
-def test_combined_and_two_pass_measure_the_same() -> None:
+def test_combined_and_two_pass_measure_the_same():
     _, one = gradients(combined, OfBoth(), Taught(), defenses=[Double()])
     _, two = gradients(two_pass, OfBoth(), Taught(), defenses=[Double()])
     assert (one.cross_entropy, one.correct) == (two.cross_entropy, two.correct)
@@ -186,7 +177,7 @@ def test_combined_and_two_pass_measure_the_same() -> None:
 
 
 @each_injection
-def test_loss_of_its_own_trains_a_terms_parameters_with_the_terms_weight(inject: Injection) -> None:
+def test_loss_of_its_own_trains_a_terms_parameters_with_the_terms_weight(inject):
     taught, model = Taught(), network()
     ours, _ = gradients(inject, taught)
     assert_equal(ours[:-1], gradients(inject, OfBoth())[0][:-1])
@@ -196,16 +187,14 @@ def test_loss_of_its_own_trains_a_terms_parameters_with_the_terms_weight(inject:
 
 
 @each_injection
-def test_parameters_without_a_loss_of_their_own_are_not_trained_and_what_an_adversary_leaves_is_cleared(
-    inject: Injection,
-) -> None:
+def test_parameters_without_a_loss_of_their_own_are_not_trained_and_what_an_adversary_leaves_is_cleared(inject):
     ours, _ = gradients(inject, Adversary())
     assert_equal(ours[:-1], gradients(inject, OfBoth())[0][:-1])
     assert not ours[-1].any()
 
 
 @each_injection
-def test_term_without_a_weight_measures_nothing_and_may_train_an_adversary(inject: Injection) -> None:
+def test_term_without_a_weight_measures_nothing_and_may_train_an_adversary(inject):
     adversary = Adversary()
     ours, step = gradients(inject, adversary, weight=0.0)
     assert_equal(ours, [*gradients(inject)[0], torch.zeros(8, 8, dtype=torch.float64)])
@@ -213,7 +202,7 @@ def test_term_without_a_weight_measures_nothing_and_may_train_an_adversary(injec
 
 
 @each_injection
-def test_term_sees_images_labels_clean_features_and_what_is_sent(inject: Injection) -> None:
+def test_term_sees_images_labels_clean_features_and_what_is_sent(inject):
     spread = Spread()
     gradients(inject, spread, defenses=[Double()])
     images, labels = batch()
@@ -229,9 +218,9 @@ def test_term_sees_images_labels_clean_features_and_what_is_sent(inject: Injecti
 
 
 @each_injection
-def test_under_amp_the_network_is_bfloat16_and_what_crosses_the_cut_is_not(inject: Injection) -> None:
+def test_under_amp_the_network_is_bfloat16_and_what_crosses_the_cut_is_not(inject):
     model, spread = network().float(), Spread().float()
-    seen: dict[str, torch.dtype] = {}
+    seen = {}
     model.encoder[0].register_forward_hook(lambda _, __, out: seen.update(encoder=out.dtype))
     model.server[1].register_forward_hook(lambda _, __, out: seen.update(server=out.dtype))
     model.defense.register_forward_hook(lambda _, __, out: seen.update(defense=out.dtype))
@@ -243,7 +232,7 @@ def test_under_amp_the_network_is_bfloat16_and_what_crosses_the_cut_is_not(injec
 
 
 @each_injection
-def test_under_amp_gradients_are_near_those_of_fp32(inject: Injection) -> None:
+def test_under_amp_gradients_are_near_those_of_fp32(inject):
     images, labels = batch()
     grads = []
     for amp in (False, True):
@@ -255,7 +244,7 @@ def test_under_amp_gradients_are_near_those_of_fp32(inject: Injection) -> None:
 
 
 @each_injection
-def test_frozen_term_gets_no_gradient(inject: Injection) -> None:
+def test_frozen_term_gets_no_gradient(inject):
     frozen = Spread().requires_grad_(False)
     assert_equal(gradients(inject, frozen)[0][:-1], gradients(inject, Spread())[0][:-1])
     assert frozen.weight.grad is None
@@ -263,7 +252,7 @@ def test_frozen_term_gets_no_gradient(inject: Injection) -> None:
 
 @each_injection
 @pytest.mark.parametrize("broken", [Spread(float("nan")), InfiniteGradient()], ids=["NaN", "infinite gradient"])
-def test_step_in_which_a_term_is_not_finite_follows_the_other_losses_alone(inject: Injection, broken: Spread) -> None:
+def test_step_in_which_a_term_is_not_finite_follows_the_other_losses_alone(inject, broken):
     broken.zero_grad()
     ours, step = gradients(inject, OfBoth(), broken)
     alone, _ = gradients(inject, OfBoth())
@@ -274,7 +263,7 @@ def test_step_in_which_a_term_is_not_finite_follows_the_other_losses_alone(injec
 
 
 @each_injection
-def test_step_without_terms_measures_classification_alone(inject: Injection) -> None:
+def test_step_without_terms_measures_classification_alone(inject):
     _, step = gradients(inject)
     model, (images, labels) = network(), batch()
     torch.manual_seed(2)
@@ -284,7 +273,7 @@ def test_step_without_terms_measures_classification_alone(inject: Injection) -> 
 
 
 @pytest.mark.parametrize("defenses", [[], [Double()]], ids=["nothing", "doubled"])
-def test_combined_joins_the_two_sides_by_what_crosses_the_cut_alone(defenses: list[cem.Defense]) -> None:
+def test_combined_joins_the_two_sides_by_what_crosses_the_cut_alone(defenses):
     """What a split system needs: the server's side works from a leaf, and the encoder runs backward once."""
     model, inputs, backward = network(*defenses, noise_std=0.0), [], []
     model.server.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -295,14 +284,14 @@ def test_combined_joins_the_two_sides_by_what_crosses_the_cut_alone(defenses: li
 
 
 @pytest.mark.parametrize("name", ["centroid", "mixture", "attention"])
-def test_labels_are_checked_once_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_checked_once_a_step(name, monkeypatch):
     context = cem.Context(feature_shape=(2, 2, 2), image_shape=(1, 4, 4), num_classes=3, noise_std=0.3)
     term, model, (images, labels) = cem.SURROGATES.build(name, context), network().float(), batch()
     images = images.float()
     term.after_epoch(model.encoder(images).detach(), labels)
-    checks: list[int] = []
+    checks = []
 
-    def checked(labels: Tensor, num_classes: int) -> Tensor:
+    def checked(labels, num_classes):
         checks.append(num_classes)
         return as_labels(labels, num_classes)
 
@@ -314,7 +303,7 @@ def test_labels_are_checked_once_a_step(name: str, monkeypatch: pytest.MonkeyPat
 
 @each_injection
 @pytest.mark.parametrize("trained", [False, True])
-def test_step_and_its_measurement_never_wait_for_the_device(inject: Injection, trained: bool) -> None:
+def test_step_and_its_measurement_never_wait_for_the_device(inject, trained):
     """Tensors on the meta device have no values: whatever asks for one raises."""
     model, taught = network(Double()).to("meta"), Taught().requires_grad_(trained).to("meta")
     images, labels = (tensor.to("meta") for tensor in batch())

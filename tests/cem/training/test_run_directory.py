@@ -1,15 +1,11 @@
 """What a run leaves in its directory, which directory that is, and how a run is got back out of it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from small_runs import Make, board, log, rows, small
+from small_runs import board, log, rows, small
 from small_terms import Scale, surrogate
 
+from cem.data import load_data, make_loader
 from cem.errors import CheckpointError, UsageError
 from cem.training import TrainConfig, Trainer, load_run, read_config, read_summary, train
 from cem.training import checkpoint as checkpoints
@@ -19,60 +15,57 @@ from cem.training.runlog import COLUMNS
 from cem.training.runs import new_run_dir, peak_memory
 
 CPU = torch.device("cpu")
-OPTIONS: dict[str, Any] = {"surrogate": surrogate(Scale), "epochs": 4, "lambd": 0.5, "penalty_from": 2}
+OPTIONS = {"surrogate": surrogate(Scale), "epochs": 4, "lambd": 0.5, "penalty_from": 2}
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory):
     """A finished run, pictures and all, which the tests only read."""
     return train(small(tmp_path_factory.mktemp("runs") / "a", **OPTIONS))
 
 
 @pytest.fixture(scope="module")
-def summary(run_dir: Path) -> dict[str, Any]:
+def summary(run_dir):
     found = read_summary(run_dir)
     assert found is not None
     return found
 
 
-def test_run_directory_holds_every_file(run_dir: Path) -> None:
+def test_run_directory_holds_every_file(run_dir):
     names = {path.name for path in run_dir.iterdir() if not path.name.startswith("events.out.tfevents")}
     pictures, tables = {"curves.png", "tsne.png"}, {"config.yaml", "metrics.csv", "summary.json"}
     assert names == {*pictures, *tables, "train.log", "last.pt", "best.pt"}
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
 
 
-def test_config_is_accepted_back_and_does_not_claim_the_directory_again(run_dir: Path) -> None:
+def test_config_is_accepted_back_and_does_not_claim_the_directory_again(run_dir):
     assert read_config(run_dir).checked() == small(None, **OPTIONS).checked().resolved()
 
 
-def test_metrics_have_a_row_per_epoch_the_named_columns_and_those_of_monitors(run_dir: Path) -> None:
+def test_metrics_have_a_row_per_epoch_the_named_columns_and_those_of_monitors(run_dir):
     table = rows(run_dir)
     assert [row["epoch"] for row in table] == [1, 2, 3, 4]
     assert tuple(table[-1]) == (*COLUMNS, "scale.weight_now")
     assert set(board(run_dir)) == {*COLUMNS, "scale.weight_now"} - {"epoch"}
 
 
-def test_metrics_follow_the_schedules(run_dir: Path) -> None:
+def test_metrics_follow_the_schedules(run_dir):
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
     assert [row["lambda_eff"] for row in table] == [0.0, 0.5, 0.5, 0.5]  # from epoch 2
     for row in table:
         expected = row["cross_entropy"] + row["lambda_eff"] * row["rob_loss"]
         assert row["train_loss"] == pytest.approx(expected, rel=1e-12)
+    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in table[1:])
 
 
-def test_surrogate_time_is_part_of_the_time(run_dir: Path) -> None:
-    assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in rows(run_dir)[1:])
-
-
-def test_summary_has_exactly_the_named_keys(summary: dict[str, Any]) -> None:
+def test_summary_has_exactly_the_named_keys(summary):
     figures = {"test_accuracy", "best_epoch", "epochs", "train_seconds", "surrogate_seconds", "rob_loss", "intra_mse"}
     assert set(summary) == figures | {"parameters", "skipped_steps", "peak_memory_bytes", "device", "versions"}
     assert {"python", "torch", "triton", "numpy", "scikit-learn", "cem"} == set(summary["versions"])
 
 
-def test_summary_agrees_with_metrics_and_checkpoints(run_dir: Path, summary: dict[str, Any]) -> None:
+def test_summary_agrees_with_metrics_and_checkpoints(run_dir, summary):
     table, content = rows(run_dir), checkpoints.load(run_dir / "best.pt")
     best = table[summary["best_epoch"] - 1]
     assert (summary["rob_loss"], summary["intra_mse"]) == (best["rob_loss"], best["intra_mse"])
@@ -83,15 +76,15 @@ def test_summary_agrees_with_metrics_and_checkpoints(run_dir: Path, summary: dic
     assert content["best_epoch"] == summary["best_epoch"] == 4  # under the strongest penalty
 
 
-def test_loaded_model_has_the_accuracy_of_the_summary(run_dir: Path, summary: dict[str, Any], make: Make) -> None:
+def test_loaded_model_has_the_accuracy_of_the_summary_on_the_test_images(run_dir, summary):
     config, model = load_run(run_dir, device="cpu")
-    test = Trainer(make(**OPTIONS)).state.test
+    test = make_loader(load_data("digits").test, config.batch_size, shuffle=False)
     assert accuracy(model, test, CPU, config.seed) == summary["test_accuracy"]
     assert not model.training
 
 
 @pytest.mark.parametrize("found", ["", "format: 1\n", "format: 3\n"])
-def test_run_of_another_version_is_refused(tmp_path: Path, found: str) -> None:
+def test_run_of_another_version_is_refused(tmp_path, found):
     (tmp_path / "config.yaml").write_text(f"{found}surrogate: none\nthreshold: ramp\n")
     message = f"was made by another version: its format is {found[8:-1] or None}, this one reads 2$"
     for read in (read_config, load_run):
@@ -99,7 +92,7 @@ def test_run_of_another_version_is_refused(tmp_path: Path, found: str) -> None:
             read(tmp_path)
 
 
-def test_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+def test_directory_that_holds_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read options from .*config\.yaml"):
         load_run(tmp_path)
     assert read_summary(tmp_path) is None
@@ -113,7 +106,7 @@ def test_directory_that_holds_no_run_is_refused(tmp_path: Path) -> None:
         ("summary.json", "a finished run lies there; choose another --out, or another --seed"),
     ],
 )
-def test_run_directory_that_is_not_empty_is_refused_with_what_to_do(make: Make, found: str, hint: str) -> None:
+def test_run_directory_that_is_not_empty_is_refused_with_what_to_do(make, found, hint):
     config = make(surrogate="none")
     config.run_dir.mkdir()
     (config.run_dir / found).write_text("years of work")
@@ -122,7 +115,7 @@ def test_run_directory_that_is_not_empty_is_refused_with_what_to_do(make: Make, 
     assert [path.name for path in config.run_dir.iterdir()] == [found]
 
 
-def test_automatic_run_directory_takes_the_first_free_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_run_directory_takes_the_first_free_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = TrainConfig().run_dir
     assert new_run_dir(TrainConfig()) == first
@@ -134,17 +127,15 @@ def test_automatic_run_directory_takes_the_first_free_number(tmp_path: Path, mon
     assert new_run_dir(TrainConfig()) == first.with_name(f"{first.name}-3")
 
 
-def test_wrong_options_leave_no_directory_behind(make: Make) -> None:
+def test_wrong_options_leave_no_directory_behind(make):
     config = make(arch="resnet21")
     with pytest.raises(UsageError, match="resnet21"):
         train(config)
     assert not config.run_dir.exists()
 
 
-def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(make, monkeypatch):
+    def fail(*_, **__):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(trainer_module, "draw_curves", fail)
@@ -154,11 +145,7 @@ def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(
     assert read_summary(run_dir) is not None
 
 
-def test_peak_memory_counts_what_was_allocated() -> None:
+def test_peak_memory_counts_what_was_allocated():
     before = peak_memory(CPU)
     block = torch.ones(2**27)  # 512 MiB, more than the process can have freed and kept
-    after = peak_memory(CPU)
-    assert before is not None
-    assert after is not None
-    assert after >= before
-    assert after >= block.nbytes
+    assert peak_memory(CPU) >= max(before, block.nbytes)

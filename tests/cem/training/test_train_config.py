@@ -1,10 +1,8 @@
 """Options of a run: defaults, what goes together, the run's directory, and what another run's may differ in."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -19,16 +17,16 @@ from cem_kernels import BACKENDS, backends
 GAINED = TrainConfig(surrogate="none", defenses=(GAIN,))
 
 
-def under(name: str, **options: Any) -> TrainConfig:
+def under(name, **options):
     """The defaults, under this surrogate with these options of its own."""
     return TrainConfig(surrogate=name, members={name: SURROGATES[name].Options(**options)})
 
 
-def gained(**options: Any) -> dict[str, Any]:
+def gained(**options):
     return {"gain": Gain.Options(**options)}
 
 
-def another(hint: Any, default: Any) -> Any:
+def another(hint, default):
     """A value that an option of this type takes, and not its default."""
     if isinstance(default, bool):
         return not default
@@ -37,13 +35,13 @@ def another(hint: Any, default: Any) -> Any:
     return next(value for value in values if isinstance(value, int | float | str | Path) and value != default)
 
 
-def test_defaults_are_valid_and_backends_those_of_the_operators() -> None:
+def test_defaults_are_valid_and_backends_those_of_the_operators():
     expected = replace(TrainConfig(), members={"centroid": SURROGATES["centroid"].Options()})
     assert TrainConfig().checked() == expected
     assert get_args(hints(TrainConfig)["backend"]) == BACKENDS
 
 
-def test_yaml_gives_back_every_option(tmp_path: Path) -> None:
+def test_yaml_gives_back_every_option(tmp_path):
     named = {"surrogate": "mixture", "data": "svhn", "defenses": ("noise",), "device": "cpu"}
     types = {name: hint for name, hint in hints(TrainConfig).items() if name not in {*named, "members"}}
     values = {name: another(hint, getattr(TrainConfig(), name)) for name, hint in types.items()}
@@ -58,7 +56,7 @@ BEYOND = [("sgd_momentum", 1.0), ("seed", 2**32), ("lambd", float("nan")), ("dat
 
 
 @pytest.mark.parametrize(("name", "value"), [*((n, 0) for n in POSITIVE), *((n, -1) for n in NOT_NEGATIVE), *BEYOND])
-def test_value_out_of_range_is_refused_with_option_and_value(name: str, value: Any) -> None:
+def test_value_out_of_range_is_refused_with_option_and_value(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be .* got {value!r}"):
         replace(TrainConfig(), **{name: value}).checked()
 
@@ -80,19 +78,19 @@ CAPTURED = {"capture": True, "device": "cpu"}
         (CAPTURED | {"surrogate": "none", "defenses": (GAIN,)}, "--capture needs a CUDA device, got cpu"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**options).checked()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
-def test_capture_on_a_device_chosen_automatically_is_refused_with_the_choice() -> None:
+def test_capture_on_a_device_chosen_automatically_is_refused_with_the_choice():
     with pytest.raises(UsageError, match=r"got cpu \(--device auto\)"):
         TrainConfig(capture=True).checked()
 
 
 @pytest.mark.parametrize("name", ["centroid", "attention"])
-def test_triton_on_the_cpu_is_refused_before_anything_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_the_cpu_is_refused_before_anything_is_built(name, monkeypatch):
     config = TrainConfig(surrogate=name, backend="triton", device="cpu")
     monkeypatch.setattr(backends, "INTERPRETING", True)
     config.checked()
@@ -102,14 +100,14 @@ def test_triton_on_the_cpu_is_refused_before_anything_is_built(name: str, monkey
 
 
 @pytest.mark.parametrize("options", [{"surrogate": "none"}, {"lambd": 0.0}])
-def test_run_without_surrogate_or_weight_has_no_penalty_and_may_be_shorter(options: dict[str, Any]) -> None:
+def test_run_without_surrogate_or_weight_has_no_penalty_and_may_be_shorter(options):
     assert not TrainConfig(**options).penalized
     TrainConfig(epochs=1, **options).checked()
     assert TrainConfig().penalized
 
 
 @pytest.mark.parametrize("name", list(SURROGATES))
-def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name: str) -> None:
+def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
     resolved, member = TrainConfig(surrogate=name).resolved(), SURROGATES[name]
     assert (resolved.lambd, resolved.lambd_schedule) == (member.Options.weight, member.schedule)
     given = TrainConfig(surrogate=name, lambd=3.0, lambd_schedule="rising")
@@ -131,9 +129,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "config"), NAMES.items(), ids=NAMES)
-def test_run_directory_is_named_after_what_tells_runs_apart_or_as_it_is_asked_for(
-    name: str, config: TrainConfig
-) -> None:
+def test_run_directory_is_named_after_what_tells_runs_apart_or_as_it_is_asked_for(name, config):
     assert config.run_dir == Path("runs") / name
     assert replace(config, out="a/b").checked().run_dir == Path("a/b")
 
@@ -161,13 +157,11 @@ FOLDER = TrainConfig(data="folder", augment=True)
     ],
     ids=["where it runs", "rate", "surrogate", "defense", "another name", "first epoch", "workers that augment"],
 )
-def test_changed_options_name_what_would_change_the_numbers(
-    before: TrainConfig, after: TrainConfig, lines: list[str]
-) -> None:
+def test_changed_options_name_what_would_change_the_numbers(before, after, lines):
     assert changed_options(before, after) == lines
 
 
-def test_run_without_its_penalty_differs_in_nothing_else() -> None:
+def test_run_without_its_penalty_differs_in_nothing_else():
     before = replace(under("mixture", clusters=3), defenses=(GAIN,), lr=0.1, lambd=2.0, backend="eager")
     before = replace(before, members={**before.members, **gained(weight=1.0)})
     assert without_penalty(before) == replace(GAINED, lr=0.1, members=gained(weight=1.0))

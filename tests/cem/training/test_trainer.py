@@ -1,13 +1,8 @@
 """The trainer: weights and rates, what it learns, which epoch it keeps, and what its numbers depend on."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from small_runs import Make, attention, fitted, rows, weights
+from small_runs import attention, fitted, rows, weights
 from small_terms import Scale, surrogate
 from torch import nn
 
@@ -22,7 +17,7 @@ from cem.training.evaluation import accuracy, collect_features
 CPU = torch.device("cpu")
 
 
-def same(a: Path, b: Path) -> bool:
+def same(a, b):
     return all(map(torch.equal, weights(a), weights(b)))
 
 
@@ -37,12 +32,12 @@ def same(a: Path, b: Path) -> bool:
     ],
     ids=["rising", "constant", "centroid's own", "attention's own", "none"],
 )
-def test_weight_follows_its_schedule(make: Make, options: dict[str, Any], expected: list[float]) -> None:
+def test_weight_follows_its_schedule(make, options, expected):
     run_dir = train(make(penalty_from=2, **options))
     assert [row["lambda_eff"] for row in rows(run_dir)] == pytest.approx(expected)
 
 
-def test_penalty_begins_in_the_epoch_it_is_asked_for(make: Make) -> None:
+def test_penalty_begins_in_the_epoch_it_is_asked_for(make):
     late = rows(train(make("late", surrogate=surrogate(Scale), penalty_from=3)))
     plain = rows(train(make("plain", surrogate="none")))
     assert [row["lambda_eff"] > 0 for row in late] == [False, False, True]
@@ -59,13 +54,18 @@ def test_penalty_begins_in_the_epoch_it_is_asked_for(make: Make) -> None:
     ],
     ids=["no penalty", "constant weight", "one epoch with the penalty"],
 )
-def test_best_epoch_is_the_first_of_the_most_accurate_under_the_strongest_penalty(
-    make: Make, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], best: int
-) -> None:
+def test_best_epoch_is_the_first_of_the_most_accurate_under_the_strongest_penalty(make, monkeypatch, options, best):
     """The rule is that of a rising weight, whatever the run has: the last quarter of the epochs has the most of it."""
     found = iter([0.9, 0.8, 0.7, 0.6, 0.5, 0.9, 0.4, 0.4, 0.123])  # the last on the test set
-    monkeypatch.setattr(trainer_module, "accuracy", lambda *_, **__: next(found))
+    sets = []
+
+    def scripted(_, batches, *__, **___):
+        sets.append(len(batches.dataset))
+        return next(found)
+
+    monkeypatch.setattr(trainer_module, "accuracy", scripted)
     trainer = fitted(make(epochs=8, **options))
+    assert sets == [len(trainer.state.data.val)] * 8 + [len(trainer.state.data.test)]
     assert trainer.finished["best_epoch"] == best
     assert trainer.finished["test_accuracy"] == 0.123
     kept = checkpoints.load(trainer.run_dir / "best.pt")["server"]
@@ -74,13 +74,13 @@ def test_best_epoch_is_the_first_of_the_most_accurate_under_the_strongest_penalt
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bfloat16"])
-def test_training_learns_and_its_weights_are_fp32(make: Make, amp: bool) -> None:
+def test_training_learns_and_its_weights_are_fp32(make, amp):
     trainer = fitted(make(surrogate="none", epochs=8, train_size=400, amp=amp))
     assert trainer.finished["test_accuracy"] > 0.8
     assert not any(weight.dtype == torch.bfloat16 for weight in weights(trainer.run_dir))
 
 
-def test_same_seed_gives_the_same_numbers_whatever_is_constructed_in_between(make: Make) -> None:
+def test_same_seed_gives_the_same_numbers_whatever_is_constructed_in_between(make):
     first = train(make("first", surrogate="none", epochs=1))
     again, other = Trainer(make("again", surrogate="none", epochs=1)), make("other", surrogate="none", epochs=1, seed=5)
     Trainer(other)
@@ -89,13 +89,13 @@ def test_same_seed_gives_the_same_numbers_whatever_is_constructed_in_between(mak
     assert not same(first, train(other))
 
 
-def test_training_without_evaluation_gives_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_without_evaluation_gives_the_same_weights(make, monkeypatch):
     with_evaluation = train(make("a", surrogate="none", epochs=2))
     monkeypatch.setattr(trainer_module, "accuracy", lambda *_, **__: 0.5)
     assert same(with_evaluation, train(make("b", surrogate="none", epochs=2)))
 
 
-def test_surrogates_begin_from_the_same_weights_and_random_numbers(make: Make) -> None:
+def test_surrogates_begin_from_the_same_weights_and_random_numbers(make):
     none, *others = (Trainer(make(name, surrogate=name)).state for name in SURROGATES)
     for other in others:
         for name, tensor in none.model.state_dict().items():
@@ -103,7 +103,7 @@ def test_surrogates_begin_from_the_same_weights_and_random_numbers(make: Make) -
         assert torch.equal(other.random["torch"], none.random["torch"])
 
 
-def test_evaluation_leaves_the_mode_and_sees_the_same_noise_again(make: Make) -> None:
+def test_evaluation_leaves_the_mode_and_sees_the_same_noise_again(make):
     state = Trainer(make(surrogate="none")).state
     state.model.train()
     first, again, clean = (
@@ -115,9 +115,9 @@ def test_evaluation_leaves_the_mode_and_sees_the_same_noise_again(make: Make) ->
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_accuracy_is_computed_in_bfloat16_where_asked(amp: bool, dtype: torch.dtype) -> None:
+def test_accuracy_is_computed_in_bfloat16_where_asked(amp, dtype):
     model = SplitModel(nn.Flatten(), nn.Linear(16, 3), image_shape=(1, 4, 4))
-    seen: list[torch.dtype] = []
+    seen = []
     model.server.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     assert 0 <= accuracy(model, [(torch.rand(5, 1, 4, 4), torch.arange(5) % 3)], CPU, 0, amp=amp) <= 1
     assert seen == [dtype]
@@ -125,7 +125,7 @@ def test_accuracy_is_computed_in_bfloat16_where_asked(amp: bool, dtype: torch.dt
         accuracy(model, [], CPU, 0)
 
 
-def test_warm_start_takes_the_weights_and_the_full_penalty(make: Make) -> None:
+def test_warm_start_takes_the_weights_and_the_full_penalty(make):
     first = train(make("first", surrogate="none", epochs=2))
     options = {"surrogate": surrogate(Scale), "lambd": 16.0, "lambd_schedule": "rising", "epochs": 1}
     second = Trainer(make("second", init_from=first, **options))
@@ -135,7 +135,7 @@ def test_warm_start_takes_the_weights_and_the_full_penalty(make: Make) -> None:
     assert rows(second.run_dir)[0]["lambda_eff"] == 16.0
 
 
-def test_warm_start_from_another_architecture_is_refused_before_anything_is_written(make: Make) -> None:
+def test_warm_start_from_another_architecture_is_refused_before_anything_is_written(make):
     first = train(make("first", surrogate="none", epochs=1))
     other = make("other", surrogate="none", arch="resnet20", init_from=first / "best.pt")
     with pytest.raises(CheckpointError, match=r"best\.pt does not fit this run's encoder"):
@@ -143,17 +143,17 @@ def test_warm_start_from_another_architecture_is_refused_before_anything_is_writ
     assert not other.run_dir.exists()
 
 
-def test_centralized_model_trains(make: Make) -> None:
+def test_centralized_model_trains(make):
     trainer = fitted(make(epochs=1, centralized=True))
     assert trainer.state.model.feature_shape == (32,)
     assert rows(trainer.run_dir)[0]["rob_loss"] > 0
 
 
-def test_every_sample_counts_where_the_batch_does_not_divide_them(make: Make) -> None:
+def test_every_sample_counts_where_the_batch_does_not_divide_them(make):
     correct = rows(train(make(surrogate="none", epochs=1, train_size=70)))[0]["train_accuracy"] * 70
     assert correct == pytest.approx(round(correct))
 
 
-def test_lone_last_sample_does_not_stop_batch_normalization(make: Make) -> None:
+def test_lone_last_sample_does_not_stop_batch_normalization(make):
     trainer = fitted(make(surrogate="none", train_size=33, epochs=1))
     assert len(trainer.state.train) == 1

@@ -1,95 +1,87 @@
 """What terms and defenses are told and asked while a run trains, and where what they say ends up."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from small_runs import STEPS, Make, attention, board, fitted, rows, weights
-from small_terms import GAIN, Gain, OwnScale, Refitted, Scale, SharedScale, Watched, surrogate
+from small_runs import STEPS, board, fitted, rows, small, weights
+from small_terms import GAIN, Gain, OwnScale, Scale, SharedScale, Watched, surrogate
 
 from cem.training import Trainer, load_run, read_config, train
 from cem.training import checkpoint as checkpoints
 from cem.training.evaluation import collect_features
 
 
-def surrogate_of(trainer: Trainer) -> Any:
+def surrogate_of(trainer):
     return trainer.state.parts()["surrogate"]
 
 
-@pytest.mark.parametrize("options", [{"surrogate": "none"}, {"surrogate": surrogate(Refitted), "lambd": 0.0}])
-def test_run_without_penalty_builds_no_surrogate(make: Make, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"surrogate": "none"}, {"surrogate": surrogate(Watched), "lambd": 0.0}])
+def test_run_without_penalty_builds_no_surrogate(make, options):
     trainer = fitted(make(epochs=1, **options))
     assert trainer.state.terms == []
     assert rows(trainer.run_dir)[0]["surrogate_seconds"] == 0
 
 
 @pytest.mark.parametrize(("kind", "learns"), [(Scale, False), (OwnScale, True), (SharedScale, True)])
-def test_surrogate_learns_with_its_own_optimizer_or_the_networks(make: Make, kind: type[Scale], learns: bool) -> None:
+def test_surrogate_learns_with_its_own_optimizer_or_the_networks(make, kind, learns):
     run_dir = train(make(surrogate=surrogate(kind), epochs=1))
     assert (weights(run_dir, "surrogate")[0].item() != 1.0) is learns
 
 
-def test_surrogate_without_a_weight_yet_does_not_learn(make: Make) -> None:
+def test_surrogate_without_a_weight_yet_does_not_learn(make):
     trainer = fitted(make(surrogate=surrogate(OwnScale), penalty_from=3))
     assert surrogate_of(trainer).weight.item() != 1.0
     steps = trainer.state.optimizers["surrogate.adam"].state_dict()["state"][0]["step"]
     assert steps == STEPS  # of the one epoch in which it has a weight
 
 
-@pytest.mark.parametrize(("trained", "optimizers"), [("frozen", []), ("shared", []), (1e-4, ["surrogate.adam"])])
-def test_attention_trains_what_its_option_says(make: Make, trained: Any, optimizers: list[str]) -> None:
-    state = Trainer(make(**attention(trained=trained))).state
-    own = set(map(id, state.terms[0].term.parameters()))
-    assert list(state.optimizers) == ["sgd", *optimizers]
-    shared = own & {id(each) for group in state.optimizers["sgd"].param_groups for each in group["params"]}
-    assert shared == (own if trained == "shared" else set())
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run of two epochs, the second with the penalty, under a surrogate that kept what it was told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cem.training.trainer.draw_or_log", lambda *_: None)
+        return fitted(
+            small(tmp_path_factory.mktemp("runs") / "a", surrogate=surrogate(Watched), epochs=2, penalty_from=2)
+        )
 
 
-def test_term_is_told_the_epochs_from_the_first_with_a_weight_on(make: Make) -> None:
-    trainer = fitted(make(surrogate=surrogate(Watched), epochs=4, penalty_from=3))
-    assert surrogate_of(trainer).epochs == [(-2, 2), (-1, 2), (0, 2), (1, 2)]
+def test_term_is_told_the_epochs_from_the_first_with_a_weight_on(watched):
+    assert surrogate_of(watched).epochs == [(-1, 1), (0, 1)]
 
 
-def test_term_may_train_an_adversary_in_every_step_on_detached_batches(make: Make) -> None:
-    trainer = fitted(make(surrogate=surrogate(Watched), epochs=2, penalty_from=2))
-    steps = surrogate_of(trainer).steps
+def test_term_may_train_an_adversary_in_every_step_on_detached_batches(watched):
+    steps = surrogate_of(watched).steps
     assert [len(batch.labels) for batch, _ in steps] == [32, 32, 26] * 2
     for batch, training in steps:
         assert training
-        assert batch.images.shape[1:] == trainer.state.data.image_shape
-        assert batch.sent.shape[1:] == batch.features.shape[1:] == trainer.state.model.feature_shape
+        assert batch.images.shape[1:] == watched.state.data.image_shape
+        assert batch.sent.shape[1:] == batch.features.shape[1:] == watched.state.model.feature_shape
         assert not any(each.requires_grad for each in (batch.features, batch.sent))
         assert (batch.sent - batch.features).std().item() == pytest.approx(0.1, rel=0.1)
 
 
-def test_refit_sees_the_whole_training_set_clean_after_every_epoch(make: Make) -> None:
-    trainer = fitted(make(surrogate=surrogate(Refitted), epochs=2, penalty_from=2))
-    refits = surrogate_of(trainer).refits
-    assert [features.shape for features, _ in refits] == [(90, *trainer.state.model.feature_shape)] * 2
-    assert torch.equal(refits[0][1], trainer.state.data.train.labels)
+def test_refit_sees_the_whole_training_set_clean_after_every_epoch(watched):
+    state, refits = watched.state, surrogate_of(watched).refits
+    assert [features.shape for features, _ in refits] == [(90, *state.model.feature_shape)] * 2
+    assert torch.equal(refits[0][1], state.data.train.labels)
     # The last epoch is the best here, so the trained model is the one that was refitted on.
-    clean, _ = collect_features(trainer.state.model, trainer.state.plain_train, torch.device("cpu"), 0, noisy=False)
-    assert trainer.state.best_epoch == 2
+    clean, _ = collect_features(state.model, state.plain_train, torch.device("cpu"), 0, noisy=False)
+    assert state.best_epoch == 2
     assert torch.equal(refits[1][0], clean)
 
 
-def test_refit_leaves_the_runs_random_numbers_alone(make: Make) -> None:
-    a, b = (train(make(kind.__name__, surrogate=surrogate(kind), epochs=2)) for kind in (Scale, Refitted))
-    assert all(map(torch.equal, weights(a), weights(b)))
-
-
-def test_monitors_and_what_a_refit_says_are_columns(make: Make) -> None:
-    run_dir = train(make(surrogate=surrogate(Refitted), epochs=2, penalty_from=2))
-    table = rows(run_dir)
+def test_monitors_and_what_a_refit_says_are_columns(watched):
+    table, steps = rows(watched.run_dir), board(watched.run_dir)
     assert [row["scale.information_nats"] for row in table] == [123.4, 123.4]
     assert [row.get("scale.weight_now") for row in table] == [None, 1.0]  # nothing was measured in the first
-    steps = board(run_dir)
     assert (steps["scale.information_nats"], steps["scale.weight_now"]) == ([1, 2], [2])
 
 
-def test_surrogate_and_the_term_of_a_defense_train_together(make: Make) -> None:
+def test_refit_leaves_the_runs_random_numbers_alone(make):
+    a, b = (train(make(kind.__name__, surrogate=surrogate(kind), epochs=2)) for kind in (Scale, Watched))
+    assert all(map(torch.equal, weights(a), weights(b)))
+
+
+def test_surrogate_and_the_term_of_a_defense_train_together(make):
     options = {"surrogate": surrogate(OwnScale), "defenses": (GAIN,), "epochs": 2, "lambd": 3.0, "penalty_from": 2}
     trainer = fitted(make(**options))
     table = rows(trainer.run_dir)
@@ -106,7 +98,7 @@ def test_surrogate_and_the_term_of_a_defense_train_together(make: Make) -> None:
     assert content["defenses.gain"]["guess"] > 0  # it learned the size of what is sent
 
 
-def test_defense_is_part_of_the_model_in_training_and_in_use(make: Make) -> None:
+def test_defense_is_part_of_the_model_in_training_and_in_use(make):
     trainer = fitted(make(surrogate="none", defenses=(GAIN,), noise_std=0.0))
     gain = trainer.state.model.defense.members()["gain"]
     assert isinstance(gain, Gain)
@@ -117,7 +109,7 @@ def test_defense_is_part_of_the_model_in_training_and_in_use(make: Make) -> None
     assert config == read_config(trainer.run_dir)
 
 
-def test_defense_has_the_options_of_the_run(make: Make) -> None:
+def test_defense_has_the_options_of_the_run(make):
     given = {"gain": Gain.Options(weight=0.0, factor=3.0)}
     state = Trainer(make(surrogate="none", defenses=(GAIN,), members=given)).state
     z = torch.ones(2, *state.model.feature_shape)
@@ -125,8 +117,8 @@ def test_defense_has_the_options_of_the_run(make: Make) -> None:
     assert state.terms[0].weight(0) == 0.0
 
 
-def test_noise_comes_first_unless_it_is_named(make: Make) -> None:
-    def order(*defenses: str) -> list[str]:
+def test_noise_comes_first_unless_it_is_named(make):
+    def order(*defenses):
         return list(Trainer(make(surrogate="none", defenses=defenses)).state.model.defense.members())
 
     assert order() == ["noise"]
