@@ -127,13 +127,6 @@ def test_automatic_run_directory_takes_the_first_free_number(tmp_path, monkeypat
     assert new_run_dir(TrainConfig()) == first.with_name(f"{first.name}-3")
 
 
-def test_wrong_options_leave_no_directory_behind(make):
-    config = make(arch="resnet21")
-    with pytest.raises(UsageError, match="resnet21"):
-        train(config)
-    assert not config.run_dir.exists()
-
-
 def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(make, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no fonts")
