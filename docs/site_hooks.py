@@ -1,0 +1,55 @@
+"""What the site needs besides pages: files outside of this folder that pages link to, and docstrings as Markdown."""
+
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+STUDIES = "benchmarks/results/README.md"
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", STUDIES)
+LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
+
+
+def on_files(files, config):
+    """Make them part of the site, at the place that they have in the repository."""
+    linked = {target for page in DOCS.glob("*.md") for target in LINK.findall(page.read_text(encoding="utf-8"))}
+    beside = {f"{path.parent.relative_to(ROOT).as_posix()}/{path.name}" for path in (ROOT / STUDIES).parent.glob("*.csv")}
+    for uri in sorted({*linked, *beside, *PAGES}):
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / uri)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links that hold in the repository hold in the site, where this folder is the root."""
+    if page.file.src_uri in PAGES:
+        return re.sub(r"(?<=\]\()((?:\.\./)*)docs/", r"\1", markdown)
+    return markdown if "/" in page.file.src_uri else LINK.sub(r"\1", markdown)
+
+
+class Docstrings(griffe.Extension):
+    """The project's docstrings are Google's, with roles and literal blocks of Sphinx; here they become Markdown."""
+
+    def on_instance(self, *, obj, **kwargs):
+        """Called for everything that has a docstring, and for fields that are described by the comment beside them."""
+        if obj.is_attribute and obj.docstring is None:
+            _, mark, comment = obj.source.partition("  # ")
+            obj.docstring = griffe.Docstring(comment, parent=obj) if mark else None
+        if obj.docstring is None:
+            return
+        text = re.sub(r"^Example::$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+        text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+        text = re.sub(r"(?<!`)(\[\w+\]\[\w+\]\w*)", r"`\1`", text)  # a form such as [Kk][Ss], not a reference
+        obj.docstring.value = re.sub(r":\w+:`~?([^`]+)`", lambda role: self._link(obj, role[1]), text)
+
+    @staticmethod
+    def _link(obj, target):
+        """A link where the target has a place in the reference, and its name alone where it has none."""
+        try:
+            path = target if target.startswith("cem") else obj.resolve(target)
+        except griffe.NameResolutionError:
+            path = target
+        name = target.rpartition(".")[2] if target.startswith("cem") else target
+        return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
