@@ -16,7 +16,7 @@ LINK = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 def on_files(files, config):
     """Make them part of the site, at the place that they have in the repository."""
     linked = {target for page in DOCS.glob("*.md") for target in LINK.findall(page.read_text(encoding="utf-8"))}
-    beside = {f"{path.parent.relative_to(ROOT).as_posix()}/{path.name}" for path in (ROOT / STUDIES).parent.glob("*.csv")}
+    beside = {path.relative_to(ROOT).as_posix() for path in (ROOT / STUDIES).parent.glob("*.csv")}
     for uri in sorted({*linked, *beside, *PAGES}):
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / uri)))
     return files
@@ -42,7 +42,14 @@ class Docstrings(griffe.Extension):
         text = re.sub(r"^Example::$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
         text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
         text = re.sub(r"(?<!`)(\[\w+\]\[\w+\]\w*)", r"`\1`", text)  # a form such as [Kk][Ss], not a reference
+        text = re.sub(r"^(    )(\w+(?:, \w+)+): ", self._split, text, flags=re.MULTILINE)
         obj.docstring.value = re.sub(r":\w+:`~?([^`]+)`", lambda role: self._link(obj, role[1]), text)
+
+    @staticmethod
+    def _split(entry):
+        """``a, b: text`` as two entries, which is how sections are read."""
+        *others, last = entry[2].split(", ")
+        return "".join(f"{entry[1]}{name}: as ``{last}``\n" for name in others) + f"{entry[1]}{last}: "
 
     @staticmethod
     def _link(obj, target):
