@@ -33,10 +33,7 @@ class Docstrings(griffe.Extension):
     """The project's docstrings are Google's, with roles and literal blocks of Sphinx; here they become Markdown."""
 
     def on_instance(self, *, obj, **kwargs):
-        """Called for everything that has a docstring, and for fields that are described by the comment beside them."""
-        if obj.is_attribute and obj.docstring is None:
-            _, mark, comment = obj.source.partition("  # ")
-            obj.docstring = griffe.Docstring(comment, parent=obj) if mark else None
+        """Roles, literal blocks and examples of everything that has a docstring."""
         if obj.docstring is None:
             return
         text = re.sub(r"^Example::$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
@@ -44,6 +41,13 @@ class Docstrings(griffe.Extension):
         text = re.sub(r"(?<!`)(\[\w+\]\[\w+\]\w*)", r"`\1`", text)  # a form such as [Kk][Ss], not a reference
         text = re.sub(r"^(    )(\w+(?:, \w+)+): ", self._split, text, flags=re.MULTILINE)
         obj.docstring.value = re.sub(r":\w+:`~?([^`]+)`", lambda role: self._link(obj, role[1]), text)
+
+    def on_class_members(self, *, cls, **kwargs):
+        """Fields of a named tuple are described by the comments beside them."""
+        named = any(str(base) == "NamedTuple" for base in cls.bases)
+        if named and cls.docstring and "Attributes:" not in cls.docstring.value:
+            fields = [(each.name, each.source.partition("  # ")[2]) for each in cls.attributes.values()]
+            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(f"    {name}: ``{of}``" for name, of in fields)
 
     @staticmethod
     def _split(entry):

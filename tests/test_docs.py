@@ -50,13 +50,16 @@ def tables(page: Path, head: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory, from which files of a page can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for family in (cem.SURROGATES, cem.DEFENSES):  # what a page registers is forgotten with it
         monkeypatch.setattr(family, "_members", dict(family._members))
-    return tmp_path
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def write_named(page: Path, folder: Path) -> None:
@@ -81,7 +84,10 @@ def test_python_of_a_page_runs(page: Path, beside: Path) -> None:
     write_named(page, beside)
     namespace: dict[str, object] = {"__name__": page.stem}
     for text in blocks(page, "python"):
-        exec(compile(text, str(page), "exec"), namespace)
+        if named := NAMED_BLOCK.match(text):
+            namespace |= vars(importlib.import_module(Path(named[1]).stem))
+        else:
+            exec(compile(text, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=names(WITH_COMMANDS))
