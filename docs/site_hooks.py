@@ -38,16 +38,25 @@ class Docstrings(griffe.Extension):
             return
         text = re.sub(r"^Example::$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
         text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+        text = text.replace("/*", "/\\*")
         text = re.sub(r"(?<!`)(\[\w+\]\[\w+\]\w*)", r"`\1`", text)  # a form such as [Kk][Ss], not a reference
         text = re.sub(r"^(    )(\w+(?:, \w+)+): ", self._split, text, flags=re.MULTILINE)
         obj.docstring.value = re.sub(r":\w+:`~?([^`]+)`", lambda role: self._link(obj, role[1]), text)
 
     def on_class_members(self, *, cls, **kwargs):
-        """Fields of a named tuple are described by the comments beside them."""
-        named = any(str(base) == "NamedTuple" for base in cls.bases)
-        if named and cls.docstring and "Attributes:" not in cls.docstring.value:
+        """Fields of a named tuple are described by the comments beside them; options have defaults."""
+        if cls.docstring is None:
+            return
+        text, described = cls.docstring.value, "Attributes:" in cls.docstring.value
+        if not described and any(str(base) == "NamedTuple" for base in cls.bases):
             fields = [(each.name, each.source.partition("  # ")[2]) for each in cls.attributes.values()]
-            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(f"    {name}: ``{of}``" for name, of in fields)
+            text += "\n\nAttributes:\n" + "\n".join(f"    {name}: ``{of}``" for name, of in fields)
+        for each in cls.attributes.values():
+            made_by_a_call = isinstance(each.value, griffe.ExprCall) and each.value.arguments
+            default = str(each.value.arguments[0]) if made_by_a_call else ""
+            if described and default and not default.isupper() and "=" not in default:
+                text = re.sub(rf"^(    {each.name}: )", rf"\1``{default}``. ", text, flags=re.MULTILINE)
+        cls.docstring.value = text
 
     @staticmethod
     def _split(entry):
