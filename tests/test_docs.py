@@ -76,10 +76,15 @@ def names(pages: list[Path]) -> list[str]:
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+TRAINS_AND_ATTACKS = [DOCS / "attacking.md"]
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=names(WITH_PYTHON))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page in TRAINS_AND_ATTACKS)) for page in WITH_PYTHON],
+    ids=names(WITH_PYTHON),
+)
 def test_python_of_a_page_runs(page: Path, beside: Path) -> None:
     write_named(page, beside)
     namespace: dict[str, object] = {"__name__": page.stem}
