@@ -3,23 +3,16 @@
 import subprocess
 import sys
 
-import pytest
-
 # An entry of None makes both ``import triton`` and the probes of other libraries say that it is not there.
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
-import {package}
+import cem_kernels, cem
 print("imported", sys.modules["triton"])
 """
 
 
-@pytest.mark.parametrize("package", ["cem_kernels", "cem"])
-def test_import_without_triton(package):
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON.format(package=package)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_packages_are_imported_without_triton():
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "imported None", done.stderr

@@ -1,8 +1,8 @@
-"""Compile every kernel for a GPU that is not there, and say what each needs.
+"""Compile kernels for GPUs that are not there, and say what each needs.
 
-    python tests/cem_kernels/compile_kernels.py sm90             # the rows of one target
-    python tests/cem_kernels/compile_kernels.py --write          # all targets, into kernel_resources.csv
-    python tests/cem_kernels/compile_kernels.py --vary-sizes sm90  # versions compiled as the batch varies: one each
+    python tests/cem_kernels/compile_kernels.py --write        # what the table holds, into kernel_resources.csv
+    python tests/cem_kernels/compile_kernels.py sm90           # every case on one target; or ``sm90 touchiest``
+    python tests/cem_kernels/compile_kernels.py --vary-sizes   # versions asked for as the batch varies: one each
 
 The launchers run as they are, on CPU tensors, with a driver that is a stub and a ``launch`` that only compiles. So what
 is compiled is the very launch that a GPU would get: signature, specialization, tile sizes. Needs a process of its own,
@@ -12,7 +12,9 @@ without ``TRITON_INTERPRET``, which replaces the compiler.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -20,7 +22,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if __name__ == "__main__":
@@ -46,23 +50,14 @@ Rows = list[dict[str, str]]
 COLUMNS = ("target", "kernel", "case", "shared_bytes", "registers", "spilled_bytes", "triton")
 
 
-class StubDriver:
+def stub_driver(target: GPUTarget) -> SimpleNamespace:
     """An active driver of a device that does not exist: enough for ``warmup``, which compiles and does not launch."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -89,134 +84,128 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
-def variance_case(
+# ------------------------------------------------------------------------------------------------------------- cases
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def run_variance(
     dtype: torch.dtype, penalty: str, columns: int, upstream: str = "losses", *, centroids: bool = False,
     samples: int = 64, classes: int = 4,
-) -> Callable[[], None]:  # fmt: skip
+) -> None:  # fmt: skip
     """``upstream``: ``losses``, as training has it, or ``all`` four results, through expanded gradients.
 
     ``centroids``: around running ones, instead of the batch's means.
     """
-
-    def run() -> None:
-        x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
-        common, running, min_samples = (x, order, offsets), (None, None, None), 2
-        if centroids:
-            running = torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes)
-            min_samples = 1
-        _, _, _, _, *kept = variance.variance_forward(
-            *common, *running, None, penalty, 0.1, 1e-4, 1e-6, min_samples, 0.99
-        )
-        one, several = torch.empty(()), torch.empty(()).expand(classes)
-        grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)
-        variance.variance_backward(*common, *kept, *grads, min_samples)
-
-    return run
+    x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
+    common, running, min_samples = (x, order, offsets), (None, None, None), 2
+    if centroids:
+        running = torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes)
+        min_samples = 1
+    options = None, penalty, 0.1, 1e-4, 1e-6, min_samples, 0.99
+    kept = variance.variance_forward(*common, *running, *options)[4:]
+    one, several = torch.empty(()), torch.empty(()).expand(classes)
+    grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)
+    variance.variance_backward(*common, *kept, *grads, min_samples)
 
 
-def read_case(
+def run_read(
     width: int, heads: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, dropout: float = 0.0,
-    strided: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
-) -> Callable[[], None]:  # fmt: skip
-    """``matmul``: PyTorch's fp32 precision; ``strided``: samples side by side and an expanded upstream gradient."""
-
-    def run() -> None:
-        torch.set_float32_matmul_precision(matmul)
-        x = torch.empty(tokens, samples, width, dtype=dtype).transpose(0, 1)
-        x = x if strided else x.contiguous()
-        order, offsets = torch.arange(samples), torch.arange(classes + 1)
-        padded_heads, padded_slots = cross_attention.padded_sizes(heads, slots)
-        shifts = torch.empty(classes, padded_heads * padded_slots)
-        queries = torch.empty(*shifts.shape, width, dtype=products or dtype)
-        alpha, seed = torch.empty(()), torch.zeros(1, dtype=torch.int64) if dropout else None
-        common = (x, order, offsets, queries, shifts, queries, alpha, seed)
-        y, statistics = cross_attention.gated_read_forward(*common, padded_slots, dropout)
-        dy = torch.empty(()).expand(y.shape) if strided else y
-        cross_attention.gated_read_backward(*common, statistics, dy, padded_slots, dropout)
-
-    return run
+    samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """``matmul``: PyTorch's fp32 precision."""
+    torch.set_float32_matmul_precision(matmul)
+    x = torch.empty(samples, tokens, width, dtype=dtype)
+    padded_heads, padded_slots = cross_attention.padded_sizes(heads, slots)
+    shifts = torch.empty(classes, padded_heads * padded_slots)
+    queries = torch.empty(*shifts.shape, width, dtype=products or dtype)
+    alpha, seed = torch.empty(()), torch.zeros(1, dtype=torch.int64) if dropout else None
+    common = (x, torch.arange(samples), torch.arange(classes + 1), queries, shifts, queries, alpha, seed)
+    y, statistics = cross_attention.gated_read_forward(*common, padded_slots, dropout)
+    cross_attention.gated_read_backward(*common, statistics, y, padded_slots, dropout)
 
 
-def slot_case(
+def run_slots(
     width: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, hidden: int | None = None,
-    strided: bool = False, split: bool | None = None, samples: int = 64, classes: int = 4, tokens: int = 4,
-    products: torch.dtype | None = None,
-) -> Callable[[], None]:  # fmt: skip
-    """``split``: whether tokens are split over programs, where the launcher's own choice is not wanted."""
-
-    def run() -> None:
-        torch.set_float32_matmul_precision(matmul)
-        x = torch.empty(tokens, samples, width, dtype=dtype).transpose(0, 1)
-        x = x if strided else x.contiguous()
-        initial, vectors = torch.empty(classes, slots, width), torch.empty(15 * width + (hidden or 2 * width))
-        sizes = (width, width), (3 * width, width), (3 * width, width), (hidden or 2 * width, width)
-        matrices = [torch.empty(size, dtype=products or dtype) for size in (*sizes, sizes[-1][::-1])]
-        common = (x, torch.arange(samples), torch.arange(classes + 1))
-        choose = slot_attention.tokens_are_split
-        slot_attention.tokens_are_split = choose if split is None else lambda x, groups: split
-        try:
-            kept = slot_attention.slot_attention_forward(*common, initial, *matrices, vectors, 3, 1e-8)
-            slot_attention.slot_attention_backward(*common, *matrices, vectors, *kept, initial, 1e-8)
-        finally:
-            slot_attention.tokens_are_split = choose
-
-    return run
+    split: bool = False, samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """``split``: tokens, over programs."""
+    torch.set_float32_matmul_precision(matmul)
+    x = torch.empty(samples, tokens, width, dtype=dtype)
+    initial, vectors = torch.empty(classes, slots, width), torch.empty(15 * width + (hidden or 2 * width))
+    sizes = (width, width), (3 * width, width), (3 * width, width), (hidden or 2 * width, width)
+    matrices = [torch.empty(size, dtype=products or dtype) for size in (*sizes, sizes[-1][::-1])]
+    common = (x, torch.arange(samples), torch.arange(classes + 1))
+    slot_attention.tokens_are_split = lambda x, groups: split
+    kept = slot_attention.slot_attention_forward(*common, initial, *matrices, vectors, 3, 1e-8)
+    slot_attention.slot_attention_backward(*common, *matrices, vectors, *kept, initial, 1e-8)
 
 
-def cases(target: str, everything: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
-    """One of every class of configuration that the launchers choose."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield f"{name_of(dtype)} relu C128", variance_case(dtype, "relu", 128)
-    for penalty in ("softplus", "nats"):
-        yield f"fp32 {penalty} C8192", variance_case(torch.float32, penalty, 8192, "all")
-    yield "fp32 relu C128 split", variance_case(torch.float32, "relu", 128, samples=8192, classes=1)
-    yield "fp32 relu C17", variance_case(torch.float32, "relu", 17, "all")
+MIXED = {"products": BF16}  # of fp32 tokens: a surrogate of half-precision features
+PRECISIONS = {"fp32": (FP32,), "tf32": (FP32, "high"), "bf16": (BF16,), "fp16": (FP16,)}
+Case = tuple[str, Callable[[], None]]
 
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield f"{name_of(dtype)} nats C392 of centroids", variance_case(dtype, "nats", 392, centroids=True)
-    for penalty in ("relu", "softplus"):
-        yield f"fp32 {penalty} C8192 of centroids", variance_case(torch.float32, penalty, 8192, centroids=True)
-    split = {"samples": 8192, "classes": 1}
-    yield "fp32 nats C128 split of centroids", variance_case(torch.float32, "nats", 128, centroids=True, **split)
 
-    products = {"fp32": (torch.float32,), "tf32": (torch.float32, "high"), "bf16": (torch.bfloat16,)}
-    for name, product in products.items():
-        yield f"{name} D128 H4 S8", read_case(128, 4, 8, *product)
-        yield f"{name} D64 H4 S8", read_case(64, 4, 8, *product)
-        yield f"{name} D512 H16 S32", read_case(512, 16, 32, *product)
-    yield "fp16 D128 H4 S8", read_case(128, 4, 8, torch.float16)
+def others() -> Iterator[Case]:
+    """One of every class of configuration that the launchers choose: variances and reads of slots."""
     for name in ("fp32", "bf16"):
-        yield f"{name} D16 H1 S1", read_case(16, 1, 1, *products[name])
-        yield f"{name} D200 H5 S7", read_case(200, 5, 7, *products[name])
-        yield f"{name} D512 H8 S8", read_case(512, 8, 8, *products[name])
-        yield f"{name} D128 H4 S8 dropout", read_case(128, 4, 8, *products[name], dropout=0.1)
-        yield f"{name} D128 H4 S8 strided", read_case(128, 4, 8, *products[name], strided=True)
-
-    mixed = {"products": torch.bfloat16}  # of fp32 tokens: a surrogate of half-precision features
-    yield "bf16 of fp32 D128 H4 S8", read_case(128, 4, 8, torch.float32, **mixed)
-    if TARGETS[target].backend == "hip":
-        return  # nobody has cut the kernels of slot attention for it, and they spill
-    # Large kernels, most of what there is to compile: on other targets than the main one no more cases than differ.
-    yield "fp32 D128 S8", slot_case(128, 8, *products["fp32"])
-    yield "fp32 split D128 S8", slot_case(128, 8, *products["fp32"], split=True)
-    yield "bf16 D128 S8", slot_case(128, 8, *products["bf16"])
-    yield "bf16 of fp32 split D128 S8", slot_case(128, 8, torch.float32, split=True, **mixed)
-    yield "bf16 D512 S32", slot_case(512, 32, *products["bf16"])
-    if target != "sm90" and not everything:
-        return
-    yield "tf32 D128 S8", slot_case(128, 8, *products["tf32"])
-    yield "fp32 D512 S32", slot_case(512, 32, *products["fp32"])
-    yield "fp32 D200 S7", slot_case(200, 7, *products["fp32"], hidden=100)
-    yield "bf16 D16 S1", slot_case(16, 1, *products["bf16"], strided=True)
+        yield f"{name} relu C128", partial(run_variance, *PRECISIONS[name], "relu", 128)
+    for penalty in ("softplus", "nats"):
+        yield f"fp32 {penalty} C8192", partial(run_variance, FP32, penalty, 8192, "all")
+    yield "fp32 relu C17", partial(run_variance, FP32, "relu", 17, "all")
+    for name in ("fp32", "bf16", "fp16"):
+        yield f"{name} nats C392 of centroids", partial(run_variance, *PRECISIONS[name], "nats", 392, centroids=True)
+    for penalty in ("relu", "softplus"):
+        yield f"fp32 {penalty} C8192 of centroids", partial(run_variance, FP32, penalty, 8192, centroids=True)
+    yield "fp32 nats C128 of centroids", partial(run_variance, FP32, "nats", 128, centroids=True)
+    for name in ("fp32", "tf32", "bf16"):
+        yield f"{name} D128 H4 S8", partial(run_read, 128, 4, 8, *PRECISIONS[name])
+        yield f"{name} D512 H16 S32", partial(run_read, 512, 16, 32, *PRECISIONS[name])
+    yield "fp16 D128 H4 S8", partial(run_read, 128, 4, 8, FP16)
+    for name in ("fp32", "bf16"):
+        yield f"{name} D16 H1 S1", partial(run_read, 16, 1, 1, *PRECISIONS[name])
+        yield f"{name} D200 H5 S7", partial(run_read, 200, 5, 7, *PRECISIONS[name])
+        yield f"{name} D512 H8 S8", partial(run_read, 512, 8, 8, *PRECISIONS[name])
+        yield f"{name} D128 H4 S8 dropout", partial(run_read, 128, 4, 8, *PRECISIONS[name], dropout=0.1)
+    yield "bf16 of fp32 D128 H4 S8", partial(run_read, 128, 4, 8, FP32, **MIXED)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+def slots() -> Iterator[Case]:
+    """Slot attention: few and large kernels, most of what there is to compile."""
+    yield "fp32 D128 S8", partial(run_slots, 128, 8, FP32)
+    yield "fp32 split D128 S8", partial(run_slots, 128, 8, FP32, split=True)
+    yield "bf16 D128 S8", partial(run_slots, 128, 8, BF16)
+    yield "bf16 of fp32 split D128 S8", partial(run_slots, 128, 8, FP32, split=True, **MIXED)
+    yield "bf16 D512 S32", partial(run_slots, 512, 32, BF16)
+    yield "tf32 D128 S8", partial(run_slots, 128, 8, *PRECISIONS["tf32"])
+    yield "fp32 D512 S32", partial(run_slots, 512, 32, FP32)
+    yield "fp32 D200 S7", partial(run_slots, 200, 7, FP32, hidden=100)
+    yield "bf16 D16 S1", partial(run_slots, 16, 1, BF16)
+
+
+OTHERS, SLOTS = dict(others()), dict(slots())
+# Those that need most registers and most shared memory of their kernels on some target; every kernel is there.
+TOUCHIEST_OTHERS = (
+    "fp32 relu C128", "bf16 nats C392 of centroids",
+    "tf32 D128 H4 S8", "tf32 D512 H16 S32", "fp32 D512 H8 S8", "fp32 D128 H4 S8 dropout", "bf16 D128 H4 S8 dropout",
+)  # fmt: skip
+CHOICES = {
+    "all": (*OTHERS, *SLOTS),
+    "others": tuple(OTHERS),
+    "slots": tuple(SLOTS),
+    "touchiest": (*TOUCHIEST_OTHERS, "fp32 D128 S8", "bf16 D128 S8", "bf16 of fp32 split D128 S8"),
+    "touchiest-others": TOUCHIEST_OTHERS,
+    "smallest": ("fp32 relu C17", "bf16 D16 H1 S1", "fp32 D128 S8", "fp32 split D128 S8"),
+}
+# What the table holds. Nobody has cut slot attention for gfx942, where its kernels spill.
+RUNS = (
+    ("sm80", "touchiest"), ("sm90", "others"), ("sm90", "slots"), ("sm100", "touchiest"), ("gfx942", "touchiest-others")
+)  # fmt: skip
 
 
 def compile_only(target: str) -> list[tuple[str, Any]]:
     """From here on launches compile for ``target``, and are appended to the returned list: kernel name, result."""
-    triton.runtime.driver.set_active(StubDriver(TARGETS[target]))
+    triton.runtime.driver.set_active(stub_driver(TARGETS[target]))
     compiled: list[tuple[str, Any]] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
@@ -229,11 +218,11 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
     return compiled
 
 
-def rows_of(target: str, everything: bool) -> Iterator[dict[str, Any]]:
+def rows_of(target: str, choice: str) -> Iterator[dict[str, Any]]:
     """What every kernel needs on ``target``."""
     compiled = compile_only(target)
-    for case, run in cases(target, everything):
-        run()
+    for case in CHOICES[choice]:
+        (OTHERS | SLOTS)[case]()
         launched = {result.hash: (kernel, result) for kernel, result in compiled}  # some launch several times
         for kernel, result in launched.values():
             needs = resources(result)
@@ -241,53 +230,33 @@ def rows_of(target: str, everything: bool) -> Iterator[dict[str, Any]]:
         compiled.clear()
 
 
-def versions_as_sizes_vary(target: str) -> dict[str, int]:
-    """Kernel to the number of versions compiled for batches of many sizes."""
-    compiled = compile_only(target)
+def versions_as_sizes_vary() -> Iterator[dict[str, Any]]:
+    """The number of versions of each kernel that batches of many sizes ask for; none of them is compiled."""
+    versions: dict[str, set[Any]] = {}
+
+    def asked_for(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        versions.setdefault(fn.name.rpartition(".")[2], set()).add(compile["key"])
+        return True  # it needs no compiling
+
+    triton.knobs.runtime.jit_cache_hook = asked_for
+    compile_only("sm90")
     for samples, classes, tokens in ((64, 4, 4), (1, 1, 1), (17, 3, 1), (8192, 1, 7), (4096, 100, 16), (100, 1000, 2)):
-        for centroids in (False, True):
-            variance_case(torch.float32, "nats", 128, centroids=centroids, samples=samples, classes=classes)()
-        read_case(128, 4, 8, torch.bfloat16, samples=samples, classes=classes, tokens=tokens)()
-        for split in (False, True):
-            sizes = {"samples": samples, "classes": classes, "tokens": tokens}
-            slot_case(128, 8, torch.bfloat16, split=split, **sizes)()
-    versions: dict[str, set[str]] = {}
-    for kernel, result in compiled:
-        versions.setdefault(kernel, set()).add(result.hash)
-    return {kernel: len(hashes) for kernel, hashes in versions.items()}
+        sizes = {"samples": samples, "classes": classes}
+        for either in (False, True):
+            run_variance(FP32, "nats", 128, centroids=either, **sizes)
+            run_slots(128, 8, BF16, split=either, tokens=tokens, **sizes)
+        run_read(128, 4, 8, BF16, tokens=tokens, **sizes)
+    yield from ({"kernel": kernel, "versions": len(keys)} for kernel, keys in versions.items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; default: all of them")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead of printing")
-    parser.add_argument("--vary-sizes", action="store_true", help="count compiled versions as the batch varies")
-    parser.add_argument("--everything", action="store_true", help="one target: all cases, as the main target has")
-    options = parser.parse_args()
-    targets = options.targets or [*TARGETS]
-    if unknown := set(targets) - set(TARGETS):
-        parser.error(f"unknown targets {', '.join(sorted(unknown))}")
-    if options.vary_sizes:
-        print("target,kernel,versions")
-        for target in targets:
-            for kernel, count in versions_as_sizes_vary(target).items():
-                print(target, kernel, count, sep=",")
-        return
-    if len(targets) > 1 or options.write:
-        table = tables_of(targets)
-        if options.write:
-            TABLE.write_text(table)
-        else:
-            print(table, end="")
-        return
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows_of(targets[0], options.everything))
+# --------------------------------------------------------------------------------------------------------- processes
 
 
-def rows_for(arguments: tuple[str, ...], environment: dict[str, str]) -> Rows:
-    """The table that this script prints for ``arguments``, in a process of its own: where it is called, the interpreter
-    may be at work."""
+def rows_for(*arguments: str, older: Path | None = None) -> Rows:
+    """What this script prints for ``arguments``, in a process of its own: where it is called, the interpreter may be at
+    work, and a kernel remembers what it was compiled for. With the Triton in the folder ``older``, where there is one.
+    """
+    environment = os.environ | ({"PYTHONPATH": str(older)} if older else {})
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -295,14 +264,26 @@ def rows_for(arguments: tuple[str, ...], environment: dict[str, str]) -> Rows:
     return list(csv.DictReader(done.stdout.splitlines()))
 
 
-def tables_of(targets: list[str]) -> str:
-    """The tables of several targets, each from a process of its own: a kernel remembers what it was compiled for."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        command = [sys.executable, __file__]
-        runs = [pool.submit(subprocess.check_output, [*command, target], text=True) for target in targets]
-        tables = [run.result().splitlines() for run in runs]
-    lines = tables[0][:1] + [line for table in tables for line in table[1:]]
-    return "\n".join(lines) + "\n"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", choices=TARGETS)
+    parser.add_argument("cases", nargs="?", choices=CHOICES, default="all")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--vary-sizes", action="store_true", help="count versions as the batch varies")
+    options = parser.parse_args()
+    if options.vary_sizes:
+        columns, rows = ("kernel", "versions"), versions_as_sizes_vary()
+    elif options.write:
+        columns, pool = COLUMNS, ThreadPoolExecutor(os.cpu_count())
+        rows = itertools.chain(*pool.map(lambda run: rows_for(*run), RUNS))
+    elif options.target:
+        columns, rows = COLUMNS, rows_of(options.target, options.cases)
+    else:
+        parser.error("say a target, --write or --vary-sizes")
+    with open(TABLE, "w", newline="") if options.write else contextlib.nullcontext(sys.stdout) as out:
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from cem_kernels.cross_attention import cross_attention
 from cem_kernels.slot_attention import slot_attention
 from cem_kernels.variance import centroid_variance, class_variance
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELU = LogHinge(threshold=0.05)
 PENALTIES: dict[str, Penalty] = {
     "relu": RELU,
@@ -37,6 +39,10 @@ class Problem:
 
     leaves: dict[str, Tensor]
     run: Callable[..., tuple[Tensor, ...]]  # run(backend, **leaves)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same with rounded leaves."""
+        return Problem({name: leaf.to(dtype) for name, leaf in self.leaves.items()}, self.run)
 
     def results(self, backend: str, forward_under: Any = None, **replaced: Tensor) -> dict[str, Tensor]:
         """Outputs and the gradient of every leaf for fixed random upstream gradients."""
@@ -72,10 +78,15 @@ def labels_with_holes(num_samples: int, num_classes: int, seed: int = 0) -> Tens
     return used[torch.randint(0, len(used), (num_samples,), generator=generator)]
 
 
-def random_slot_weights(width: int, generator: torch.Generator, dtype: torch.dtype) -> SlotAttentionWeights:
+def drawing(generator: torch.Generator) -> Callable[..., Tensor]:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
+    return draw
+
+
+def random_slot_weights(width: int, generator: torch.Generator) -> SlotAttentionWeights:
+    draw = drawing(generator)
     d, small = width, width**-0.5
     return SlotAttentionWeights(
         *(draw(d, d, scale=2 * small) for _ in range(3)),
@@ -85,10 +96,8 @@ def random_slot_weights(width: int, generator: torch.Generator, dtype: torch.dty
     )  # fmt: skip
 
 
-def random_cross_weights(width: int, generator: torch.Generator, dtype: torch.dtype) -> CrossAttentionWeights:
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
+def random_cross_weights(width: int, generator: torch.Generator) -> CrossAttentionWeights:
+    draw = drawing(generator)
     d, small = width, width**-0.5
     return CrossAttentionWeights(
         *(draw(d, d, scale=2 * small) for _ in range(4)), draw(d), draw(), draw(),
@@ -97,80 +106,71 @@ def random_cross_weights(width: int, generator: torch.Generator, dtype: torch.dt
     )  # fmt: skip
 
 
-def slot_problem(labels, num_classes, *, T=1, D=8, S=4, J=2, bound=None, seed=0, dtype=torch.float64) -> Problem:
+def attention_problem(
+    operator: Callable[..., Tensor], draw_weights: Callable[..., Any], labels: Tensor, num_classes: int, *,
+    T: int = 1, D: int = 8, S: int = 2, bound: int | None = None, seed: int = 0, **options: Any,
+) -> Problem:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
     leaves = {
-        "tokens": torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64).to(dtype),
-        "slots": torch.randn(num_classes, S, D, generator=generator, dtype=torch.float64).to(dtype),
-        **random_slot_weights(D, generator, dtype)._asdict(),
+        "tokens": torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64),
+        "slots": torch.randn(num_classes, S, D, generator=generator, dtype=torch.float64),
     }
-    leaves = {name: leaf.to(labels.device) for name, leaf in leaves.items()}
+    weights = draw_weights(D, generator)
+    leaves |= weights._asdict()
 
-    def run(backend, tokens, slots, **weights):
-        weights = SlotAttentionWeights(**weights)
-        return (slot_attention(tokens, slots, groups, weights, num_iterations=J, backend=backend),)
+    def run(backend: str, tokens: Tensor, slots: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
+        return (operator(tokens, slots, groups, type(weights)(**named), backend=backend, **options),)
 
-    return Problem(leaves, run)
+    return Problem({name: leaf.to(labels.device) for name, leaf in leaves.items()}, run)
 
 
-def cross_problem(labels, num_classes, *, T=1, D=8, S=4, H=2, bound=None, seed=0, dtype=torch.float64) -> Problem:
+def slot_problem(labels, num_classes, *, J=2, **options) -> Problem:
+    return attention_problem(slot_attention, random_slot_weights, labels, num_classes, num_iterations=J, **options)
+
+
+def cross_problem(labels, num_classes, *, H=2, **options) -> Problem:
+    return attention_problem(cross_attention, random_cross_weights, labels, num_classes, num_heads=H, **options)
+
+
+def spread_over(T: int, D: int) -> Tensor:
+    """Deviations of columns on both sides of the threshold and below the floor."""
+    return torch.logspace(-3, 0.5, T * D, dtype=torch.float64).view(T, D)
+
+
+def variance_problem(labels, num_classes, *, T=1, D=8, bound=None, seed=0, penalty=RELU, min_samples=2) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
-    leaves = {
-        "tokens": torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64).to(dtype),
-        "slots": torch.randn(num_classes, S, D, generator=generator, dtype=torch.float64).to(dtype),
-        **random_cross_weights(D, generator, dtype)._asdict(),
-    }
-    leaves = {name: leaf.to(labels.device) for name, leaf in leaves.items()}
-
-    def run(backend, tokens, slots, **weights):
-        weights = CrossAttentionWeights(**weights)
-        return (cross_attention(tokens, slots, groups, weights, num_heads=H, backend=backend),)
-
-    return Problem(leaves, run)
-
-
-def variance_problem(
-    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, penalty=RELU, min_samples=2
-) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
-    # Columns on both sides of the threshold and below the floor.
-    spread = torch.logspace(-3, 0.5, T * D, dtype=torch.float64).view(T, D)
-    features = torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64) * spread + 3.0
+    features = torch.randn(len(labels), T, D, generator=generator, dtype=torch.float64) * spread_over(T, D) + 3.0
 
     def run(backend, features):
         return tuple(class_variance(features, groups, penalty, min_samples=min_samples, backend=backend))
 
-    return Problem({"features": features.to(labels.device, dtype)}, run)
+    return Problem({"features": features.to(labels.device)}, run)
 
 
 def centroid_problem(
-    labels, num_classes, *, T=1, D=8, bound=None, seed=0, dtype=torch.float64, penalty=RELU, momentum=0.95, batches=None
+    labels, num_classes, *, T=1, D=8, bound=None, seed=0, penalty=RELU, momentum=0.95, batches=None
 ) -> Problem:
     """Classes that were in 0, 1, 2, ... batches before, or all of them in ``batches``."""
-    generator = torch.Generator().manual_seed(seed)
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
-    spread = torch.logspace(-3, 0.5, T * D, dtype=torch.float64)
-    features = torch.randn(len(labels), T * D, generator=generator, dtype=torch.float64) * spread + 3.0
     counted = torch.arange(num_classes) if batches is None else torch.full((num_classes,), batches)
-    generator.manual_seed(seed + 1)  # the same centroids however many samples there are
+    generator = torch.Generator().manual_seed(seed + 1)  # the same centroids however many samples there are
     # Of classes that were in no batch it is not looked at, whatever it is.
-    centroids = torch.randn(num_classes, T * D, generator=generator, dtype=torch.float64) * spread + 3.0
-    variances = torch.rand(num_classes, T * D, generator=generator, dtype=torch.float64) * spread**2
-    variances = torch.where(counted[:, None] > 0, variances, 0)
+    centroids = torch.randn(num_classes, T, D, generator=generator, dtype=torch.float64) * spread_over(T, D) + 3.0
+    variances = torch.rand(num_classes, T, D, generator=generator, dtype=torch.float64) * spread_over(T, D) ** 2
+    variances = torch.where(counted[:, None, None] > 0, variances, 0)
 
     def run(backend, features):
         kept = torch.float64 if features.dtype == torch.float64 else torch.float32
         # Rounded to what is kept in training, or they would not be the same for all dtypes.
-        state = (centroids.float().to(features.device, kept), variances.float().to(features.device, kept))
+        state = (each.float().flatten(1).to(features.device, kept, copy=True) for each in (centroids, variances))
         running = RunningMoments(*state, counted.to(features.device, copy=True))
         result = centroid_variance(features, groups, running, penalty, momentum=momentum, backend=backend)
         monitors = result.intra_mse, result.class_mse, *running[:2], running.batches.to(kept)
         return result.rob_loss, *monitors, result.class_penalty
 
-    return Problem({"features": features.unflatten(1, (T, D)).to(labels.device, dtype)}, run)
+    return Problem(variance_problem(labels, num_classes, T=T, D=D, seed=seed).leaves, run)
 
 
 OPERATORS = {
@@ -179,3 +179,16 @@ OPERATORS = {
     "class_variance": variance_problem,
     "centroid_variance": centroid_problem,
 }
+
+every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES.keys())
+every_backend = pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+
+# Two classes of four without a sample, and an odd width.
+FEW = torch.tensor([1, 3, 1, 1, 3, 3, 1], device=DEVICE)
+
+
+def few(make: Callable[..., Problem], labels: Tensor = FEW, **options: Any) -> Problem:
+    """A problem in fp32 that is as small as kernels take, for what does not depend on size."""
+    once = {"J": 1} if make is slot_problem else {}
+    return make(labels, 4, **{"T": 2, "D": 18, **once, **options}).to(torch.float32)

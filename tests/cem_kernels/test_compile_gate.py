@@ -2,18 +2,17 @@
 
 import contextlib
 import csv
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from compile_kernels import COLUMNS, TABLE, TARGETS, Rows, rows_for
+from compile_kernels import CHOICES, COLUMNS, RUNS, TABLE, Rows, rows_for
 
 MOST_SHARED = 99 * 1024  # what a block can have on the smallest of the devices, sm_86
-KEY = ("kernel", "case")
 OLDER = "3.6.0"
+OLDER_RUNS = [("sm90", "touchiest"), ("sm80", "touchiest-others"), ("sm100", "touchiest-others")]
 
 
 def assert_fits(rows: Rows) -> None:
@@ -22,14 +21,16 @@ def assert_fits(rows: Rows) -> None:
         assert int(row["spilled_bytes"]) == 0, row
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_and_need_what_the_table_says(compiled, target):
-    found = compiled(target)
+@pytest.mark.parametrize(
+    ("target", "cases"),
+    [("sm90", "smallest"), *(pytest.param(*run, marks=pytest.mark.slow) for run in RUNS)],
+)
+def test_kernels_compile_and_need_what_the_table_says(target, cases):
+    found = rows_for(target, cases)
     assert_fits(found)
+    assert len({row["kernel"] for row in found}) == {"others": 4, "slots": 5, "touchiest-others": 4}.get(cases, 9)
     with open(TABLE, newline="") as file:
-        expected = [row for row in csv.DictReader(file) if row["target"] == target]
-    assert [[row[k] for k in KEY] for row in found] == [[row[k] for k in KEY] for row in expected]
+        expected = [row for row in csv.DictReader(file) if row["target"] == target and row["case"] in CHOICES[cases]]
     if found[0]["triton"] == expected[0]["triton"]:  # another compiler gives other numbers
         assert found == expected, "python tests/cem_kernels/compile_kernels.py --write, and look at the difference"
 
@@ -49,16 +50,15 @@ def older_triton(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm")])
-def test_kernels_fit_under_the_triton_of_pytorch_2_11_too(older_triton, target):
-    found = rows_for((target,), os.environ | {"PYTHONPATH": str(older_triton)})
+@pytest.mark.parametrize(("target", "cases"), OLDER_RUNS)
+def test_kernels_fit_under_the_triton_of_pytorch_2_11_too(older_triton, target, cases):
+    found = rows_for(target, cases, older=older_triton)
     assert {row["triton"] for row in found} == {OLDER}
     assert_fits(found)
 
 
-@pytest.mark.slow
-def test_batch_classes_and_tokens_vary_without_recompiling(compiled):
-    versions = {row["kernel"]: int(row["versions"]) for row in compiled("--vary-sizes", "sm90")}
+def test_batch_classes_and_tokens_vary_without_recompiling():
+    versions = {row["kernel"]: int(row["versions"]) for row in rows_for("--vary-sizes")}
     assert len(versions) == 9
     assert versions.pop("variance_forward_kernel") == 2  # around means, and around running centroids
     assert set(versions.values()) == {1}, versions

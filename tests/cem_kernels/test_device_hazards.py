@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exactness import DEVICE
-from problems import OPERATORS, Problem, labels_with_holes
+from exactness import assert_same_bits
+from problems import every_operator, few, slot_problem
 from torch import Tensor
 
 import cem
 from cem_kernels import triton_utils
-from cem_kernels.cross_attention import triton as cross_attention
-from cem_kernels.slot_attention import triton as slot_attention
+from cem_kernels.cross_attention import triton as cross_kernels
+from cem_kernels.slot_attention import triton as slot_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,7 +26,7 @@ def slot_plans():
         (16, 17, 32, 48, 64, 100, 128, 200, 256, 512), (1, 4, 8, 17, 32), DTYPES
     ):
         x = torch.empty(64, 4, width, dtype=dtype, device="meta")
-        yield slot_attention.Plan.of(x, 4, slots, torch.empty(2 * width, width, dtype=dtype, device="meta"))
+        yield slot_kernels.Plan.of(x, 4, slots, torch.empty(2 * width, width, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("matmul", ["ieee", "tf32"])
@@ -37,7 +37,7 @@ def slot_plans():
 def test_no_tile_of_slots_that_is_overwritten_is_held_in_copies(kernel, matmul, tuned, monkeypatch):
     """A tile with fewer elements than threads is in several warps, and a slow one could read what a fast one wrote."""
     monkeypatch.setattr(triton_utils, "_tuned", {kernel: tuned})
-    monkeypatch.setattr(slot_attention, "input_precision", lambda dtype: matmul if dtype == torch.float32 else "ieee")
+    monkeypatch.setattr(slot_kernels, "input_precision", lambda dtype: matmul if dtype == torch.float32 else "ieee")
     for plan in slot_plans():
         options = plan.options(kernel)
         threads = 32 * options["num_warps"]
@@ -49,28 +49,24 @@ def test_no_tile_of_slots_that_is_overwritten_is_held_in_copies(kernel, matmul, 
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_tile_of_a_read_that_is_overwritten_is_held_in_copies(precision, backward):
     for heads, slots, width, dtype in itertools.product((1, 3, 4, 16), (1, 5, 8, 32), (16, 40, 128, 512), DTYPES):
-        padded_heads, padded_slots = cross_attention.padded_sizes(heads, slots)
+        padded_heads, padded_slots = cross_kernels.padded_sizes(heads, slots)
         rows = padded_heads * padded_slots
-        t = cross_attention.tiles(width, rows, padded_slots, precision, dtype, backward=backward)
+        t = cross_kernels.tiles(width, rows, padded_slots, precision, dtype, backward=backward)
         assert min(t.HEADS * t.SLOTS, t.BLOCK_N) * t.BLOCK_D >= 32 * t.num_warps, (heads, slots, width, dtype, t)
 
 
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@every_operator
 def test_two_inputs_in_turns_give_the_same_bits_every_time(make, split, monkeypatch):
     """The same call again cannot show a stale read: what it would read is what it wrote. Memory is poisoned between."""
-    monkeypatch.setattr(slot_attention, "tokens_are_split", lambda x, groups: split)
-    problems = []
-    for seed in (0, 1):
-        labels = labels_with_holes(23, 7, seed=seed).to(DEVICE)
-        problem = make(labels, 7, T=3, D=32, seed=seed)
-        problems.append(Problem({name: leaf.float() for name, leaf in problem.leaves.items()}, problem.run))
+    if split and make is not slot_problem:
+        pytest.skip("one regime")
+    monkeypatch.setattr(slot_kernels, "tokens_are_split", lambda x, groups: split)
+    problems = [few(make, T=5, J=2, seed=seed) if make is slot_problem else few(make, seed=seed) for seed in (0, 1)]
     first = [problem.results("triton") for problem in problems]
-    for _ in range(2):
-        for problem, want in zip(problems, first, strict=True):
-            found = problem.results("triton")
-            assert all(torch.equal(found[name], want[name]) for name in want)
+    for problem, want in zip(problems, first, strict=True):
+        assert_same_bits(problem.results("triton"), want)
 
 
 PRECISIONS = {
@@ -84,17 +80,24 @@ PRECISIONS = {
 }
 
 
+PROGRAM = """
+import os, sys, torch
+from cem_kernels.triton_utils import input_precision
+for switch in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(switch)
+        print(input_precision(torch.float32), input_precision(torch.bfloat16), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch has one switch")
 def test_whichever_switch_a_user_sets_kernels_multiply_as_it_says():
-    """Each in a thread of its own process: PyTorch does not take a switch back."""
-    program = "import sys, torch\nexec(sys.argv[1])\nfrom cem_kernels.triton_utils import input_precision as p\n"
-    program += "print(p(torch.float32), p(torch.bfloat16))"
-    runs = [
-        subprocess.Popen([sys.executable, "-c", program, switch], stdout=subprocess.PIPE, text=True)
-        for switch in PRECISIONS
-    ]
-    for run, (switch, precision) in zip(runs, PRECISIONS.items(), strict=True):
-        assert run.communicate()[0].split() == [precision, "ieee"], switch
+    """Each in a process of its own: PyTorch does not take a switch back."""
+    command = [sys.executable, "-c", PROGRAM, *PRECISIONS]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    assert dict(zip(PRECISIONS, told, strict=True)) == {switch: f"{p} ieee" for switch, p in PRECISIONS.items()}
 
 
 def test_every_launch_says_that_arithmetic_is_fused():

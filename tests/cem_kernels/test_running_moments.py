@@ -1,0 +1,150 @@
+"""Running centroids of classes, how they move, and the variance around them; on a CUDA device the kernel compiled,
+elsewhere in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from problems import DEVICE, every_backend
+
+from cem_kernels import ClassGroups, LogHinge, RunningMoments
+from cem_kernels.variance import centroid_variance
+
+THRESHOLD = 1e-9  # below every variance: what is paid is the logarithm over it
+LOG = LogHinge(THRESHOLD, floor=1e-12, gamma=1e-20)
+
+
+def batch(num_samples=24, width=6, num_classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(num_samples, width, generator=generator) + 3.0
+    labels = torch.randint(0, num_classes, (num_samples,), generator=generator)
+    return features.to(DEVICE), labels.to(DEVICE)
+
+
+def nothing_yet(num_classes=4, width=6):
+    zeros = torch.zeros(num_classes, width, device=DEVICE)
+    return RunningMoments(zeros, zeros.clone(), torch.zeros(num_classes, dtype=torch.long, device=DEVICE))
+
+
+def measured(backend, running, features, labels, penalty=LOG, momentum=0.95):
+    groups = ClassGroups.from_labels(labels, len(running.batches))
+    return centroid_variance(features, groups, running, penalty, momentum=momentum, backend=backend)
+
+
+def copied(running):
+    return RunningMoments(*(each.clone() for each in running))
+
+
+# how they move
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("batches", "momentum", "share", "of_variances"),
+    [(0, 0.95, 1.0, 1.0), (1, 0.95, 1 / 2, 1 / 2), (25, 0.95, 0.05, 0.5), (25, 0.8, 0.2, 1.0)],
+    ids=["the first sets them", "early ones are means over batches", "later ones move by momentum", "quick centroids"],
+)
+def test_batches_move_centroids_and_variances(backend, batches, momentum, share, of_variances):
+    """A class that has no sample moves nothing."""
+    (x, labels), (centroids, _) = batch(num_classes=3), batch(4, seed=1)
+    running = RunningMoments(centroids, centroids.square(), torch.full((4,), batches, device=DEVICE))
+    before = copied(running)
+    result = measured(backend, running, x, labels, momentum=momentum)
+    for c in range(3):
+        own, old = x[labels == c], before.variances[c]
+        center = before.centroids[c] if batches else own.mean(dim=0)
+        moved = old + of_variances * ((own - center).square().mean(dim=0) - old)
+        torch.testing.assert_close(running.centroids[c], center + share * (own.mean(dim=0) - center))
+        torch.testing.assert_close(running.variances[c], moved)
+        torch.testing.assert_close(result.class_penalty[c], torch.log(moved / THRESHOLD).mean())
+        torch.testing.assert_close(result.class_mse[c], own.var(dim=0, unbiased=False).mean())
+    assert running.batches.tolist() == [batches + 1] * 3 + [batches]
+    assert all(torch.equal(moved[3], old[3]) for moved, old in zip(running, before, strict=True))
+    assert result.class_penalty[3] == result.class_mse[3] == 0
+
+
+@every_backend
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("bad", [(math.inf,), (math.nan,), (1e20, -1e20)], ids=["infinite", "NaN", "squares overflow"])
+@pytest.mark.parametrize("column", [0, 299])
+def test_a_column_that_is_not_finite_moves_nothing_of_its_own_and_is_not_hidden(backend, column, bad):
+    (x, labels), running = batch(width=300), nothing_yet(width=300)
+    measured(backend, running, x, labels)
+    before = copied(running)
+    x = x + 1
+    x[labels == 1, column] = 0
+    x[(labels == 1).nonzero()[: len(bad), 0], column] = torch.tensor(bad, device=DEVICE)
+    result = measured(backend, running, x, labels)
+    assert result.class_penalty.isfinite().tolist() == [True, False, True, True]
+    assert not result.rob_loss.isfinite()
+    for moved, old in ((running.centroids, before.centroids), (running.variances, before.variances)):
+        assert (moved == old).nonzero().tolist() == [[1, column]]
+    assert running.batches.tolist() == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_what_only_the_features_dtype_can_hold_moves_nothing(backend):
+    (x, labels), running = batch(), nothing_yet()
+    x = x.double()
+    x[labels == 1, 0] *= 1e30
+    assert measured(backend, running, x, labels).rob_loss.isfinite()
+    assert not running.variances[1, 0]
+    assert running.variances.isfinite().all()
+    assert running.batches.tolist() == [1, 0, 1, 1]
+
+
+@every_backend
+def test_autograd_knows_that_they_moved(backend):
+    running = nothing_yet()
+    weight = torch.ones(4, 6, device=DEVICE, requires_grad=True)
+    product = (weight * running.centroids).sum()
+    measured(backend, running, *batch())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@every_backend
+def test_a_class_begins_with_its_first_batch_that_is_finite(backend):
+    (x, labels), running = batch(), nothing_yet()
+    broken = x.clone()
+    broken[labels == 1, 0] = math.nan
+    measured(backend, running, broken, labels)
+    measured(backend, running, x, labels)
+    torch.testing.assert_close(running.centroids[1], x[labels == 1].mean(dim=0))
+    torch.testing.assert_close(running.variances[1], x[labels == 1].var(dim=0, unbiased=False))
+
+
+# what is measured
+
+
+@every_backend
+def test_gradients_are_those_of_the_batch_s_own_variance_around_the_centroids_of_before(backend):
+    (x, labels), (y, other), running = batch(seed=1), batch(seed=2), nothing_yet()
+    measured(backend, running, x, labels)
+    before = running.centroids.clone()
+    y.requires_grad_()
+    weight = torch.rand(4, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    result = measured(backend, running, y, other)
+    assert (result.intra_mse.requires_grad, result.class_mse.requires_grad) == (False, False)
+    (found,) = torch.autograd.grad((weight * result.class_penalty).sum(), y)
+    per_column = weight[:, None] / 6 / running.variances / other.bincount(minlength=4)[:, None]
+    torch.testing.assert_close(found, per_column[other] * 2 * (y.detach() - before[other]))
+
+
+@every_backend
+def test_no_sample_gives_an_attached_zero(backend):
+    x, running = torch.zeros(0, 6, device=DEVICE, requires_grad=True), nothing_yet()
+    result = measured(backend, running, x, torch.zeros(0, dtype=torch.long, device=DEVICE))
+    (gradient,) = torch.autograd.grad(result.rob_loss, x)
+    assert (result.rob_loss.item(), result.intra_mse.item(), gradient.shape) == (0.0, 0.0, (0, 6))
+    assert not running.batches.any()
+
+
+def test_the_kernel_keeps_digits_of_the_first_batch_that_a_mean_in_fp32_loses():
+    labels = (torch.arange(128) % 2).to(DEVICE)
+    x = (1000 + 1e-3 * (batch(128)[0].double() - 3)).float()
+    found, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    measured("triton", nothing_yet(2), found, labels).rob_loss.backward()
+    state = RunningMoments(*(each.double() for each in nothing_yet(2)[:2]), nothing_yet(2).batches)
+    measured("reference", state, exact, labels).rob_loss.backward()
+    assert float((found.grad - exact.grad).norm() / exact.grad.norm()) < 1e-3
