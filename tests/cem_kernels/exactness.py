@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 from problems import DEVICE, Problem, assert_same, labels_with_holes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HOLES = labels_with_holes(23, 7).to(DEVICE)
 
@@ -85,3 +87,17 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         assert torch.equal(found[name], want), name
+
+
+class Calls(TorchDispatchMode):
+    """The first call of every registered operator: its arguments and its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = operator(*args, **(kwargs or {}))
+        if operator.namespace == "cem_kernels":
+            self.found.setdefault(operator, (args, results))
+        return results

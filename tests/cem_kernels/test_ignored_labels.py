@@ -10,33 +10,24 @@ from problems import (
     every_operator,
     every_penalty,
     few,
-    labels_with_holes,
-    slot_problem,
     variance_problem,
 )
 
 from cem_kernels import IGNORED
 
-B = 12
-LABELS = labels_with_holes(B, 5)
-AWAY = torch.tensor([0, 5, 6, 11])
-KEPT = torch.tensor([i for i in range(B) if i not in AWAY.tolist()])
+LABELS = torch.tensor([IGNORED, 1, 3, 3, IGNORED, IGNORED, 1, 3, 1, IGNORED], device=DEVICE)
+AWAY, KEPT = (LABELS == IGNORED).nonzero()[:, 0], (LABELS != IGNORED).nonzero()[:, 0]
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 
-def with_holes(label: int = IGNORED) -> torch.Tensor:
-    return LABELS.clone().index_fill_(0, AWAY, label).to(DEVICE)
-
-
 def of_kept(make, **sizes) -> tuple[Problem, Problem]:
     """A problem with samples that do not count, which hold NaN and infinity, and the same without these samples."""
-    once = {"J": 1} if make is slot_problem else {}
-    holes, plain = (make(of, 5, D=16, **sizes, **once) for of in (with_holes(), LABELS[KEPT].to(DEVICE)))
-    name, leaves = next(iter(holes.leaves)), holes.to(torch.float32).leaves
-    leaves[name][AWAY[:2]] = float("nan")
-    leaves[name][AWAY[2:]] = float("inf")
-    return Problem(leaves, holes.run), Problem(leaves | {name: leaves[name][KEPT]}, plain.run)
+    holes, plain = few(make, LABELS, **sizes), few(make, LABELS[KEPT], **sizes)
+    name = next(iter(holes.leaves))
+    holes.leaves[name][AWAY[:2]] = float("nan")
+    holes.leaves[name][AWAY[2:]] = float("inf")
+    return holes, Problem(holes.leaves | {name: holes.leaves[name][KEPT]}, plain.run)
 
 
 @every_operator
@@ -51,7 +42,7 @@ def test_ignored_samples_change_nothing_and_get_zeros_back(make, backend):
     found, want = holes.results(backend), plain.results(backend)
     assert found[f"gradient of {next(iter(holes.leaves))}"][AWAY].eq(0).all()
     for name, expected in want.items():
-        rows = found[name][KEPT] if found[name].shape[:1] == (B,) else found[name]
+        rows = found[name][KEPT] if found[name].shape[:1] == LABELS.shape else found[name]
         torch.testing.assert_close(rows, expected, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -78,10 +69,9 @@ def test_a_batch_of_nothing_but_ignored_samples_gives_zeros(make, backend):
 @every_operator
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_labels_out_of_range_are_ignored_where_values_are_not_read(make, backend, monkeypatch):
-    labels = torch.tensor([1, IGNORED, 1, IGNORED, 3, 3, IGNORED], device=DEVICE)
-    want = few(make, labels).results(backend)
+    want = few(make, LABELS).results(backend)
     monkeypatch.setattr("cem_kernels.validation.values_are_checked", lambda tensor: False)
-    outside = torch.tensor([1, -7, 1, 4, 3, 3, 2**40], device=DEVICE)
+    outside = LABELS.index_copy(0, AWAY, torch.tensor([-7, 4, 2**40, IGNORED], device=DEVICE))
     for name, each in few(make, outside, bound=7).results(backend).items():
         torch.testing.assert_close(each, want[name], rtol=1e-5, atol=1e-6)
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from problems import DEVICE, every_backend, every_penalty
+from problems import DEVICE, centroid_problem, every_backend, every_penalty, few, variance_problem
 
-from cem_kernels import ClassGroups, LogHinge, Nats, RunningMoments
-from cem_kernels.variance import centroid_variance, class_variance
+from cem_kernels import ClassGroups, LogHinge, Nats
+from cem_kernels.variance import class_variance
 
 
 @pytest.mark.parametrize(
@@ -42,33 +42,28 @@ def test_nats_keep_their_digits_where_the_variance_is_small_against_the_noise(ba
 
 
 @every_backend
-@pytest.mark.parametrize("of", ["classes", "centroids"])
-def test_a_threshold_that_is_a_tensor_is_read_at_every_call(of, backend):
-    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    groups = ClassGroups.from_labels(torch.arange(12, device=DEVICE) % 3, 3)
+@pytest.mark.parametrize("make", [variance_problem, centroid_problem], ids=["class_variance", "centroid_variance"])
+def test_a_threshold_that_is_a_tensor_is_read_at_every_call(make, backend):
     threshold = torch.tensor(0.1, device=DEVICE)
-    penalty = LogHinge(threshold)
-
-    def loss(penalty: LogHinge) -> float:
-        if of == "classes":
-            return class_variance(features, groups, penalty, backend=backend).rob_loss.item()
-        zeros = torch.zeros(3, 4, device=DEVICE)
-        running = RunningMoments(zeros, zeros.clone(), torch.zeros(3, dtype=torch.long, device=DEVICE))
-        return centroid_variance(features, groups, running, penalty, backend=backend).rob_loss.item()
-
-    before = loss(penalty)
+    moving, fixed = (few(make, penalty=LogHinge(at)) for at in (threshold, 0.4))
+    before = moving.run(backend, **moving.leaves)[0]
     threshold.fill_(0.4)
-    assert loss(penalty) == pytest.approx(loss(LogHinge(0.4)), rel=1e-6)
-    assert loss(penalty) < before
+    found, want = (problem.run(backend, **problem.leaves)[0] for problem in (moving, fixed))
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
+    assert found < before
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of inf − inf
 @every_penalty
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden_by_kernels(bad, penalty):
-    features = torch.randn(4, 16, device=DEVICE)
-    features[0, 3] = bad
-    groups = ClassGroups.from_labels(torch.tensor([0, 0, 1, 1], device=DEVICE), 2)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_kernels_do_not_hide_what_is_not_finite_but_in_classes_that_do_not_count(bad, penalty):
+    features = torch.randn(5, 16, device=DEVICE)
+    features[0, 3] = features[4, 5] = bad
+    features.requires_grad_()
+    groups = ClassGroups.from_labels(torch.tensor([0, 0, 1, 1, 2], device=DEVICE), 3)
     result = class_variance(features, groups, penalty, backend="triton")
-    assert result.class_penalty.isfinite().tolist() == [False, True]
+    assert result.class_penalty.isfinite().tolist() == [False, True, True]
     assert not result.rob_loss.isfinite()
+    (gradient,) = torch.autograd.grad(result.class_penalty[1], features)
+    assert gradient[2:].isfinite().all()
+    assert gradient[2:].any(dim=1).tolist() == [True, True, False]

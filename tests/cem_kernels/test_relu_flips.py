@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import assert_as_exact
+from exactness import Calls, assert_as_exact
 from problems import DEVICE, Problem, slot_problem
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cem_kernels import ClassGroups, SlotAttentionWeights
 from cem_kernels.slot_attention.reference import slot_attention as reference
@@ -27,25 +26,16 @@ SEEDS = (2, 17)
 PROBLEMS = [slot_problem(LABELS, NUM_CLASSES, T=2, D=D, S=S, J=J, seed=seed) for seed in SEEDS]
 
 
-class HiddenLayers(TorchDispatchMode):
-    """What the forward operator keeps of the hidden layers, in the order in which the reference computes them."""
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = operator(*args, **(kwargs or {}))
-        if operator.name() == "cem_kernels::slot_attention_forward":
-            hidden = results[2][..., 3 * D :].unflatten(1, (NUM_CLASSES, S))  # [J, K, S, hidden]
-            self.found = hidden.transpose(0, 1).flatten(0, 1)
-        return results
-
-
 @pytest.fixture(scope="module")
 def units_on() -> list[Tensor]:
-    """Which units the kernels have on, ``[K·J, S, hidden]`` of every problem."""
+    """Which units the kernels have on, ``[K·J, S, hidden]`` of every problem, in the order of the reference."""
     found = []
     for problem in PROBLEMS:
-        with HiddenLayers() as kept:
+        with Calls() as calls:
             problem.run("triton", **problem.to(torch.bfloat16).leaves)
-        found.append(kept.found > 0)
+        ((_, kept),) = calls.found.values()
+        hidden = kept[2][..., 3 * D :].unflatten(1, (NUM_CLASSES, S))  # [J, K, S, hidden]
+        found.append(hidden.transpose(0, 1).flatten(0, 1) > 0)
     return found
 
 
