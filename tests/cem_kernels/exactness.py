@@ -14,6 +14,7 @@ import torch
 from problems import DEVICE, Problem, assert_same, labels_with_holes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 HOLES = labels_with_holes(23, 7).to(DEVICE)
 
@@ -99,5 +100,5 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = operator(*args, **(kwargs or {}))
         if operator.namespace == "cem_kernels":
-            self.found.setdefault(operator, (args, results))
+            self.found.setdefault(operator, (tree_map_only(Tensor, Tensor.detach, args), results))
         return results

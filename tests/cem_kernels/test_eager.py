@@ -43,7 +43,7 @@ def test_eager_equals_reference(make, labels, num_classes, T, bound):
     penalty=st.sampled_from(sorted(PENALTIES)),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_eager_equals_reference_for_any_labels_and_sizes(operator, labels, sizes, S, J, penalty, seed):
     if "variance" in operator:
         sizes["penalty"] = PENALTIES[penalty]

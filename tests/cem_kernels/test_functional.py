@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exactness import assert_same_bits
-from problems import DEVICE, FEW, Problem, every_backend, every_operator, few
+from problems import DEVICE, FEW, OPERATORS, Problem, every_backend, every_operator, few
 
 from cem_kernels import ClassGroups, Nats
 from cem_kernels.variance import class_variance
@@ -32,8 +32,7 @@ def test_kernels_compile_into_one_graph_with_the_same_bits(make):
     assert_same_bits(compiled.results("triton"), problem.results("triton"))
 
 
-@every_operator
-@pytest.mark.parametrize("bound", [None, 6], ids=["no bound", "a bound"])
+@pytest.mark.parametrize(("make", "bound"), zip(OPERATORS.values(), (None, 6, 6, None), strict=True), ids=OPERATORS)
 def test_eager_compiles_into_one_graph_without_reading_a_value(make, bound):
     torch.compiler.reset()
     problem = few(make, bound=bound)

@@ -73,7 +73,7 @@ def test_labels_out_of_range_are_ignored_where_values_are_not_read(make, backend
     monkeypatch.setattr("cem_kernels.validation.values_are_checked", lambda tensor: False)
     outside = LABELS.index_copy(0, AWAY, torch.tensor([-7, 4, 2**40, IGNORED], device=DEVICE))
     for name, each in few(make, outside, bound=7).results(backend).items():
-        torch.testing.assert_close(each, want[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(each, want[name], rtol=1e-4, atol=1e-5)
 
 
 @every_penalty

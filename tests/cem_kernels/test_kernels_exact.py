@@ -60,7 +60,8 @@ def tokens_split_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 
 def in_first_tier(operator: str, labeling: str, T: int) -> bool:
-    return T == 3 and ("split" not in operator or "holes" in labeling or labeling == "no sample")
+    few = "slot" not in operator or labeling in ("one class", "no sample", "more classes than samples")
+    return T == 3 and ("holes" in labeling or (few and "split" not in operator))
 
 
 LABELINGS = [
@@ -150,7 +151,7 @@ def test_variances_of_tight_classes_far_from_zero_keep_their_digits(samples, bat
 def test_the_order_in_which_programs_arrive_changes_no_bit(make, monkeypatch):
     monkeypatch.setattr(slot_kernels, "TOKENS_OF_A_PART", 16)
     attention = make is slot_problem
-    labels, sizes = (TWO, {"T": 4, "D": 16}) if attention else (torch.arange(400, device=DEVICE) % 2, {"D": 150})
+    labels, sizes = (TWO, {"T": 4, "D": 16}) if attention else (torch.arange(260, device=DEVICE) % 2, {"D": 150})
     problem = make(labels, 2, **sizes).to(FP32)
     forwards = problem.results("triton")
     last_program_first(monkeypatch)
@@ -175,19 +176,20 @@ def own_precision(problem: Problem, num_heads: int | None) -> Problem:
     return Problem(problem.leaves, run)
 
 
-WHOLE, SPLIT = ("slot_attention", {"D": 32, "S": 2}), ("slot_attention, split", {"D": 32, "S": 2})
+SLOTS = [(name, {"D": 32, "S": 4}) for name in ("slot_attention", "slot_attention, split")]
 READS = [("cross_attention", {"D": D, "H": H, "S": S}) for D, H, S in [(40, 5, 3), (32, 2, 4), (32, 8, 16)]]
 
 
 @pytest.mark.parametrize(
     ("dtype", "operator", "sizes"),
     [
-        *((BF16, *READS[0]), (FP16, *READS[1]), (BF16, *WHOLE), (FP16, *SPLIT)),
-        *(slow(BF16, *case) for case in (*READS[1:], SPLIT)),
-        *(slow(FP16, *case) for case in (*READS[::2], WHOLE)),
+        *((BF16, *READS[0]), (FP16, *READS[1]), (FP16, "slot_attention, split", {"D": 32, "S": 2})),
+        *(slow(BF16, *case) for case in (*READS[1:], *SLOTS)),
+        *(slow(FP16, *case) for case in (*READS[::2], *SLOTS)),
     ],
 )
 def test_attention_is_as_exact_in_half_precision(dtype, operator, sizes):
+    """Slot attention in bf16, where units of its network flip, is in a file of its own."""
     make, _ = OPERATORS[operator]
     problems = [make(HOLES, 7, T=3, **sizes, seed=seed) for seed in range(3)]
     assert_as_exact(*problems, dtype=dtype, own_precision=tuple(own_precision(p, sizes.get("H")) for p in problems))
@@ -206,7 +208,7 @@ SIZES = [
 )
 def test_attention_is_as_exact_for_every_supported_size(operator, sizes):
     make, _ = OPERATORS[operator]
-    assert_as_exact(make(torch.tensor([1, 0, 1, 3], device=DEVICE), 4, T=2, **sizes))
+    assert_as_exact(make(torch.tensor([1, 0, 1], device=DEVICE), 2, T=2, **sizes))
 
 
 def test_cross_attention_is_exact_where_a_program_has_several_tiles(monkeypatch):
@@ -218,7 +220,7 @@ def test_cross_attention_is_exact_where_a_program_has_several_tiles(monkeypatch)
 
 @pytest.mark.parametrize("regime", ["whole", "split"])
 def test_slot_attention_is_exact_where_a_program_has_several_tiles(regime):
-    assert_as_exact(slot_problem(TWO, 2, T=6, D=16, S=8))
+    assert_as_exact(slot_problem(TWO, 2, T=6, D=16, S=3, J=1))
 
 
 def test_slot_attention_is_as_exact_with_a_hidden_layer_of_any_width():
