@@ -10,10 +10,12 @@ from problems import (
     every_operator,
     every_penalty,
     few,
+    slot_problem,
     variance_problem,
 )
 
 from cem_kernels import IGNORED
+from cem_kernels.slot_attention import triton as slot_kernels
 
 LABELS = torch.tensor([IGNORED, 1, 3, 3, IGNORED, IGNORED, 1, 3, 1, IGNORED], device=DEVICE)
 AWAY, KEPT = (LABELS == IGNORED).nonzero()[:, 0], (LABELS != IGNORED).nonzero()[:, 0]
@@ -44,6 +46,14 @@ def test_ignored_samples_change_nothing_and_get_zeros_back(make, backend):
     for name, expected in want.items():
         rows = found[name][KEPT] if found[name].shape[:1] == LABELS.shape else found[name]
         torch.testing.assert_close(rows, expected, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_ignored_samples_get_zeros_back_where_tokens_are_split_over_programs(monkeypatch):
+    monkeypatch.setattr(slot_kernels, "tokens_are_split", lambda x, groups: True)
+    holes, _ = of_kept(slot_problem)
+    found = holes.results("triton")
+    assert found["gradient of tokens"][AWAY].eq(0).all()
+    assert all(value.isfinite().all() for value in found.values())
 
 
 @every_backend
