@@ -73,21 +73,15 @@ def test_gradcheck_and_gradgradcheck(make, backend):
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True, atol=1e-4)
 
 
-def every_second_column(x):
-    wide = torch.randn(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
-    wide[..., ::2] = x
-    return wide[..., ::2]
-
-
 @every_operator
-@pytest.mark.parametrize("relayout", [every_second_column, lambda x: x.mT.contiguous().mT], ids=["strided", "turned"])
-def test_layout_of_any_input_changes_nothing(make, relayout):
+def test_layout_of_any_input_changes_nothing(make):
     problem = make(LABELS, 6, T=2)
     want = dict(enumerate(problem.run("eager", **problem.leaves)))
     for name, leaf in problem.leaves.items():
         if leaf.dim() >= 2:
-            assert not relayout(leaf).is_contiguous()
-            found = problem.run("eager", **(problem.leaves | {name: relayout(leaf)}))
+            turned = leaf.mT.contiguous().mT
+            assert not turned.is_contiguous()
+            found = problem.run("eager", **(problem.leaves | {name: turned}))
             assert_same(dict(enumerate(found)), want, tolerance=1e-13)
 
 
