@@ -11,6 +11,14 @@ An attack shows that at least so much leaks. A stronger one may exist.
 
 Everything lies in RUN/attack/: attack.json, reconstructions.png, curves.png, attack.log, images.npz, the decoders.
 Ctrl-C keeps the decoders that were finished; the same command goes on from there.
+
+Examples:
+
+  python -m cem.attack runs/first                     four decoders and a white box
+  python -m cem.attack runs/first --queries 10        averages noise away
+  python -m cem.attack runs/first --max-epochs 15     a first look, sooner done
+
+Exit code: 0; 1 if a decoder diverged; 2 for bad options; 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from cem.attacks.config import AttackConfig
 from cem.command import Parser, overridden, parse_options, read_first, run_command
 from cem.errors import UsageError
 from cem.options import Options, option
+from cem.progress import busy
 
 
 @dataclass(frozen=True)
@@ -69,14 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _attack(argv: Sequence[str]) -> int:
     run_dir, config, out = parse(argv)
-    from cem.attacks.run import Attack  # only here: --help needs nothing that computes
+    with busy("loading libraries, the run and its images"):
+        from cem.attacks.run import Attack  # only here: --help needs nothing that computes
 
-    attack = Attack(run_dir, config, out)
+        attack = Attack(run_dir, config, out)
     result = attack.run()
     if attack.finished is not None:
         print(f"The attack in {shlex.quote(str(attack.out))} was finished already; nothing was changed.")
     print(table(result))
     print(f"results   {shlex.quote(str(attack.out))}: attack.json, reconstructions.png, curves.png")
+    print("next      python -m cem.compare --quick   sets several methods side by side, and writes a report")
     return 0
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import signal
 import sys
+import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -19,11 +23,36 @@ C = TypeVar("C", bound=Options)
 D = TypeVar("D", bound=Composed)
 
 
+PLAIN = {
+    "σ": "sigma", "λ": "lambda", "ρ": "rho", "±": "+-", "×": "x", "·": "*", "−": "-", "–": "-", "≤": "<=", "≥": ">=",
+    "→": "->", "“": '"', "”": '"', "’": "'",
+}  # fmt: skip
+"""What stands for a character where an encoding does not have it; for others what is left of it without accents."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    text = "".join(PLAIN.get(each) or unicodedata.normalize("NFKD", each) for each in missing)
+    return text.encode("ascii", "replace").decode(), error.end
+
+
+codecs.register_error("cem.plain", _plain)
+
+
 class _Paragraphs(argparse.HelpFormatter):
-    """Fills the paragraphs of a description one by one."""
+    """Fills the paragraphs of a description one by one, but for what is indented; names of options stay whole."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n\n".join(super(_Paragraphs, self)._fill_text(each, width, indent) for each in text.split("\n\n"))
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(
+            each if each.startswith(" ") else textwrap.fill(" ".join(each.split()), width, break_on_hyphens=False)
+            for each in paragraphs
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,7 +169,11 @@ def run_command(work: Callable[[], int]) -> int:
 
     Whoever sends SIGTERM (a scheduler, a container) or closes the terminal gets what Ctrl-C gets: a run that can be
     continued. Errors that no user can mend are not caught: they are bugs, and their tracebacks say where.
+    What stdout or stderr cannot encode is spelled out, see :data:`PLAIN`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and takes everything
+            stream.reconfigure(errors="cem.plain")
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force

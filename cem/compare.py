@@ -12,6 +12,14 @@ that was interrupted is resumed, and more --seeds or --noise-stds add runs. A ru
 The report is about the runs that the command names: report.html (one file, opens offline), report.md, table.csv
 (one line a run), tradeoff.png, reconstructions.png. compare.yaml holds all options; --config takes it back.
 
+Examples:
+
+  python -m cem.compare --quick                          a few minutes on two cores
+  python -m cem.compare --quick --noise-stds 0.1 0.3     the same at two levels of noise
+  python -m cem.compare --quick --report-only            the report, from what is there
+
+Options of the training hold for all runs. Those of the attack begin with --attack.
+
 Exit code: 0; 1 if runs failed; 2 for bad options; 130 if it was interrupted.
 """
 
@@ -29,6 +37,7 @@ from cem.comparison.config import NOT_SHARED, Comparison
 from cem.comparison.grid import GridOptions
 from cem.errors import UsageError
 from cem.options import Options, option
+from cem.progress import busy
 from cem.surrogates import CONTROL
 from cem.training.config import TrainConfig
 
@@ -115,12 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(argv: Sequence[str], command: str) -> int:
     comparison, report_only = parse(argv)
     # Only here: --help needs none of them.
-    from cem.comparison.report import write_report
-    from cem.comparison.results import read_results
-    from cem.comparison.runner import run_comparison
+    with busy("loading libraries"):
+        from cem.comparison.report import title, write_report
+        from cem.comparison.results import read_results
+        from cem.comparison.runner import run_comparison
 
     if not report_only:
         comparison = comparison.checked()
+        attackers = ", ".join(comparison.attack.attackers)
+        print(f"{title(comparison)}; every run is trained, then attacked with {attackers}", file=sys.stderr)
         if comparison.train.train_size is None:
             print(
                 "note: without --train-size all training images are the targets', and attackers learn from the "
@@ -129,7 +141,8 @@ def _compare(argv: Sequence[str], command: str) -> int:
             )
         run_comparison(comparison, command)
     results = read_results(comparison)
-    report = write_report(comparison, results)
+    with busy("writing the report"):
+        report = write_report(comparison, results)
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         print(f"failed: {result.run.name}: {result.reason}", file=sys.stderr)
@@ -137,6 +150,11 @@ def _compare(argv: Sequence[str], command: str) -> int:
     print(f"runs     {finished} of {len(results)} finished" + (f", {len(failed)} failed" if failed else ""))
     print(f"report   {shlex.quote(str(report))}")
     print("         report.md, table.csv, tradeoff.png and reconstructions.png beside it")
+    if failed:
+        print(
+            f"logs     {shlex.quote(str(comparison.out / 'logs'))}; the same command again tries what failed once more"
+        )
+    print(f"next     python -m webbrowser {shlex.quote(report.resolve().as_uri())}")
     return 1 if failed else 0
 
 

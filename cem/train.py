@@ -7,6 +7,14 @@ what an attacker can reconstruct.
 
 Everything about a run lies in its directory: config.yaml, metrics.csv, summary.json, curves.png,
 tsne.png, train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a run that --resume continues.
+
+Examples:
+
+  python -m cem.train --train-size 700 --out runs/first    leaves images for cem.attack
+  python -m cem.train --surrogate none --noise-std 0.3     more noise instead of a penalty
+  python -m cem.train --resume runs/first                  goes on after an interruption
+
+Exit code: 0; 1 if training diverged; 2 for bad options; 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ from pathlib import Path
 from cem.command import Parser, overridden, parse_options, read, read_first, run_command
 from cem.errors import UsageError
 from cem.options import Options, option
+from cem.progress import busy
 from cem.training.config import TrainConfig
 
 
@@ -77,9 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     config, resume = parse(argv)
-    from cem.training.trainer import Trainer  # only here: --help needs nothing that computes
+    with busy("loading libraries and data"):
+        from cem.training.trainer import Trainer  # only here: --help needs nothing that computes
 
-    trainer = Trainer(config, resume=resume)
+        trainer = Trainer(config, resume=resume)
     summary = trainer.fit()
     where = shlex.quote(str(trainer.run_dir))
     if trainer.finished is not None:

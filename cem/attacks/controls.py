@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cem.attacks.metrics import ImageScores, mean_scores, score_images
 from cem.data import ImageSet
+from cem.progress import over
 
 PIECE = 1000  # images; all of them at once are several times as large as the data set
 
@@ -43,8 +44,6 @@ def control_scores(
 
 def _scores(guess: Tensor, judged: ImageSet) -> dict[str, float | None]:
     """Score guessing ``guess[label]``."""
-    parts = [
-        score_images(guess[labels], images.float() / 255)
-        for images, labels in zip(judged.images.split(PIECE), judged.labels.split(PIECE), strict=True)
-    ]
+    pieces = list(zip(judged.images.split(PIECE), judged.labels.split(PIECE), strict=True))
+    parts = [score_images(guess[labels], images.float() / 255) for images, labels in over(pieces, "controls")]
     return mean_scores(ImageScores.concatenate(parts))

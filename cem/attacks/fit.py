@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
-from tqdm import tqdm
 
 from cem.attacks.config import AttackConfig
 from cem.attacks.losses import LOSSES
@@ -23,6 +22,7 @@ from cem.attacks.splits import AttackSplits
 from cem.data import ImageSet, make_loader
 from cem.errors import DivergedError
 from cem.models import SplitModel
+from cem.progress import over
 from cem.training.evaluation import eval_mode, isolated_random
 
 SCORE_BATCH = 500  # images
@@ -147,7 +147,7 @@ def _epoch(
     decoder.train()
     device = next(decoder.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for images, positions in tqdm(batches, desc=f"epoch {number}", leave=False, disable=None):
+    for images, positions in over(batches, f"epoch {number}"):
         images = images.to(device, non_blocking=True)
         z = view(images, positions)
         optimizer.zero_grad(set_to_none=True)
@@ -171,7 +171,7 @@ def _mse(decoder: nn.Module, view: _View, seed: int) -> float:
     """Mean squared error over all images of ``view``; the same seed sees the same noise."""
     device, total = next(decoder.parameters()).device, 0.0
     with eval_mode(decoder), isolated_random(seed, device):
-        for images, positions in make_loader(view.images, SCORE_BATCH, shuffle=False):
+        for images, positions in over(make_loader(view.images, SCORE_BATCH, shuffle=False), "validation"):
             images = images.to(device)
             total += F.mse_loss(decoder(view(images, positions)), images).item() * len(images)
     return total / len(view.images)
@@ -185,7 +185,7 @@ def reconstruct(model: SplitModel, decoder: nn.Module, images: ImageSet, queries
     """
     device = next(decoder.parameters()).device
     with eval_mode(decoder), eval_mode(model), isolated_random(seed, device):
-        batches = make_loader(images, SCORE_BATCH, shuffle=False)
+        batches = over(make_loader(images, SCORE_BATCH, shuffle=False), "reconstructing")
         return torch.cat([decoder(observe(model, batch.to(device), queries)).cpu() for batch, _ in batches])
 
 
@@ -193,5 +193,5 @@ def score_decoder(model: SplitModel, decoder: nn.Module, images: ImageSet, queri
     """Compare :func:`reconstruct` with the originals, image by image."""
     originals = images.images.float() / 255
     reconstructions = reconstruct(model, decoder, images, queries, seed)
-    parts = zip(reconstructions.split(SCORE_BATCH), originals.split(SCORE_BATCH), strict=True)
-    return ImageScores.concatenate([score_images(one, other) for one, other in parts])
+    parts = list(zip(reconstructions.split(SCORE_BATCH), originals.split(SCORE_BATCH), strict=True))
+    return ImageScores.concatenate([score_images(one, other) for one, other in over(parts, "scoring")])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cem.progress import over
 from cem.surrogates import CONTROL, SURROGATES
 from cem.surrogates.kmeans import class_kmeans
 from cem.terms import Context
@@ -93,14 +94,15 @@ def information_report(
 
     effective_std = noise_std / math.sqrt(queries)
     with isolated_random(seed, x.device):
-        per_clusters = {k: _nats(x, labels, num_classes, k, effective_std) for k in CLUSTERS}
+        clusterings = over(CLUSTERS, "information")
+        per_clusters = {k: _nats(x, labels, num_classes, k, effective_std) for k in clusterings}
     known = {k: nats for k, nats in per_clusters.items() if nats is not None}
     clusters = min(known, key=known.__getitem__, default=None)
     nats = None if clusters is None else known[clusters]
 
     within, between = _variances(x, labels)
     values: dict[str, float | None] = {}
-    for name in (each for each in SURROGATES if each != CONTROL):
+    for name in over([each for each in SURROGATES if each != CONTROL], "surrogates' values"):
         values[name] = None
         if noise_std > 0:
             with isolated_random(seed, x.device), warnings.catch_warnings():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cem.data import ImageSet, make_loader
 from cem.models import SplitModel
+from cem.progress import over
 
 CACHE_BYTES = 2**30
 """Features of a set of images are kept rather than computed anew in every pass where they are smaller than this."""
@@ -53,5 +54,5 @@ def clean_features(model: SplitModel, images: ImageSet) -> Tensor | None:
     if 4 * len(images) * torch.Size(model.feature_shape).numel() > CACHE_BYTES:
         return None
     device = next(model.parameters()).device
-    batches = make_loader(images, _BATCH, shuffle=False)
+    batches = over(make_loader(images, _BATCH, shuffle=False), "features")
     return torch.cat([model.encoder(batch.to(device, non_blocking=True)) for batch, _ in batches])

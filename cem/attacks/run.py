@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cem.attacks.config import AttackConfig, parse_attacker
@@ -25,6 +26,7 @@ from cem.attacks.white_box import run_white_box
 from cem.data import ImageSet
 from cem.errors import CheckpointError, UsageError
 from cem.files import write_json
+from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
 from cem.training import checkpoint, runs
@@ -85,6 +87,7 @@ class Attack:
         if self.finished is not None:
             return self.finished
         self._seconds_before = 0.0  # of decoders that an earlier call trained
+        self._passes, self._costs = _most_passes(self.config), self._costs_of_a_pass()
         self.out.mkdir(parents=True, exist_ok=True)
         with run_log(self.out, "attack.log") as self._log:
             self.config.to_yaml(self.out / "config.yaml")
@@ -103,11 +106,13 @@ class Attack:
         known, chosen = sizes["attacker_train"], sizes["attacker_val"]
         self._log.info(
             f"attack on {target.run_dir}: {known} images to train decoders on, {chosen} to choose among them; "
-            f"{config.queries} queries an image; {runs.device_name(target.device)}"
+            f"{', '.join(config.attackers)}, at most {self._passes} epochs each; white box on "
+            f"{config.white_box_images} images; {config.queries} queries an image; {runs.device_name(target.device)}"
         )
         if known < FEW_IMAGES:
             self._log.warning(f"{known} images make a weak attacker; train the target with --train-size to leave more")
-        fitted = {name: self._attacker(name) for name in config.attackers}
+        with bar(self._passes * sum(self._costs.values()), "decoders") as self._bar:
+            fitted = {name: self._attacker(name) for name in config.attackers}
         records = [record for _, record in fitted.values()]
         strongest = min(records, key=lambda record: record["val"]["mse"])
         for record in records:
@@ -181,15 +186,24 @@ class Attack:
             record = content["record"]
             self._seconds_before += record["seconds"]
             kept = (record[key] for key in ("curve", "best_epoch", "converged", "seconds"))
+            self._shorter(self._passes * self._costs[name])
             return FittedDecoder(decoder.eval(), *kept), record
+        began = time.perf_counter()
 
         def report(row: Mapping[str, float]) -> None:
+            self._bar.update(self._costs[name])
+            self._bar.set_description_str(f"{name}, epoch {row['epoch']}/{self._passes}")
             self._log.info(
                 f"{name}  epoch {row['epoch']} of at most {config.max_epochs}  lr {row['lr']:.1e}  "
                 f"loss {row['train_loss']:.5f}  validation MSE {row['val_mse']:.5f}"
             )
+            if row["epoch"] == 1 and name == config.attackers[0]:
+                cost = self._costs[name]
+                left = (time.perf_counter() - began) * (self._passes * sum(self._costs.values()) / cost - 1)
+                self._log.info("decoders take about %s, less where they converge early", about(left))
 
         fitted = fit_decoder(target.model, decoder, loss, target.splits, config, report)
+        self._shorter((self._passes - len(fitted.curve)) * self._costs[name])
         record = {
             "name": name,
             "decoder": decoder_name,
@@ -206,6 +220,22 @@ class Attack:
         state = "converged" if fitted.converged else "not converged"
         self._log.info(f"{name}: {state} after {len(fitted.curve)} epochs; validation {_scores_line(record['val'])}")
         return fitted, record
+
+    def _shorter(self, work: float) -> None:
+        """Take what a decoder had no need of off the bar."""
+        self._bar.total = (self._bar.total or 0) - work
+
+    def _costs_of_a_pass(self) -> dict[str, int]:
+        """By decoder, relative to the others and roughly: what is to do grows with its parameters."""
+        costs = {}
+        for name in self.config.attackers:
+            with torch.device("meta"):
+                decoder = build_decoder(
+                    parse_attacker(name)[0], self.target.model.feature_shape, self.target.image_shape
+                )
+            # A pass costs something however small the decoder is.
+            costs[name] = 30_000 + sum(parameter.numel() for parameter in decoder.parameters())
+        return costs
 
     def _scores(self, decoder: nn.Module, sets: Mapping[str, ImageSet]) -> dict[str, Any]:
         """Mean scores of a decoder on sets of images, by their names."""
@@ -255,6 +285,15 @@ class Attack:
             for name, scores in result["controls"].items()
         }
         draw_or_log(self._log, self.out / "curves.png", partial(draw_attack_curves, result["attackers"], levels))
+
+
+def _most_passes(config: AttackConfig) -> int:
+    """The length of all whole cycles, each twice as long as the one before, that ``max_epochs`` leaves room for."""
+    length = min(config.cycle_epochs, config.max_epochs)
+    passes = 0
+    while passes + length <= config.max_epochs:
+        passes, length = passes + length, 2 * length
+    return passes
 
 
 def longer(record: dict[str, Any], config: AttackConfig) -> str:

@@ -15,6 +15,7 @@ from cem.attacks.splits import attack_splits, pick
 from cem.data import DataSplits, load_data, make_loader
 from cem.defenses import Chain
 from cem.errors import DataError, UsageError
+from cem.progress import over
 from cem.training import checkpoint, runs
 from cem.training.evaluation import collect_features
 
@@ -103,7 +104,8 @@ class Target:
         :func:`~cem.attacks.information.information_report`."""
         images = pick(self.splits.target_train, min(INFORMATION_IMAGES, len(self.splits.target_train)))
         loader = make_loader(images, config.batch_size, shuffle=False)
-        features, labels = collect_features(self.model, loader, self.device, config.seed, noisy=False)
+        batches = over(loader, "features")
+        features, labels = collect_features(self.model, batches, self.device, config.seed, noisy=False)
         context = runs.context_of(self.config, self.model, self._facts)
         return information_report(
             features,

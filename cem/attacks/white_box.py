@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cem.attacks.metrics import ImageScores, mean_scores, score_images
 from cem.attacks.observe import observe
 from cem.attacks.splits import AttackSplits, pick
 from cem.data import ImageSet
 from cem.models import SplitModel
+from cem.progress import bar
 from cem.training.evaluation import eval_mode, isolated_random
 
 TV_WEIGHTS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -167,11 +167,11 @@ def run_white_box(
     with (
         eval_mode(model),
         isolated_random(seed, device),
-        tqdm(total=work, desc="white-box", leave=False, disable=None) as bar,
+        bar(work, "white box") as shown,
     ):
 
         def attack(x: Tensor, z: Tensor, steps: int, tv_weight: float) -> ImageScores:
-            found = white_box_attack(model, z, start, steps=steps, tv_weight=tv_weight, progress=bar.update)
+            found = white_box_attack(model, z, start, steps=steps, tv_weight=tv_weight, progress=shown.update)
             return score_images(found, x)
 
         def some(image_set: ImageSet, count: int) -> Tensor:

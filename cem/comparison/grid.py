@@ -71,14 +71,14 @@ class GridOptions(Composed):
     ``members`` holds the options of surrogates, which all runs of them share.
 
     Attributes:
-        surrogates: Surrogates to compare, or names of VARIANTS. The control is the one without a penalty: every other
-            one is set against it at the same noise and seed, so leaving it out leaves those columns empty.
-        variants: More of them, each a name and what it sets in cem.train, as YAML, such as
+        surrogates: Surrogates to compare, and names of --variants. The control is the one without a penalty: every
+            other one is set against it at the same noise and seed, so leaving it out leaves those columns empty.
+        variants: Sets of options of cem.train under a name that --surrogates can take, as YAML, such as
             'strong: {surrogate: NAME, lambd: [1, 2]}'. One that sets lambd, a number or a list of them, is run with
-            these weights instead of LAMBDS: surrogates differ in what a weight means.
+            these weights instead of --lambds: surrogates differ in what a weight means.
         seeds: A setting is trained once with each; what the table calls ± is the spread over them.
-        lambds: Weights λ of the penalty; none: that which each surrogate has in cem.train. Not of variants that bring
-            their own. The control has no penalty and is run once.
+        lambds: Weights λ of the penalty; every surrogate is run with each of them. Without it: each surrogate's own, as
+            in cem.train. The control has no penalty and is run once, and variants may bring weights of their own.
         noise_stds: Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table
             and the trade-off plot show whether a surrogate is worth more than more noise.
         jobs: Runs at a time. Each gets its share of the processor cores (OMP_NUM_THREADS, unless that is set). On two

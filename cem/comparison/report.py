@@ -51,13 +51,14 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
         _origin_section(comparison, results),
         _runs_section(results),
     ]
-    report = Report(_title(comparison), headlines(rows, results), sections)
+    report = Report(title(comparison), headlines(rows, results), sections)
     write_markdown(report, out / "report.md")
     write_html(report, out / "report.html")
     return out / "report.html"
 
 
-def _title(comparison: Comparison) -> str:
+def title(comparison: Comparison) -> str:
+    """What is compared, on what, with how many seeds, in one line."""
     train, grid = comparison.train, comparison.grid
     seeds = "1 seed" if len(grid.seeds) == 1 else f"{len(grid.seeds)} seeds"
     names = ", ".join(grid.surrogates)

@@ -21,11 +21,13 @@ from cem.comparison.config import Comparison
 from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
 from cem.errors import UsageError
 from cem.files import write_json
+from cem.progress import about, bar
 
 FAILURES = "failures.json"
 """File of a comparison: by name of the run, which step failed last, its exit code, and the last line it printed."""
 
 _POLL = 0.1  # seconds
+_WORTH_A_FORECAST = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,27 @@ def run_comparison(comparison: Comparison, command: str) -> None:
         queues = [queue for run in runs if (queue := remaining_steps(comparison, run))]
         left = sum(map(len, queues))
         _say(f"{len(runs)} runs in {comparison.out}, of which {len(runs) - len(queues)} are finished")
-        # disable=None: no bar where stderr is no terminal.
-        with tqdm(
-            total=2 * len(runs), initial=2 * len(runs) - left, unit="step", disable=None, mininterval=1, miniters=0
-        ) as bar:
-            ended = len(runs) - len(queues)
+        began, done = time.monotonic(), len(runs) - len(queues)
+        with bar(2 * len(runs), f"{done}/{len(runs)} runs", initial=2 * len(runs) - left, mininterval=1) as shown:
+            ended = done
 
             def report(outcome: Outcome) -> None:
                 nonlocal ended
                 step = outcome.step
                 note_failure(comparison.out, outcome)
                 # After a training that failed there is no attack.
-                bar.update(2 if outcome.code != 0 and step.kind == "training" else 1)
+                shown.update(2 if outcome.code != 0 and step.kind == "training" else 1)
                 if outcome.code != 0 or step.kind == "attack":
                     ended += 1
                     _say(f"[{ended}/{len(runs)}] {step.run.name}: {_result(comparison, outcome)}")
+                    shown.set_description_str(f"{ended}/{len(runs)} runs")
+                    left = (time.monotonic() - began) / (ended - done) * (len(runs) - ended)
+                    if left > _WORTH_A_FORECAST:
+                        _say(f"the other {len(runs) - ended} take about {about(left)}")
 
             def watch(steps: Sequence[Step]) -> None:
-                bar.set_postfix_str(", ".join(f"{step.kind} {step.run.name}" for step in steps), refresh=False)
-                bar.update(0)
+                shown.set_postfix_str(", ".join(f"{step.kind} {step.run.name}" for step in steps), refresh=False)
+                shown.update(0)
 
             run_queues(queues, comparison.grid.jobs, _environment(comparison.grid.jobs), report, watch, lock=lock)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cem.data.idx import find_idx, read_idx
 from cem.errors import DataError
+from cem.progress import over
 
 if TYPE_CHECKING:
     from torchvision import datasets
@@ -188,11 +189,10 @@ def _read_images(samples: list[tuple[str, int]], image_size: int) -> Labeled:
     """Read ``(path, label)`` pairs, in their order."""
     from torchvision import datasets
     from torchvision.transforms import v2
-    from tqdm import tqdm
 
     to_tensor = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
     images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
-    for position, (path, _) in enumerate(tqdm(samples, "reading images", unit="image", disable=None)):
+    for position, (path, _) in enumerate(over(samples, "reading images")):
         try:
             images[position] = to_tensor(datasets.folder.default_loader(path))
         except (OSError, SyntaxError) as error:  # Pillow raises either for broken files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from cem.command import Parser, parse_options, run_command
 from cem.errors import UsageError
 from cem.options import Options, option
+from cem.progress import over
 
 _DIRECTIONS = ((1, 0), (0, 1), (1, 1), (1, -1))
 
@@ -95,7 +97,8 @@ def write_test_images(out: Path, **sizes: int) -> None:
         raise UsageError(f"{out} has images already, and the new ones would mix with them")
     per_class = size.train_per_class + size.test_per_class
     images, labels = make_test_images(size.num_classes, per_class, (3, size.image_size, size.image_size), size.seed)
-    for position, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+    pairs = list(zip(images, labels.tolist(), strict=True))
+    for position, (image, label) in enumerate(over(pairs, "writing images")):
         number = position % per_class
         folder = out / ("train" if number < size.train_per_class else "test") / f"class{label:03d}"
         try:
@@ -111,10 +114,15 @@ def main(args: Sequence[str] | None = None) -> int:
     def write() -> int:
         about = "Write a folder of small images, to be read with --data folder --data-root OUT."
         parser = Parser("python -m cem.data.synthetic", about, usage="OUT [options]")
-        parser.add_argument("out", type=Path, metavar="OUT", help="Folder to write to; it must hold no images yet.")
+        parser.add_argument_group("what is written").add_argument(
+            "out", type=Path, metavar="OUT", help="Folder to write to; it must hold no images yet."
+        )
         parser.add_options(Sizes())
         given = parse_options(parser, sys.argv[1:] if args is None else args)
         write_test_images(**given)
+        where = shlex.quote(str(given["out"]))
+        print(f"results   {where}: train/CLASS/*.png and test/CLASS/*.png")
+        print(f"next      python -m cem.train --data folder --data-root {where}")
         return 0
 
     return run_command(write)

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from torch import Tensor
 
+from cem.progress import bar
 from cem.report.figure import new_figure, plain, save_figure
 
 MAX_SAMPLES = 1000
 """More points make the map slower to compute and no clearer."""
 
 _LEGEND_CLASSES = 20
+_ITERATIONS = 1000
+
+
+class _Follower(io.StringIO):
+    """Moves a bar by what scikit-learn prints of its iterations."""
+
+    def __init__(self, shown: Any) -> None:
+        super().__init__()
+        self._shown = shown
+
+    def write(self, text: str) -> int:
+        found = re.search(r"Iteration (\d+)", text)
+        if found:
+            self._shown.update(int(found[1]) - self._shown.n)
+        return len(text)
 
 
 def draw_tsne(features: Tensor, labels: Tensor, class_names: Sequence[str], path: Path, *, seed: int = 0) -> None:
@@ -42,7 +63,12 @@ def draw_tsne(features: Tensor, labels: Tensor, class_names: Sequence[str], path
     # t-SNE refuses a perplexity that is not below the number of samples.
     perplexity = min(30.0, (len(points) - 1) / 3)
     start = "pca" if min(points.shape) >= 2 else "random"
-    x, y = TSNE(perplexity=perplexity, max_iter=1000, init=start, random_state=seed).fit_transform(points).T
+    with bar(_ITERATIONS, "t-SNE") as shown:
+        # What it prints of its progress nobody reads where there is no bar.
+        said, verbose = (None, 0) if shown.disable else (_Follower(shown), 2)
+        tsne = TSNE(perplexity=perplexity, max_iter=_ITERATIONS, init=start, random_state=seed, verbose=verbose)
+        with redirect_stdout(said or sys.stdout):
+            x, y = tsne.fit_transform(points).T
 
     figure = new_figure(8, 6.4)
     axes = figure.subplots()

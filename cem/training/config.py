@@ -40,13 +40,15 @@ class TrainConfig(Composed):
             published.
         data_root: Folder of the data set, or where it is downloaded to. Without it: data/ and the name of the data set.
         download: Fetch the data set if it is not there yet.
-        train_size: Train on this many images only, with every class in proportion.
+        train_size: Train on this many images only, with every class in proportion. cem.attack learns from the others:
+            leave it some. Without it all are trained on, and an attacker has only those for validation.
         image_size: Resize images to this height and width, in pixels.
         augment: Crop and mirror training images at random; for cifar10, cifar100, svhn (crop only) and folder.
         num_workers: Processes that load images; 0 loads them in the training process.
         arch: Network to split: resnet20, resnet32, vgg11, vgg11_bn, vgg13, vgg13_bn or mobilenetv2. With _sgm appended,
             the encoder ends in a sigmoid.
-        cut_layer: Stages that the client keeps. The rest is the server's; features z cross the cut.
+        cut_layer: Stages of the network that the client keeps, counted from the image; the server has the rest, and
+            features z cross the cut.
         bottleneck: Narrow layer at the cut, or none. [noRELU_][Kk]CcSs is a convolution of kernel k to c channels with
             stride s, mirrored on the server. Narrow features are harder to invert.
         centralized: Train the same network in one piece: no cut, so no bottleneck and no defenses, but the same
@@ -55,8 +57,8 @@ class TrainConfig(Composed):
             package.module:Class, one of yours.
         lambd: Weight λ of the penalty; 0 switches it off. Without it: the surrogate's own.
         lambd_schedule: How the weight changes over a run. rising, the original's: λ·1e-3/learning rate, and exactly λ
-            at rates below 4.1e-4. constant: λ, in proportion to classification all the time. A λ for one is none for
-            the other. Without it: the surrogate's own. See the column lambda_eff of metrics.csv.
+            at rates below 4.1e-4. constant: λ, in proportion to classification all the time. A good λ for one is a
+            bad one for the other. Without it: the surrogate's own. See the column lambda_eff of metrics.csv.
         penalty_from: First epoch with the penalty. Before it, classification has the encoder to itself: under a penalty
             from the first step on, an untrained encoder may learn to send the same for every class.
         injection: How the penalty's gradient reaches the encoder; both give the same gradient. combined: one backward

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cem.files import replacing
+from cem.progress import busy
 
 COLUMNS = (
     "epoch", "lr", "lambda_eff", "train_loss", "cross_entropy", "rob_loss", "intra_mse", "train_accuracy",
@@ -62,7 +63,8 @@ def run_log(run_dir: Path, name: str = "train.log") -> Iterator[logging.Logger]:
 def draw_or_log(log: logging.Logger, path: Path, draw: Callable[[Path], None]) -> None:
     """Draw a picture to ``path``; whatever goes wrong goes to the log: it must not cost the run that it shows."""
     try:
-        draw(path)
+        with busy(f"drawing {path.name}"):
+            draw(path)
     except Exception:
         log.exception("cannot draw %s; the rest of the run is complete", path.name)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.profiler import record_function
-from tqdm import tqdm
 
 from cem.errors import DivergedError
 from cem.files import write_json
+from cem.progress import about, bar, busy, over
 from cem.report.curves import draw_curves
 from cem.report.tsne import MAX_SAMPLES, draw_tsne
 from cem.training import checkpoint, runs
@@ -125,9 +125,12 @@ class Trainer:
         config, state, data = self.config, self.state, self.state.data
         shape = "×".join(map(str, state.model.feature_shape))
         terms = ", ".join(each.name for each in state.terms) or "no penalty"
+        weight = f", λ {config.weight:g}" if config.penalized else ""
+        noise = "in one piece" if config.centralized else f"noise σ {config.noise_std:g}"
         self._log.info(
             f"{config.data}: {len(data.train)} images to train on, {len(data.val)} to validate, {len(data.test)} to "
-            f"test; {config.arch}, z {shape}; {terms}; {runs.device_name(state.device)}"
+            f"test; {config.arch}, z {shape}; {terms}{weight}; {noise}; {config.epochs} epochs of {len(state.train)} "
+            f"steps; {runs.device_name(state.device)}; {self.run_dir}"
         )
         for warning in self._warnings:
             self._log.warning("%s: %s", warning.category.__name__, warning.message)
@@ -147,8 +150,16 @@ class Trainer:
         state, run_dir = self.state, self.run_dir
         done = len(state.history)
         board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
-        with board, self._trace() as self._end_of_step:
-            for epoch in range(done, self.config.epochs):
+        epochs, steps = self.config.epochs, len(state.train)
+        # The first epoch that tells how long the others take: before the penalty is on, they take less.
+        telling = max(done, self.config.penalty_from - 1 if self.config.penalized else 0)
+        with (
+            board,
+            self._trace() as self._end_of_step,
+            bar(epochs * steps, "training", initial=done * steps) as self._bar,
+        ):
+            for epoch in range(done, epochs):
+                began = time.perf_counter()
                 row = self._epoch(epoch)
                 # Validation accuracy alone would choose an early epoch, which the penalty has hardly shaped. The
                 # original's rule for its weight says which are late, whatever is trained, so that all runs choose
@@ -163,7 +174,10 @@ class Trainer:
                 write_metrics(run_dir / "metrics.csv", state.history)
                 for name in row.keys() - {"epoch"}:
                     board.add_scalar(name, row[name], epoch + 1)
-                self._log.info("%s%s", epoch_line(row, self.config.epochs), "  best" if best else "")
+                self._log.info("%s%s", epoch_line(row, epochs), "  best" if best else "")
+                if epoch == telling and epoch + 1 < epochs:
+                    left = (epochs - epoch - 1) * (time.perf_counter() - began)
+                    self._log.info("about %s to go", about(left))
 
     def _trace(self) -> AbstractContextManager[Callable[[], None]]:
         """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
@@ -199,7 +213,8 @@ class Trainer:
             found |= {**fitted.get(each.key, {}), "weight": each.now, "seconds": each.watch.read()}
             row |= each.columns(found)
         row["seconds"] = time.perf_counter() - start
-        row["val_accuracy"] = accuracy(state.model, state.val, state.device, config.seed, amp=config.amp)
+        val = over(state.val, "validation")
+        row["val_accuracy"] = accuracy(state.model, val, state.device, config.seed, amp=config.amp)
         return row
 
     def _weight(self, epoch: int) -> float:
@@ -224,24 +239,23 @@ class Trainer:
         meter = EpochMeter(state.device)
         for part in state.parts().values():
             part.train()
-        # disable=None: no bar where stderr is no terminal; the log has a line per epoch either way.
-        with tqdm(total=len(state.train), desc=f"epoch {epoch + 1}", leave=False, disable=None) as bar:
-            for images, labels in state.train:
-                images = images.to(state.device, non_blocking=True)
-                labels = labels.to(state.device, non_blocking=True)
+        self._bar.set_description_str(f"epoch {epoch + 1}/{self.config.epochs}", refresh=False)
+        for images, labels in state.train:
+            images = images.to(state.device, non_blocking=True)
+            labels = labels.to(state.device, non_blocking=True)
+            for optimizer in state.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            step = inject(state.model, state.terms, images, labels, amp=self.config.amp)
+            with record_function("optimizer"):
                 for optimizer in state.optimizers.values():
-                    optimizer.zero_grad(set_to_none=True)
-                step = inject(state.model, state.terms, images, labels, amp=self.config.amp)
-                with record_function("optimizer"):
-                    for optimizer in state.optimizers.values():
-                        optimizer.step()
-                    state.scheduler.step()
-                meter.add(step, len(labels))
-                self._end_of_step()
-                if bar.update():  # true only when the bar is redrawn: reading the meter waits for the device
-                    now, measured = meter.read()
-                    losses = "".join(f", {key} {values['loss']:.3f}" for key, values in measured.items())
-                    bar.set_postfix_str(f"ce {now['cross_entropy']:.3f}{losses}, accuracy {now['train_accuracy']:.1%}")
+                    optimizer.step()
+                state.scheduler.step()
+            meter.add(step, len(labels))
+            self._end_of_step()
+            if self._bar.update():  # true only when the bar is redrawn: reading the meter waits for the device
+                now, measured = meter.read()
+                losses = "".join(f", {key} {values['loss']:.3f}" for key, values in measured.items())
+                self._bar.set_postfix_str(f"ce {now['cross_entropy']:.3f}{losses}, {now['train_accuracy']:.1%} right")
         return meter.read()
 
     def _after_epoch(self, epoch: int) -> dict[str, dict[str, float]]:
@@ -254,13 +268,14 @@ class Trainer:
         if not wanted:
             return {}
         with wanted[0].watch:
-            features, labels = collect_features(state.model, state.plain_train, state.device, seed, noisy=False)
+            images = over(state.plain_train, "features for a refit")
+            features, labels = collect_features(state.model, images, state.device, seed, noisy=False)
         # Weights that are finite can be so large that features are not.
         if not features.isfinite().all():
             raise self._diverged(f"after epoch {epoch + 1} features are not finite")
         found = {}
         for each in wanted:
-            with each.watch, isolated_random(seed, state.device):
+            with busy(f"refit of {each.name}"), each.watch, isolated_random(seed, state.device):
                 found[each.key] = dict(each.term.after_epoch(features, labels))
         return found
 
@@ -278,7 +293,7 @@ class Trainer:
         runs.load_weights(state.model, checkpoint.load(path), path)
         best = state.history[state.best_epoch - 1]
         summary: dict[str, Any] = {
-            "test_accuracy": accuracy(state.model, state.test, state.device, self.config.seed),
+            "test_accuracy": accuracy(state.model, over(state.test, "test"), state.device, self.config.seed),
             "best_epoch": state.best_epoch,
             "epochs": len(state.history),
             "train_seconds": sum(row["seconds"] for row in state.history),

@@ -1,8 +1,10 @@
-"""What the three commands share: command lines made of options, and exit codes."""
+"""What the three commands share: command lines made of options, help, and exit codes."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,16 +16,27 @@ import pytest
 from kitchen import Cream, Oven, Pizza, Tomato
 
 from cem import attack, compare, train
+from cem.attacks.config import AttackConfig
 from cem.command import Parser, overridden, parse_options, read, read_first, run_command
 from cem.errors import BackendError, CheckpointError, DataError, DivergedError, UsageError
+from cem.options import hints
+from cem.training import TrainConfig
 
 COMMANDS = pytest.mark.parametrize("command", [train, attack, compare], ids=lambda each: each.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_as_before() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def bake(*argv: str, oven: Oven | None = None) -> Oven:
     """What a command line makes of an oven's options."""
     oven = oven or Oven()
-    parser = Parser("bake", "Bakes.")
+    parser = Parser("bake", "Bakes.\n\nExamples:\n\n  bake   --fan")
     parser.add_options(oven)
     return overridden(oven, parse_options(parser, argv, oven))
 
@@ -62,27 +75,6 @@ def test_what_is_not_given_keeps_the_value_that_it_had() -> None:
     assert bake("--minutes", "3", oven=Oven(degrees=200.0, times=(4,))) == Oven(200.0, minutes=3, times=(4,))
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--minutes", "many"], "--minutes takes a whole number, got 'many'"),
-        (["--minutes", "2.5"], "--minutes takes a whole number, got '2.5'"),
-        (["--trays", "all"], "--trays takes a whole number or nothing (null), got 'all'"),
-        (["--heat", "left"], "--heat takes one of top, bottom, got 'left'"),
-        (["--times", "3", "soon"], "--times takes a whole number, got 'soon'"),
-        (["--minutes"], "argument --minutes: expected one argument"),
-        (["--minute", "3"], "there is no option --minute; did you mean --minutes?"),
-        (["--recipes=x"], "there is no option --recipes; did you mean --recipe?"),
-        (["--temperature", "3"], "there is no option --temperature"),
-        (["stray", "--minutes", "3"], "'stray' belongs to no option"),
-    ],
-)
-def test_command_line_that_cannot_be_read_is_refused_in_one_line(argv: list[str], message: str) -> None:
-    with pytest.raises(UsageError) as error:
-        bake(*argv)
-    assert str(error.value) == message
-
-
 def test_options_of_chosen_members_are_read() -> None:
     assert order("--sauce", "cream", "--cream.fat", "0.1", "--toppings", "olives", "--olives.salt", "2") == Pizza(
         "cream", ("olives",), members={"cream": Cream.Options(fat=0.1), "olives": Tomato.Options(salt=2.0)}
@@ -101,30 +93,38 @@ def test_options_that_a_member_has_already_stay_where_it_is_chosen_again_and_go_
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("made", "argv", "message"),
     [
-        (["--cream.fat", "1"], "--cream.fat is an option of cream, which is not chosen; give --sauce cream with it"),
-        (["--olives.salt=1"], "--olives.salt is an option of olives, which is not chosen; give --toppings olives"),
-        (["--tomato.sal", "1"], "there is no option --tomato.sal; did you mean --tomato.salt?"),
-        (["--tomatoe.salt", "1"], "there is no option --tomatoe.salt; did you mean --tomato.salt?"),
-        (["--tomato.salt", "much"], "--tomato.salt takes a number, got 'much'"),
-        (["--sauce", "pesto"], "--sauce takes tomato, cream, plain, or package.module:Class for one of yours, got"),
-        (["--toppings", "basil", "basil"], "--toppings names basil twice"),
+        (bake, "--minutes many", "--minutes takes a whole number, got 'many'"),
+        (bake, "--minutes 2.5", "--minutes takes a whole number, got '2.5'"),
+        (bake, "--trays all", "--trays takes a whole number or nothing (null), got 'all'"),
+        (bake, "--heat left", "--heat takes one of top, bottom, got 'left'"),
+        (bake, "--times 3 soon", "--times takes a whole number, got 'soon'"),
+        (bake, "--minutes", "argument --minutes: expected one argument"),
+        (bake, "--minute 3", "there is no option --minute; did you mean --minutes?"),
+        (bake, "--recipes=x", "there is no option --recipes; did you mean --recipe?"),
+        (bake, "--temperature 3", "there is no option --temperature"),
+        (bake, "stray --minutes 3", "'stray' belongs to no option"),
+        (order, "--cream.fat 1", "--cream.fat is an option of cream, which is not chosen; give --sauce cream with it"),
+        (order, "--olives.salt=1", "--olives.salt is an option of olives, which is not chosen; give --toppings olives"),
+        (order, "--tomato.sal 1", "there is no option --tomato.sal; did you mean --tomato.salt?"),
+        (order, "--tomatoe.salt 1", "there is no option --tomatoe.salt; did you mean --tomato.salt?"),
+        (order, "--tomato.salt much", "--tomato.salt takes a number, got 'much'"),
+        (order, "--sauce pesto", "--sauce takes tomato, cream, plain, or package.module:Class for one of yours, got"),
+        (order, "--toppings basil basil", "--toppings names basil twice"),
     ],
 )
-def test_what_members_cannot_take_is_refused(argv: list[str], message: str) -> None:
+def test_command_line_that_cannot_be_read_is_refused_in_one_line(made: Any, argv: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        order(*argv)
+        made(*argv.split())
     assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["--attention.var-threshold", "1"],
-            "--attention.var-threshold is an option of attention, which is not",
-        ),
+        (["--attention.var-threshold", "1"], "--attention.var-threshold is an option of attention, which is not"),
         (["--centroid.momentun", "1"], "there is no option --centroid.momentun; did you mean --centroid.momentum?"),
     ],
 )
@@ -139,12 +139,14 @@ def help_of(parse: Any, capsys: pytest.CaptureFixture[str], *argv: str, **option
     with pytest.raises(SystemExit) as done:
         parse(*argv, "--help", **options)
     assert done.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
 
 
 def test_help_shows_groups_types_what_options_do_and_the_defaults_in_force(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(bake, capsys, oven=Oven(degrees=200.0, shelves=("low", "middle"), fan=True))
-    assert text.startswith("usage: bake [options] Bakes. heat: --degrees X How hot. (default: 200.0)")
+    assert "\n\n  bake   --fan\n\n" in text, "examples stay as they are"
+    text = " ".join(text.split())
+    assert "bake --fan heat: --degrees X How hot. (default: 200.0)" in text
     assert "--fan, --no-fan Whether it turns. (default) room: --share X Part of the tray, 50 % if nobody" in text
     assert "--shelves [NAME ...] All of them. (default: low middle)" in text
     for flag in ("--minutes N", "--trays N", "--heat top|bottom", "--recipe PATH", "--speed slow|X", "--times [N ...]"):
@@ -152,11 +154,36 @@ def test_help_shows_groups_types_what_options_do_and_the_defaults_in_force(capsy
 
 
 def test_help_lists_members_and_the_options_of_those_that_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of(order, capsys, "--sauce", "cream")
+    text = " ".join(help_of(order, capsys, "--sauce", "cream").split())
     assert "What is below. There are: tomato (red, of tomatoes); cream (what else); plain (what else)." in text
     assert "(default: cream)" in text
     assert "options of cream: --cream.fat X Share of it. (default: 0.3) --cream.kind NAME (default: sweet)" in text
     assert "--tomato.salt" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (train, [*hints(TrainConfig), *hints(train.Sources), "centroid.momentum"]),
+        (attack, [*hints(AttackConfig), *hints(attack.Sources)]),
+        (compare, [*hints(compare.Sources), "surrogates", "attack.attackers", "mixture.clusters"]),
+    ],
+)
+def test_help_explains_every_option_in_80_columns_with_examples_that_are_understood(
+    command: Any, names: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    text = help_of(lambda *argv: command.main(argv), capsys)
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert [name for name in names if f" --{name.replace('_', '-')}" not in text] == []
+    for where in ("runs/first/config.yaml", "runs/compare-quick/compare.yaml"):
+        Path(where).parent.mkdir(parents=True)
+        TrainConfig().to_yaml(Path(where)) if "first" in where else compare.quick().to_yaml(Path(where), "")
+    examples = re.findall(rf"^  python -m {command.__name__} (.+?)   ", text, re.MULTILINE)
+    assert len(examples) == 3
+    for line in examples:
+        command.parse(shlex.split(line))
 
 
 def test_what_decides_defaults_is_read_before_the_rest() -> None:
@@ -176,21 +203,19 @@ def test_bad_command_line_ends_with_2_and_one_line(
     assert err.startswith("error: ")
 
 
-@pytest.mark.parametrize("error", [UsageError, DataError, CheckpointError, BackendError])
-def test_error_that_a_user_can_mend_ends_with_2_and_its_message(
-    error: type[Exception], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        *((kind("no file"), 2, "error: no file\n") for kind in (UsageError, DataError, CheckpointError, BackendError)),
+        (DivergedError("lower --lr"), 1, ""),  # the log has said so
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_a_user_can_mend_is_an_exit_code_and_at_most_a_line(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(raising(error("no such file"))) == 2
-    assert capsys.readouterr().err == "error: no such file\n"
-
-
-def test_divergence_ends_with_1_and_leaves_the_word_to_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(raising(DivergedError("lower --lr"))) == 1
-    assert capsys.readouterr().err == ""
-
-
-def test_interruption_ends_with_130() -> None:
-    assert run_command(raising(KeyboardInterrupt())) == 130
+    assert run_command(raising(error)) == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), SystemExit(0)])
@@ -200,21 +225,17 @@ def test_anything_else_passes_through(error: BaseException) -> None:
     assert passed.value is error
 
 
-def test_command_that_works_ends_with_its_own_code() -> None:
-    assert run_command(lambda: 7) == 7
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_signals_of_schedulers_and_terminals_interrupt(number: str) -> None:
-    signal.signal(getattr(signal, number), signal.SIG_DFL)  # whatever started the tests may ignore it
-    assert run_command(lambda: os.kill(os.getpid(), getattr(signal, number)) or 0) == 130
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_signal_that_is_ignored_stays_ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert run_command(lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == 0
+@pytest.mark.parametrize(
+    ("name", "before", "code"),
+    [("SIGTERM", signal.SIG_DFL, 130), ("SIGHUP", signal.SIG_DFL, 130), ("SIGHUP", signal.SIG_IGN, 7)],
+)
+def test_signals_of_schedulers_and_terminals_interrupt_unless_they_are_ignored(
+    name: str, before: signal.Handlers, code: int
+) -> None:
+    number = getattr(signal, name)
+    signal.signal(number, before)
+    assert run_command(lambda: os.kill(os.getpid(), number) or 7) == code
 
 
 def raising(error: BaseException) -> Any:
@@ -224,34 +245,20 @@ def raising(error: BaseException) -> Any:
     return work
 
 
-@pytest.fixture(autouse=True)
-def _handlers_as_before() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 SHOWS_HELP = """
 import sys
-from cem import {0}
-try:
-    {0}.main(["--help"])
-except SystemExit as done:
-    heavy = {{"torchvision", "sklearn", "matplotlib", "tensorboard", "scipy"}} & set(sys.modules)
-    print("imported:", *sorted(heavy), file=sys.stderr)
+from cem import attack, compare, train
+for command in (train, attack, compare):
+    try:
+        command.main(["--help"])
+    except SystemExit:
+        pass
+print(*sorted({"torchvision", "sklearn", "matplotlib", "tensorboard", "scipy"} & set(sys.modules)), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("command", ["train", "attack", "compare"])
-def test_help_fits_into_80_columns_and_imports_nothing_that_computes(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SHOWS_HELP.format(command)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": "80"},
-    )
-    assert done.stderr == "imported:\n"
-    assert done.stdout.startswith(f"usage: python -m cem.{command} ")
-    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+@pytest.mark.slow
+def test_help_imports_nothing_that_computes() -> None:
+    done = subprocess.run([sys.executable, "-c", SHOWS_HELP], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+    assert done.stdout.count("usage: python -m cem.") == 3

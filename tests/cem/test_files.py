@@ -18,21 +18,16 @@ def test_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
 
 
 def test_what_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "whole")
+    write_json(tmp_path / "a.json", {"a": 1})
 
     def fail() -> None:
-        with replacing(tmp_path / "a.txt") as temporary:
+        with replacing(tmp_path / "a.json") as temporary:
             temporary.write_text("ha")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert (tmp_path / "a.txt").read_text() == "whole"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
