@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-DELAY = 1.0  # seconds; a pass that is over sooner flashes no bar
+DELAY = 2.0  # seconds; a pass that is over sooner flashes no bar
 # The mean rate so far foretells the end: the latest would forget what happens between steps, such as validation.
 _STYLE: dict[str, Any] = {"leave": False, "disable": None, "dynamic_ncols": True, "smoothing": 0, "miniters": 0}
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
@@ -26,7 +26,7 @@ def bar(total: float, what: str, **options: Any) -> tqdm[Any]:
 
 
 def over(items: Iterable[T], what: str) -> Iterable[T]:
-    """``items`` one after the other, under a bar where they take more than a second."""
+    """``items`` one after the other, under a bar where they take more than two seconds."""
     return tqdm(items, desc=what, bar_format=_FORMAT, delay=DELAY, **_STYLE)
 
 

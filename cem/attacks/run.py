@@ -107,7 +107,7 @@ class Attack:
         self._log.info(
             f"attack on {target.run_dir}: {known} images to train decoders on, {chosen} to choose among them; "
             f"{', '.join(config.attackers)}, at most {self._passes} epochs each; white box on "
-            f"{config.white_box_images} images; {config.queries} queries an image; {runs.device_name(target.device)}"
+            f"{config.white_box_images} images; queries an image: {config.queries}; {runs.device_name(target.device)}"
         )
         if known < FEW_IMAGES:
             self._log.warning(f"{known} images make a weak attacker; train the target with --train-size to leave more")

@@ -42,22 +42,25 @@ class Oven(Options):
             raise UsageError("--fan takes --heat top")
 
 
-class Sauce:
-    name: ClassVar[str]
-    summary: ClassVar[str] = "what else"
+class Tomato:
+    name: ClassVar[str] = "tomato"
+    summary: ClassVar[str] = "red, of tomatoes"
 
     @dataclass(frozen=True)
     class Options(Options):
         salt: float = option(1.0, least=0)
 
 
-class Tomato(Sauce):
-    name = "tomato"
-    summary = "red, of tomatoes"
+class Basil(Tomato):
+    name = "basil"
 
 
-class Cream(Sauce):
-    name = "cream"
+class Olives(Tomato):
+    name = "olives"
+
+
+class Cream(Tomato):
+    name, summary = "cream", "what else"
 
     @dataclass(frozen=True)
     class Options(Options):
@@ -71,28 +74,19 @@ class Cream(Sauce):
         kind: str = option("sweet", names=lambda: ("sweet", "sour"))
 
 
-class Plain(Sauce):
-    name = "plain"
+class Plain(Tomato):
+    name, summary = "plain", "what else"
 
     @dataclass(frozen=True)
     class Options(Options):
         pass
 
 
-SAUCES: Family[Any] = Family("sauce", Sauce, aliases={"red": "tomato"})
-TOPPINGS: Family[Any] = Family("toppings", Sauce)
-for member in (Tomato, Cream, Plain):
-    SAUCES.register(member)
-
-
-@TOPPINGS.register
-class Basil(Sauce):
-    name = "basil"
-
-
-@TOPPINGS.register
-class Olives(Sauce):
-    name = "olives"
+SAUCES: Family[Any] = Family("sauce", Tomato, aliases={"red": "tomato"})
+TOPPINGS: Family[Any] = Family("toppings", Tomato)
+for family, members in ((SAUCES, (Tomato, Cream, Plain)), (TOPPINGS, (Basil, Olives))):
+    for member in members:
+        family.register(member)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """Options: their types and ranges, the way to YAML and back, and options that choose members of families."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ OVEN = Oven(200.0, 0.25, 10, 1, 2, True, "bottom", "low", ("low",), (3, 5), Path
         ("minutes", True, "takes a whole number, got True"),
         ("minutes", None, "takes a whole number, got None"),
         ("degrees", "hot", "takes a number, got 'hot'"),
-        ("degrees", True, "takes a number, got True"),
         ("fan", 1, "takes true or false, got 1"),
         ("shelf", 18, "takes text, got 18"),
         ("recipe", 3, "takes a path or nothing (null), got 3"),
@@ -41,122 +37,75 @@ OVEN = Oven(200.0, 0.25, 10, 1, 2, True, "bottom", "low", ("low",), (3, 5), Path
         ("speed", float("inf"), "must be finite and above 0, got inf"),
         ("minutes", 0, "must be at least 1, got 0"),
         ("seed", 2**32, "must be below 4294967296, got 4294967296"),
-        ("trays", 0, "must be at least 1, got 0"),
         ("times", (3, 0), "must be at least 1, got 0"),
         ("shelf", "attic", "must be one of low, middle, got 'attic'"),
         ("shelves", ("low", "attic"), "must be one of low, middle, got 'attic'"),
     ],
 )
-def test_wrong_type_or_range_is_refused_with_option_and_value(name: str, value: Any, message: str) -> None:
-    with pytest.raises(UsageError) as error:
-        replace(Oven(), **{name: value}).checked()
-    assert str(error.value) == f"--{name} {message}"
-    if " takes " in str(error.value):  # a wrong type is none in a file either
+def test_wrong_type_or_range_is_refused_with_option_and_value(name, value, message):
+    attempts = [replace(Oven(), **{name: value}).checked]
+    if message.startswith("takes"):  # a wrong type is none in a file either
+        attempts.append(lambda: Oven.from_dict({name: value}))
+    for attempt in attempts:
         with pytest.raises(UsageError) as error:
-            Oven.from_dict({name: value})
+            attempt()
         assert str(error.value) == f"--{name} {message}"
 
 
-def test_bounds_belong_to_the_range_where_they_say_so() -> None:
-    for degrees in (0.0, 300.0):
-        assert Oven(degrees=degrees).checked().degrees == degrees
-
-
-def test_options_that_do_not_go_together_are_refused() -> None:
+def test_checked_options_have_the_types_of_their_fields_and_may_lie_on_a_bound():
+    checked = Oven(degrees=300, recipe="a/b", times=[3], speed="2").checked()
+    assert checked == Oven(degrees=300.0, recipe=Path("a/b"), times=(3,), speed=2.0)
+    assert isinstance(checked.degrees, float)
+    assert Oven(degrees=0.0).checked().degrees == 0
     with pytest.raises(UsageError, match="--fan takes --heat top"):
         Oven(fan=True, heat="bottom").checked()
 
 
-def test_checked_options_have_the_types_of_their_fields() -> None:
-    checked = Oven(degrees=200, recipe="a/b", times=[3], speed="2").checked()  # type: ignore[arg-type]
-    assert checked == Oven(degrees=200.0, recipe=Path("a/b"), times=(3,), speed=2.0)
-    assert isinstance(checked.degrees, float)
-
-
-def test_yaml_gives_back_every_option(tmp_path: Path) -> None:
-    default = Oven().to_dict()
+def test_yaml_gives_back_every_option_from_plain_values_under_a_comment(tmp_path):
+    default, path = Oven().to_dict(), tmp_path / "oven.yaml"
     same = [name for name, value in OVEN.to_dict().items() if value == default[name]]
     assert same == [], "the example must differ from the default in every option"
-    for each in (OVEN, Oven()):
-        each.to_yaml(tmp_path / "oven.yaml")
-        assert Oven.from_yaml(tmp_path / "oven.yaml") == each
-
-
-def test_yaml_holds_plain_values_and_its_format_under_a_comment(tmp_path: Path) -> None:
-    OVEN.to_yaml(tmp_path / "oven.yaml", comment="by hand")
-    text = (tmp_path / "oven.yaml").read_text()
-    assert text.startswith(f"# by hand\nformat: {FORMAT}\ndegrees: 200.0\n")
-    values = yaml.safe_load(text)
+    for each in (Oven(), OVEN):
+        each.to_yaml(path, comment="by hand")
+        assert Oven.from_yaml(path) == each
+    assert path.read_text().startswith(f"# by hand\nformat: {FORMAT}\ndegrees: 200.0\n")
+    values = yaml.safe_load(path.read_text())
     assert (values["times"], values["recipe"], values["speed"]) == ([3, 5], "a/b", 2.5)
-
-
-def test_yaml_may_leave_options_out_and_write_numbers_without_a_point(tmp_path: Path) -> None:
-    (tmp_path / "oven.yaml").write_text("share: 1e-4\n")
-    assert isinstance(yaml.safe_load("1e-4"), str), "the reason for this test"
-    assert Oven.from_yaml(tmp_path / "oven.yaml") == Oven(share=1e-4)
+    path.write_text("share: 1e-4\n")  # which YAML reads as text, for want of a point
+    assert Oven.from_yaml(path) == Oven(share=1e-4)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- epochs\n", r"oven\.yaml"),
-        ("epochs\n", r"oven\.yaml"),
-        ("", r"oven\.yaml"),
-        ("a: [1\n", r"oven\.yaml"),
+        *((content, r"oven\.yaml") for content in ("- epochs\n", "epochs\n", "", "a: [1\n")),
         (None, r"cannot read options from .*oven\.yaml"),
         ("minute: 3\n", r"oven\.yaml: there is no option minute; did you mean minutes\?$"),
     ],
 )
-def test_yaml_that_cannot_be_used_is_refused_by_name(tmp_path: Path, content: str | None, message: str) -> None:
+def test_yaml_that_cannot_be_used_is_refused_by_name(tmp_path, content, message):
     if content is not None:
         (tmp_path / "oven.yaml").write_text(content)
     with pytest.raises(UsageError, match=message):
         Oven.from_yaml(tmp_path / "oven.yaml")
 
 
-def test_a_hint_is_given_only_where_something_is_near() -> None:
+def test_help_is_what_the_docstring_says_and_a_hint_is_given_only_where_something_is_near():
+    said = {"degrees": "How hot.", "share": "Part of the tray, 50 % if nobody says."}
+    assert helps(Oven) == said | {"fan": "Whether it turns.", "shelves": "All of them."}
+    assert helps(Options) == {}
     assert nearest("bach-size", ["batch_size", "lr"]) == "; did you mean batch_size?"
     assert nearest("temperature", ["batch_size", "lr"]) == ""
 
 
-def test_help_is_what_the_docstring_says_of_each_option() -> None:
-    said = {"degrees": "How hot.", "share": "Part of the tray, 50 % if nobody says."}
-    assert helps(Oven) == said | {"fan": "Whether it turns.", "shelves": "All of them."}
-    assert helps(Options) == {}
-
-
-def test_chosen_members_stand_in_the_order_of_fields_and_names() -> None:
+def test_checked_members_stand_in_order_under_their_own_names_with_options_given_or_default():
     assert list(Pizza(sauce="cream", toppings=("olives", "basil")).chosen()) == ["cream", "olives", "basil"]
-
-
-def test_checked_members_have_their_own_names_and_options_given_or_default() -> None:
     checked = Pizza(sauce="red", toppings=("basil",), members={"basil": Basil.Options(salt=2.0)}).checked()
     assert (checked.sauce, checked.toppings) == ("tomato", ("basil",))
     assert checked.members == {"tomato": Tomato.Options(salt=1.0), "basil": Basil.Options(salt=2.0)}
 
 
-@pytest.mark.parametrize(
-    ("pizza", "message"),
-    [
-        (Pizza(members={"cream": Cream.Options()}), "cream, which is not chosen; give --sauce cream with it"),
-        (
-            Pizza(members={"tomato": Tomato.Options(salt=-1.0)}),
-            r"^--tomato\.salt must be finite and at least 0, got -1\.0$",
-        ),
-        (
-            Pizza("cream", members={"cream": Cream.Options(kind="old")}),
-            r"^--cream\.kind must be one of sweet, sour, got",
-        ),
-        (Pizza("pesto"), r"--sauce takes tomato, cream, plain, or .* got 'pesto'"),
-        (Pizza(toppings=("basil", "olives", "basil")), "--toppings names basil twice"),
-    ],
-)
-def test_members_that_cannot_be_chosen_and_their_options_are_refused(pizza: Pizza, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        pizza.checked()
-
-
-def test_yaml_gives_back_the_options_of_members_that_have_any(tmp_path: Path) -> None:
+def test_yaml_gives_back_the_options_of_members_that_have_any(tmp_path):
     pizza = Pizza("cream", ("olives",), 20, members={"cream": Cream.Options(0.1, "sour")}).checked()
     pizza.to_yaml(tmp_path / "pizza.yaml")
     assert Pizza.from_yaml(tmp_path / "pizza.yaml") == pizza
@@ -172,16 +121,22 @@ def test_yaml_gives_back_the_options_of_members_that_have_any(tmp_path: Path) ->
         ({"tomatoe": {"salt": 1}}, r"^there is no option tomatoe; did you mean tomato\?$"),
         ({"tomato": {"sallt": 1}}, r"^there is no option tomato\.sallt; did you mean salt\?$"),
         ({"tomato": {"salt": "much"}}, r"^--tomato\.salt takes a number, got 'much'$"),
+        ({"tomato": {"salt": -1.0}}, r"^--tomato\.salt must be finite and at least 0, got -1\.0$"),
         ({"tomato": 3}, "^tomato holds the options of tomato, as a mapping of names to values, got 3$"),
+        ({"sauce": "cream", "cream": {"kind": "old"}}, r"^--cream\.kind must be one of sweet, sour, got 'old'$"),
         ({"siz": 3}, r"^there is no option siz; did you mean size\?$"),
+        ({"sauce": "pesto"}, r"--sauce takes tomato, cream, plain, or .* got 'pesto'"),
+        ({"toppings": ["basil", "olives", "basil"]}, "--toppings names basil twice"),
     ],
 )
-def test_what_a_file_cannot_say_of_members_is_refused(values: dict[str, Any], message: str) -> None:
+def test_members_that_cannot_be_chosen_and_their_options_are_refused(values, message):
     with pytest.raises(UsageError, match=message):
-        Pizza.from_dict(values)
+        Pizza.from_dict(values).checked()
+    with pytest.raises(UsageError, match="cream, which is not chosen; give --sauce cream with it"):
+        Pizza(members={"cream": Cream.Options()}).checked()
 
 
-def test_differences_name_options_and_those_of_members_with_both_values() -> None:
+def test_differences_name_options_and_those_of_members_with_both_values():
     before = Pizza(toppings=("basil",))
     assert differences(before, before) == []
     after = replace(before, size=20, members={"basil": Basil.Options(salt=0.5)})
@@ -192,7 +147,7 @@ def test_differences_name_options_and_those_of_members_with_both_values() -> Non
 
 
 @pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "", "cuda:99"])
-def test_device_that_cannot_be_used_is_refused_and_auto_is_cuda_where_there_is_one(device: str) -> None:
+def test_device_that_cannot_be_used_is_refused_and_auto_is_cuda_where_there_is_one(device):
     known = f"--device cuda:99: PyTorch sees {torch.cuda.device_count()} CUDA"
     message = known if device == "cuda:99" else "--device must be auto, cpu, cuda or cuda:N, got"
     with pytest.raises(UsageError, match=message):
@@ -200,8 +155,8 @@ def test_device_that_cannot_be_used_is_refused_and_auto_is_cuda_where_there_is_o
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize(
-    ("hint", "value"), [(Path | None, None), (int | None, None), (float | None, None), (str, "none")]
-)
-def test_none_on_a_command_line_is_nothing_but_where_an_option_is_text(hint: Any, value: str | None) -> None:
-    assert converted("size", hint, "none", spoken=True) == value
+def test_none_on_a_command_line_is_nothing_but_where_an_option_is_text():
+    assert [converted("size", hint, "none", spoken=True) for hint in (Path | None, int | None, float | None)] == [
+        None
+    ] * 3
+    assert converted("bottleneck", str, "none", spoken=True) == "none"

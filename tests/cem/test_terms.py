@@ -63,30 +63,27 @@ def test_an_unknown_name_is_refused_with_the_choices(name):
         family(Spread)[name]
 
 
-def test_a_class_is_had_by_its_module(mine):
+@pytest.mark.parametrize(("name", "message"), [("mine.deep:Spread", "mine"), ("mine:Spred", "Spred"), ("mine:", "''")])
+def test_a_class_is_had_by_its_module_and_refused_where_it_is_not_there(name, message, mine):
     mine.Spread = Spread
     assert cem.SURROGATES["mine:Spread"] is Spread
     assert "spread" not in cem.SURROGATES
-
-
-@pytest.mark.parametrize(("name", "message"), [("mine.deep:Spread", "mine"), ("mine:Spred", "Spred"), ("mine:", "''")])
-def test_a_class_that_is_not_there_is_refused(name, message, mine):
     with pytest.raises(UsageError, match=f"--surrogate {name}: .*{message}"):
         cem.SURROGATES[name]
 
 
-@pytest.mark.parametrize("other", [cem.GaussianNoise, cem.Surrogate, Spread(), 3], ids=repr)
-def test_what_cannot_be_a_member_is_refused(other, mine):
+NO_MEMBER = r"mine:Other must be a class derived from cem\.surrogates\.base\.Surrogate, with a name and Options, a"
+TAKEN = type("Mine", (Spread,), {"name": "centroid"}), r"mine:Other is called 'centroid', as <class .*CentroidCEM'> is"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [*((each, NO_MEMBER) for each in (cem.GaussianNoise, cem.Surrogate, Spread(), 3)), TAKEN],
+)
+def test_what_cannot_be_a_member_is_refused(other, message, mine):
     mine.Other = other
-    message = r"mine:Other must be a class derived from cem\.surrogates\.base\.Surrogate, with a name and Options, a"
     with pytest.raises(UsageError, match=message):
         cem.SURROGATES["mine:Other"]
-
-
-def test_a_class_with_the_name_of_a_member_is_refused(mine):
-    mine.Mine = type("Mine", (Spread,), {"name": "centroid"})
-    with pytest.raises(UsageError, match=r"mine:Mine is called 'centroid', as <class .*CentroidCEM'> is"):
-        cem.SURROGATES["mine:Mine"]
 
 
 def test_build_makes_what_the_run_and_the_options_say():
