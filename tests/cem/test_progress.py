@@ -1,16 +1,12 @@
 """What a user sees of a command besides its results: progress on a terminal, and letters that any stream can take."""
 
 import io
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from said import run
 
-from cem import attack, compare, progress, train
+from cem import compare, progress
 from cem.command import run_command
 from cem.data import synthetic
 from cem.report.tsne import draw_tsne
@@ -28,9 +24,10 @@ def test_terminal_sees_what_remains_and_a_clock_but_no_bar_of_a_short_pass(monke
         bar.update(1)
         bar.refresh()
     seen = sys.stderr.getvalue()
-    assert [text in seen for text in ("thinking 00:00", "training  25%|", " left", "validation")] == [True] * 3 + [
-        False
-    ]
+    assert "thinking 00:00" in seen
+    assert "training  25%|" in seen
+    assert " left" in seen
+    assert "validation" not in seen
     monkeypatch.setattr(progress, "DELAY", 0)
     assert list(progress.over("ab", "validation")) == ["a", "b"]
     assert "validation   0%|" in sys.stderr.getvalue()
@@ -54,7 +51,7 @@ def test_forecast_is_no_more_exact_than_it_can_be(seconds, text):
     assert progress.about(seconds) == text
 
 
-def test_comparison_says_what_it_does_and_what_comes_next(tmp_path, monkeypatch):
+def test_comparison_says_what_it_does_and_what_comes_next(run, tmp_path, monkeypatch):
     monkeypatch.setattr("cem.comparison.runner.run_comparison", lambda *_: None)
     said = run(compare, ["--quick"], tmp_path)
     assert said.err.startswith("none, mixture, centroid on digits: resnet20, 10 epochs, 2 seeds; every run is trained")
@@ -71,32 +68,15 @@ def test_images_for_tests_say_how_to_train_on_them(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 @pytest.mark.parametrize(
     ("encoding", "text"),
-    [("utf-8", "σ ≤ ½ – é λ·x ☃"), ("ascii", "sigma <= 1?2 - e? lambda*x ?"), ("cp1252", "sigma <= ½ – é lambda·x ?")],
+    [
+        ("utf-8", "σ ≤ ½ – é λ·x ☃"),
+        ("ascii", "sigma <= 1?2 - e? lambda*x ?"),
+        ("cp1252", "sigma <= ½ – é lambda·x ?"),
+        ("cp932", "σ <= 1?2 - e? λ*x ?"),
+    ],
 )
 def test_what_a_stream_cannot_encode_is_spelled_out(name, encoding, text, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     monkeypatch.setattr(sys, name, stream)
     assert run_command(lambda: print("σ ≤ ½ – é λ·x ☃", file=stream) or 0) == 0
     assert stream.buffer.getvalue().decode(encoding).strip() == text
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp932"])
-@pytest.mark.parametrize("command", [train, attack, compare, synthetic])
-def test_help_is_printed_in_any_encoding(command, encoding, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    monkeypatch.setattr(sys, "stdout", stream)
-    with pytest.raises(SystemExit, match="0"):
-        command.main(["--help"])
-    assert stream.buffer.getvalue().startswith(b"usage: python -m cem.")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ["cem.train --train-size 64 --epochs 2 --out run", "cem.attack"])
-def test_commands_end_well_where_nothing_but_ascii_can_be_printed(line, trained, tmp_path):
-    if line == "cem.attack":
-        line += f" {trained.path} --out {tmp_path}/a --max-epochs 1 --attackers deconvC4 --white-box-images 0"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", *line.split(), "--device", "cpu"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"\\u" not in done.stdout + done.stderr

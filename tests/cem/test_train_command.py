@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from said import run
 
 from cem import train as command
 from cem.surrogates import SURROGATES
@@ -30,7 +29,7 @@ def test_run_says_what_it_does_where_things_are_and_what_comes_next(trained):
     assert trained.out.endswith(f"next           python -m cem.attack {trained.path}\n")
 
 
-def test_run_that_is_there_is_not_replaced_but_may_be_looked_at_again(trained):
+def test_run_that_is_there_is_not_replaced_but_may_be_looked_at_again(trained, run):
     before = {path: path.read_bytes() for path in trained.path.iterdir() if path.is_file()}
     again = run(command, [], trained.path)
     assert again.code == 2
@@ -39,9 +38,9 @@ def test_run_that_is_there_is_not_replaced_but_may_be_looked_at_again(trained):
     assert {path: path.read_bytes() for path in trained.path.iterdir() if path.is_file()} == before
 
 
-def test_the_config_of_a_run_makes_the_same_run_beside_it(trained):
+def test_the_config_of_a_run_makes_the_same_run_beside_it(trained, run):
     config = ["--config", str(trained.path / "config.yaml")]
-    found = [run(command, config, None).out for _ in range(2)]
+    found = [run(command, config).out for _ in range(2)]
     name = "runs/digits-resnet20-cut2-none-noise0.1-seed0"
     for out, where in zip(found, (name, f"{name}-2"), strict=True):
         assert f"results        {where}\n" in out
@@ -87,12 +86,12 @@ def test_run_of_a_device_that_is_not_here_may_be_resumed_on_another():
         ("--capture --device cpu", "--capture needs a CUDA device"),
     ],
 )
-def test_bad_options_end_with_2_and_a_sentence(line, message):
+def test_bad_options_end_with_2_and_a_sentence(line, message, run):
     for name in ("run", "old"):
         Path(name).mkdir()
     TrainConfig(train_size=64).to_yaml(Path("run/config.yaml"))
     Path("old/config.yaml").write_text("surrogate: attention\nmeasure: slots\n")
-    said = run(command, line.split(), None)
+    said = run(command, line.split())
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert said.err.startswith("error: ")
     assert message in said.err
