@@ -14,9 +14,9 @@ Ctrl-C keeps the decoders that were finished; the same command goes on from ther
 
 Examples:
 
-  python -m cem.attack runs/first                     four decoders and a white box
-  python -m cem.attack runs/first --queries 10        averages noise away
-  python -m cem.attack runs/first --max-epochs 15     a first look, sooner done
+  python -m cem.attack runs/first                   four decoders, a white box
+  python -m cem.attack runs/first --queries 10      averages noise away
+  python -m cem.attack runs/first --max-epochs 15   a first look, sooner done
 
 Exit code: 0; 1 if a decoder diverged; 2 for bad options; 130 if it was interrupted.
 """

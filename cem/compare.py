@@ -14,9 +14,9 @@ The report is about the runs that the command names: report.html (one file, open
 
 Examples:
 
-  python -m cem.compare --quick                          a few minutes on two cores
-  python -m cem.compare --quick --noise-stds 0.1 0.3     the same at two levels of noise
-  python -m cem.compare --quick --report-only            the report, from what is there
+  python -m cem.compare --quick                        a few minutes
+  python -m cem.compare --quick --noise-stds 0.1 0.3   two levels of noise
+  python -m cem.compare --quick --report-only          from what is there
 
 Options of the training hold for all runs. Those of the attack begin with --attack.
 

@@ -10,9 +10,9 @@ tsne.png, train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a ru
 
 Examples:
 
-  python -m cem.train --train-size 700 --out runs/first    leaves images for cem.attack
-  python -m cem.train --surrogate none --noise-std 0.3     more noise instead of a penalty
-  python -m cem.train --resume runs/first                  goes on after an interruption
+  python -m cem.train --train-size 700 --out runs/first   leaves images to attack
+  python -m cem.train --surrogate none --noise-std 0.3    noise, but no penalty
+  python -m cem.train --resume runs/first                 after an interruption
 
 Exit code: 0; 1 if training diverged; 2 for bad options; 130 if it was interrupted.
 """

@@ -34,7 +34,8 @@ class _Follower(io.StringIO):
     def write(self, text: str) -> int:
         found = re.search(r"Iteration (\d+)", text)
         if found:
-            self._shown.update(int(found[1]) - self._shown.n)
+            self._shown.n = int(found[1])
+            self._shown.refresh()  # some twenty times in all
         return len(text)
 
 

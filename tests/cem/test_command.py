@@ -152,13 +152,14 @@ def test_help_lists_members_and_the_options_of_those_that_are_chosen(capsys):
         (synthetic, [*hints(synthetic.Sizes)]),
     ],
 )
-def test_help_explains_every_option_in_80_columns_of_ascii_by_examples_too(command, names, monkeypatch, tmp_path):
+def test_help_explains_every_option_in_80_columns_by_examples_too_and_in_ascii(command, names, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", stream)
-    with pytest.raises(SystemExit, match="0"):
-        command.main(["--help"])
+    for encoding in ("ascii", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match="0"):
+            command.main(["--help"])
     text = stream.buffer.getvalue().decode()
     assert [line for line in text.splitlines() if len(line) > 80] == []
     assert [name for name in names if f" --{name.replace('_', '-')}" not in text] == []
