@@ -79,7 +79,7 @@ def test_missing_images_for_the_attackers_are_noted_and_an_interrupt_says_how_to
 
     monkeypatch.setattr(runner, "run_comparison", interrupt)
     assert command.main(["--out", "a b", *option]) == 130
-    *note, last = capsys.readouterr().err.splitlines()
+    _, *note, last = capsys.readouterr().err.splitlines()
     assert [line[:26] for line in note] == (["note: without --train-size"] if noted else [])
     assert last == " ".join(["interrupted; to go on: python -m cem.compare --out 'a b'", *option])
 
