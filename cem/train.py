@@ -10,7 +10,7 @@ tsne.png, train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a ru
 
 Examples:
 
-  python -m cem.train --train-size 700 --out runs/first   leaves images to attack
+  python -m cem.train --train-size 700 --out runs/first   leaves some to attack
   python -m cem.train --surrogate none --noise-std 0.3    noise, but no penalty
   python -m cem.train --resume runs/first                 after an interruption
 
