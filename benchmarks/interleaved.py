@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+
+from tqdm import tqdm
 
 
 def seconds(call: Callable[[], object], iterations: int) -> float:
@@ -14,11 +17,21 @@ def seconds(call: Callable[[], object], iterations: int) -> float:
     return (time.perf_counter() - start) / iterations
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], iterations: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one untimed call of each."""
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, at_least: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after one untimed call of each.
+
+    Args:
+        calls: by name.
+        rounds: in each of which all have their turn.
+        at_least: seconds of a turn, filled with as many calls as it takes.
+    """
     for call in calls.values():
         call()
-    timed = [{name: seconds(call, iterations) for name, call in calls.items()} for _ in range(rounds)]
+    iterations = dict.fromkeys(calls, 1)
+    if at_least > 0:
+        iterations = {name: max(1, math.ceil(at_least / seconds(call, 1))) for name, call in calls.items()}
+    turns = tqdm(range(rounds), unit="round", leave=False, disable=None)
+    timed = [{name: seconds(call, iterations[name]) for name, call in calls.items()} for _ in turns]
     return {name: [found[name] for found in timed] for name in calls}
 
 
@@ -27,9 +40,6 @@ def quartiles(samples: Sequence[float]) -> dict[str, float]:
     return {"q1": round(low, 3), "median": round(median, 3), "q3": round(high, 3)}
 
 
-def times_slower(
-    peer: Callable[[], object], call: Callable[[], object], iterations: int, rounds: int = 9
-) -> dict[str, float]:
-    """How many times the seconds of ``call`` the ``peer`` takes: quartiles of the ratios of neighboring rounds."""
-    found = in_turns({"peer": peer, "call": call}, iterations, rounds)
-    return quartiles([slow / fast for slow, fast in zip(found["peer"], found["call"], strict=True)])
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times the seconds of ``fast`` the ``slow`` one takes: quartiles of the ratios of neighboring rounds."""
+    return quartiles([one / other for one, other in zip(slow, fast, strict=True)])

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: peak memory of the surrogate, and what it keeps for its backward; needs no GPU.
+"""Peak memory of the surrogate, and what it keeps for its backward; needs no GPU. ``python -m benchmarks.cpu memory``.
 
 Everything runs on the CPU, and PyTorch's allocator there is asked what it gave and took. Triton's launches do nothing
 meanwhile: a kernel allocates nothing itself, and no size depends on what one writes. So the figures are those of a
@@ -8,34 +8,24 @@ attention, the GRU cell) keep other, small buffers there, and libraries take wor
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    # Before the first import of Triton and PyTorch: kernels that take CPU tensors, and no log of the profiler's.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from benchmarks.gpu.cases import PLANS
-from benchmarks.gpu.environment import versions
-from benchmarks.gpu.report import write_json
 from benchmarks.operators import CASES, Case, Spec
 from benchmarks.steps import steps_of
 from cem_kernels import BackendUnavailableError
 
 VARIANTS = ("loop", "padded", "eager", "triton")
 SPECS = [plan.spec for plan in PLANS if plan.spec.operator == "surrogate"]
-OUT = Path(__file__).parent / "results" / "memory.json"
 
 
 @contextmanager
@@ -100,39 +90,23 @@ def sizes_of(case: Case, variant: str) -> dict[str, int]:
     return {"peak_bytes": peak_bytes(step), "saved_bytes": saved}
 
 
-def record_of(spec: Spec, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
-    """The record of a case; variants that cannot run here are not in it."""
+def rows_of(spec: Spec, variants: Sequence[str] = VARIANTS) -> list[dict[str, Any]]:
+    """A row a variant; those that cannot run here have none."""
     case = CASES[spec.operator](spec, "cpu")
-    found: dict[str, Any] = {}
+    rows = []
     for variant in variants:
         with no_kernels():
             try:
-                found[variant] = sizes_of(case, variant)
+                rows.append({"case": spec.name, "variant": variant, **sizes_of(case, variant)})
             except BackendUnavailableError as error:
                 print(f"{spec.name}: no {variant}: {error}", file=sys.stderr)
-    return {"name": spec.name, "variants": found}
+    return rows
 
 
-def lines_of(record: dict[str, Any], spec: Spec) -> list[str]:
-    """The case as text; the last column is in units of what the tokens take in fp32."""
-    tokens = 4 * spec.B * spec.T * spec.D
-    lines = ["", f"{record['name']:42}{'peak MiB':>12}{'saved MiB':>12}{'saved/tokens':>14}"]
-    for variant, sizes in record["variants"].items():
-        peak, saved = (sizes[key] / 2**20 for key in ("peak_bytes", "saved_bytes"))
-        lines.append(f"{variant:42}{peak:12.2f}{saved:12.2f}{sizes['saved_bytes'] / tokens:14.2f}")
-    return lines
+def measure() -> list[dict[str, Any]]:
+    return [row for spec in tqdm(SPECS, unit="case", disable=None) for row in rows_of(spec)]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", metavar="FILE", type=Path, default=OUT, help="JSON (benchmarks/results/memory.json)")
-    options = parser.parse_args(arguments)
-    cases = []
-    for spec in SPECS:
-        cases.append(record_of(spec))
-        print("\n".join(lines_of(cases[-1], spec)), flush=True)
-    write_json(options.out, {"environment": {"device": "cpu", **versions()}, "cases": cases})
-
-
-if __name__ == "__main__":
-    main()
+def line_of(row: Mapping[str, Any]) -> str:
+    peak, saved = (row[key] / 1e6 for key in ("peak_bytes", "saved_bytes"))
+    return f"{row['case']:44}{row['variant']:10}{peak:10.2f} MB at most{saved:10.2f} MB for the backward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,25 +17,11 @@ def spread(base: list[Spec], dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16"))
     return [replace(spec, dtype=dtype) for spec in base for dtype in dtypes]
 
 
-def variance(**sizes: Any) -> Spec:
-    return Spec("class_variance", **sizes)
-
-
-def centroid(**sizes: Any) -> Spec:
-    return Spec("centroid_variance", **sizes)
-
-
-def slot(**sizes: Any) -> Spec:
-    return Spec("slot_attention", **sizes)
-
-
-def read(**sizes: Any) -> Spec:
-    return Spec("gated_read", **sizes)
-
-
-def whole(**sizes: Any) -> Spec:
-    return Spec("surrogate", **sizes)
-
+variance = partial(Spec, "class_variance")
+centroid = partial(Spec, "centroid_variance")
+slot = partial(Spec, "slot_attention")
+read = partial(Spec, "gated_read")
+whole = partial(Spec, "surrogate")
 
 # First what every dtype must get right, then what one of them shows for all. Slot attention has few tokens a class, and
 # then so many that programs share them.
@@ -90,5 +77,4 @@ def check_spec(spec: Spec, device: str, variant: str = "triton") -> dict[str, An
     except Exception as error:
         return record | {"status": "error", "why": describe(error)}
     status = "wrong" if not verdict.passed else "ok" if repeatable else "unrepeatable"
-    why = f"{verdict.worst}: error {verdict.error:.2g}, allowed {verdict.allowed:.2g}"
-    return record | {"status": status, "why": why, "repeatable": repeatable, "check": asdict(verdict)}
+    return record | {"status": status, "why": str(verdict), "repeatable": repeatable, "check": asdict(verdict)}

@@ -59,7 +59,7 @@ def measure_variant(
         return {"status": "error", "why": describe(error)}
     record: dict[str, Any] = {"status": "ok" if verdict.passed else "wrong", "check": asdict(verdict)}
     if not verdict.passed:
-        record["why"] = f"{verdict.worst}: error {verdict.error:.2g}, allowed {verdict.allowed:.2g}"
+        record["why"] = str(verdict)
         return record
     for direction in DIRECTIONS:
         try:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.operators import DIRECTIONS
+
+EXPECTED = Path(__file__).with_name("expected.csv")
 
 COLUMNS = f"{'':18}" + "".join(f"{name:>9}" for name in (*DIRECTIONS, "±20-80%", "call"))
 COLUMNS += f"{'copy f/b':>10}{'×floor':>7}{'MiB':>7}"
@@ -57,9 +61,19 @@ def case_lines(case: Mapping[str, Any]) -> list[str]:
     if "error" in case:
         return [*lines, f"  {case['error']}"]
     lines += [variant_line(name, record) for name, record in case["variants"].items()]
+    lines += expected_lines(case["name"])
     if case["left_out"]:
         lines.append(f"left out for want of time: {', '.join(case['left_out'])}")
     return lines
+
+
+def expected_lines(name: str) -> list[str]:
+    """What was expected of the kernels before anybody measured, in microseconds."""
+    with open(EXPECTED, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["case"] == name]
+    guesses = (" to ".join(dict.fromkeys((row["least_us"], row["most_us"]))) for row in rows)
+    found = ", ".join(f"{row['direction']} {guess}" for row, guess in zip(rows, guesses, strict=True))
+    return [f"{'expected':18}{found} µs"] if rows else []
 
 
 def correctness_lines(checks: Iterable[Mapping[str, Any]], sanitizer: Iterable[Mapping[str, Any]]) -> list[str]:

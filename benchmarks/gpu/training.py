@@ -58,7 +58,7 @@ def measure_training(
                 calls[f"{name} captured"] = checked(step_of(name, backend=record["backend"], captured=True))
             except Exception as error:
                 absent[f"{name} captured"] = describe(error)
-        found = in_turns({name: awaited(call, steps, device) for name, call in calls.items()}, 1, rounds)
+        found = in_turns({name: awaited(call, steps, device) for name, call in calls.items()}, rounds)
     times = {name: [seconds / steps for seconds in samples] for name, samples in found.items()}
     added = {
         name: quartiles([own / none - 1 for own, none in zip(samples, times["none"], strict=True)])

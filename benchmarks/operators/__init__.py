@@ -1,6 +1,7 @@
 """The operators that are benchmarked, and the surrogate that they make: one case class each."""
 
-from benchmarks.operators.base import DIRECTIONS, OWN, Call, Case, Cost, Spec, Verdict
+from benchmarks.check import OWN, Verdict
+from benchmarks.operators.base import DIRECTIONS, Call, Case, Cost, Spec
 from benchmarks.operators.centroid_variance import CentroidVarianceCase
 from benchmarks.operators.class_variance import ClassVarianceCase
 from benchmarks.operators.cross_attention import CrossAttentionCase, GatedReadCase

@@ -1,4 +1,4 @@
-"""What every operator's benchmark shares: a batch, the variants that compute it, its cost, and the check before timing.
+"""What every operator's benchmark shares: a batch, the variants that compute it, and its cost.
 
 An operator is one subclass of :class:`Case` in a file of its own, and one entry of :data:`benchmarks.operators.CASES`.
 """
@@ -6,7 +6,6 @@ An operator is one subclass of :class:`Case` in a file of its own, and one entry
 from __future__ import annotations
 
 import abc
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.operator_peers import Classes
-from cem_kernels import BackendUnavailableError, ClassGroups
+from benchmarks.check import Check
+from benchmarks.peers import Classes
+from cem_kernels import ClassGroups
 
 Call = Callable[..., tuple[Tensor, ...]]  # the differentiable inputs to the outputs
 
 DIRECTIONS = ("forward", "backward", "both")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OWN = ("eager", "eager-compiled", "triton")  # this library's variants; every other one is a peer
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,6 @@ def rate_of(dtype: str) -> str:
     return "bf16" if dtype in ("bf16", "fp16") else "fp32"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a variant computes what it should, and by how much it missed at the tensor where it is worst."""
-
-    passed: bool
-    worst: str  # the tensor's name
-    error: float  # relative to the fp64 reference
-    allowed: float
-
-
 class Case(abc.ABC):
     """One batch on one device, everything about its labels prepared."""
 
@@ -134,12 +123,12 @@ class Case(abc.ABC):
         """The gradient of every output."""
 
     @abc.abstractmethod
-    def plain(self, variant: str) -> Call:
-        """The variant uncompiled. Raises :class:`BackendUnavailableError` where it cannot run."""
+    def public(self, backend: str) -> Call:
+        """This library's operator on a named backend."""
 
     @abc.abstractmethod
-    def yardsticks(self) -> list[Call]:
-        """The definition in the precisions that this library's own variants may compute in."""
+    def peer(self, variant: str) -> Call:
+        """What computes the same without this library. Raises :class:`BackendUnavailableError` where it cannot run."""
 
     @staticmethod
     @abc.abstractmethod
@@ -161,6 +150,21 @@ class Case(abc.ABC):
 
     def leaf(self, value: Tensor) -> Tensor:
         return value.to(self.dtype).detach().requires_grad_()
+
+    def plain(self, variant: str) -> Call:
+        """The variant uncompiled. Raises :class:`BackendUnavailableError` where it cannot run."""
+        if variant in ("eager", "triton"):
+            return self.own(variant)
+        return self.public("reference") if variant == "loop" else self.peer(variant)
+
+    def own(self, backend: str) -> Call:
+        return self.tried(self.public(backend)) if backend == "triton" else self.public(backend)
+
+    def tried(self, call: Call) -> Call:
+        """Called once, so that kernels which cannot run here refuse by name, ahead of every clock."""
+        with torch.no_grad():
+            call(*self.leaves.values())
+        return call
 
     def build(self, variant: str) -> Call:
         """The callable behind a variant's name; ``-compiled`` is the plain one under :func:`torch.compile`."""
@@ -188,85 +192,22 @@ class Case(abc.ABC):
         found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
         return found | {f"gradient of {name}": g for name, g in zip(self.leaves, grads, strict=True)}
 
-    @abc.abstractmethod
     def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         """The definition, one class at a time."""
+        return self.public("reference")(*leaves)
 
     def native(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         """The definition as peers compute it: in the tokens' dtype, where it is not in fp32 for them too."""
         return self.reference(*leaves)
 
-    @cached_property
-    def exact(self) -> dict[str, Tensor]:
-        return self.results(self.reference, torch.float64)
+    def yardsticks(self) -> list[Call]:
+        """The definition in the precisions that this library's own variants may compute in."""
+        return [self.reference] if self.dtype == torch.float32 else [self.reference, self.native]
 
     @cached_property
-    def own_errors(self) -> dict[str, float]:
-        """By tensor, the error of the definition in the worst precision that is allowed."""
-        errors = [errors_of(self.results(call), self.exact) for call in self.yardsticks()]
-        return {name: max(error[name] for error in errors) for name in self.exact}
-
-    @cached_property
-    def peer_errors(self) -> dict[str, float]:
-        """By tensor, what a peer may err by: a fixed tolerance, or more where the definition does badly in its dtype.
-
-        It says that peers do the same work and not that they are as accurate: most of it goes to the gradients of
-        weights, sums over all tokens of 16-bit products that nearly cancel.
-        """
-        rows = ("output", f"gradient of {next(iter(self.leaves))}")
-        fixed = PEER_TOLERANCE[self.spec.dtype]
-        narrow = self.dtype != torch.float32
-        errors = errors_of(self.results(self.native), self.exact) if narrow else self.own_errors
-        return {name: max(fixed * (1 if name.startswith(rows) else 6), 4 * error) for name, error in errors.items()}
-
-    def check(self, variant: str, call: Call) -> Verdict:
-        """Compare outputs and every gradient with the reference in fp64.
-
-        This library's own variants may err twice as much as the definition does in their precision, peers as
-        :attr:`peer_errors` says.
-        """
-        found = self.results(call)
-        ratios = []
-        for name, error in errors_of(found, self.exact).items():
-            if variant in OWN:
-                allowed = 2 * self.own_errors[name] + self.tiny(found[name].dtype, self.exact[name].numel() == 1)
-            else:
-                allowed = self.peer_errors[name]
-            ratios.append((error / allowed, name, error, allowed))
-        worst = max(ratios, key=lambda miss: math.inf if math.isnan(miss[0]) else miss[0])
-        return Verdict(worst[0] <= 1, *worst[1:])
-
-    def tiny(self, dtype: torch.dtype, scalar: bool) -> float:
-        """What rounding alone may cost: more for a single number, whose yardstick may be exact by luck."""
-        single = torch.finfo(torch.float32).eps
-        return max(512 * single, 2 * torch.finfo(dtype).eps) if scalar else self.rounding * single
-
-
-PEER_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-
-
-# Of the largest gradient: what fp64 leaves of one that is zero in exact arithmetic, and of one where most cancels.
-VANISHING, CANCELLING = 1e-9, 1e-4
-
-
-def errors_of(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """``‖found − exact‖ / ‖exact‖`` by tensor, in fp64; NaN where anything is NaN.
-
-    A gradient that vanishes is measured against the largest one: a bias that a softmax or a variance takes away again
-    gets nothing but rounding. One that nearly does is measured against no less than a small share of the largest.
-    """
-    norms = {name: float(torch.linalg.vector_norm(want)) for name, want in exact.items()}
-    largest = max((norm for name, norm in norms.items() if name.startswith("gradient")), default=0.0)
-    errors = {}
-    for name, want in exact.items():
-        assert found[name].shape == want.shape, f"{name}: shape {list(found[name].shape)}, not {list(want.shape)}"
-        scale = norms[name]
-        if name.startswith("gradient"):
-            share = 10 * CANCELLING if want.numel() == 1 else CANCELLING  # a single number is a sum over all tokens
-            scale = largest if scale < VANISHING * largest else max(scale, share * largest)
-        difference = float(torch.linalg.vector_norm(found[name].double() - want))
-        errors[name] = difference / scale if scale > 0 else difference
-    return errors
+    def check(self) -> Check:
+        """``check(variant, call)``: the verdict on a call that is said to compute this case."""
+        return Check(self)
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
@@ -284,11 +225,3 @@ def relayout(x: Tensor, layout: str) -> Tensor:
 def as_upstream(upstream: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The upstream gradients in the outputs' dtypes: peers write tokens' dtype where this library writes fp32."""
     return tuple(u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True))
-
-
-def own_module(operator: str, backend: str) -> object:
-    """``cem_kernels.<operator>.<backend>``, or the error that says that there is none."""
-    try:
-        return importlib.import_module(f"cem_kernels.{operator}.{backend}")
-    except ImportError as error:
-        raise BackendUnavailableError(f"{operator} has no importable {backend!r} backend: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks import operator_peers as peers
+from benchmarks import peers
 from benchmarks.operators.base import Call, Cost, Spec
 from benchmarks.operators.class_variance import PENALTIES, RELU, ClassVarianceCase
 from cem_kernels import RunningMoments

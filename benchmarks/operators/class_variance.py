@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks import operator_peers as peers
+from benchmarks import peers
 from benchmarks.operators.base import Call, Case, Cost, Spec
 from cem_kernels import LogHinge, Nats, Penalty
 from cem_kernels.variance import class_variance
@@ -42,25 +42,11 @@ class ClassVarianceCase(Case):
 
         return call
 
-    def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return self.public("reference")(*leaves)
-
     def yardsticks(self) -> list[Call]:
         return [self.reference]  # statistics are fp32 whatever the features are
 
-    def plain(self, variant: str) -> Call:
-        if variant in ("eager", "triton"):
-            call = self.public(variant)
-            if variant == "triton":
-                with torch.no_grad():
-                    call(*self.leaves.values())  # refused here, by name, where it cannot run
-            return call
-        if variant == "loop":
-            return self.public("reference")
-        return self.peer(peers.MOMENTS[variant])
-
-    def peer(self, moments: peers.Moments) -> Call:
-        classes = self.classes
+    def peer(self, variant: str) -> Call:
+        classes, moments = self.classes, peers.MOMENTS[variant]
 
         def peer(features: Tensor) -> tuple[Tensor, ...]:
             _, squares = moments(features.flatten(1), classes)

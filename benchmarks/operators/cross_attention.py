@@ -6,15 +6,16 @@ feed-forward network, two matrix products that every variant takes from the libr
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import operator_peers as peers
-from benchmarks.operators.base import Call, Case, Cost, Spec, moved, own_module
+from benchmarks import peers
+from benchmarks.operators.base import Call, Case, Cost, Spec, moved
 from cem_kernels import BackendUnavailableError, CrossAttentionWeights
-from cem_kernels.cross_attention import cross_attention
+from cem_kernels.cross_attention import cross_attention, reference
 
 OF_THE_FFN = tuple(name for name in CrossAttentionWeights._fields if "ff" in name)
 
@@ -60,17 +61,10 @@ class CrossAttentionCase(Case):
         constants = {name: value.to(leaves[0].dtype) for name, value in self.constants.items()}
         return CrossAttentionWeights(**named, **constants)
 
-    def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return self.public("reference")(*leaves)
-
     def native(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        module: Any = own_module("cross_attention", "reference")
         tokens, slots, *rest = leaves
         weights = self.weights(tuple(rest))
-        return (module.cross_attention(tokens, slots, self.groups, weights, self.spec.H, 0.0),)
-
-    def yardsticks(self) -> list[Call]:
-        return [self.reference] if self.dtype == torch.float32 else [self.reference, self.native]
+        return (reference.cross_attention(tokens, slots, self.groups, weights, self.spec.H, 0.0),)
 
     def public(self, backend: str) -> Call:
         """The public operator; where the feed-forward network is shut it returns the gated read, to the bit."""
@@ -81,18 +75,7 @@ class CrossAttentionCase(Case):
 
         return call
 
-    def own(self, backend: str) -> Call:
-        call = self.public(backend)
-        if backend == "triton":
-            with torch.no_grad():
-                call(*self.leaves.values())  # refused here, by name, where it cannot run
-        return call
-
-    def plain(self, variant: str) -> Call:
-        if variant in ("eager", "triton"):
-            return self.own(variant)
-        if variant == "loop" and self.feeds_forward:
-            return self.public("reference")
+    def peer(self, variant: str) -> Call:
         classes, heads = self.classes, self.spec.H
         if variant == "flex":
             if self.device.type != "cuda":
@@ -130,11 +113,9 @@ class GatedReadCase(CrossAttentionCase):
     feeds_forward = False
 
     def own(self, backend: str) -> Call:
-        module: Any = own_module("cross_attention", backend)
-        if not hasattr(module, "gated_read"):
-            raise BackendUnavailableError(f"cem_kernels.cross_attention.{backend} has no gated_read")
         if backend == "triton":
             super().own(backend)  # refused here, by name, where it cannot run
+        module: Any = importlib.import_module(f"cem_kernels.cross_attention.{backend}")
 
         def call(tokens: Tensor, slots: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             weights = self.weights(rest)
@@ -143,6 +124,9 @@ class GatedReadCase(CrossAttentionCase):
             return (module.gated_read(tokens, slots.to(dtype), self.groups, weights, self.spec.H, 0.0),)
 
         return call
+
+    def plain(self, variant: str) -> Call:
+        return self.peer(variant) if variant == "loop" else super().plain(variant)
 
     @staticmethod
     def cost(spec: Spec, direction: str) -> Cost:

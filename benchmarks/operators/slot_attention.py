@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import operator_peers as peers
-from benchmarks.operators.base import Call, Case, Cost, Spec, moved, own_module
+from benchmarks import peers
+from benchmarks.operators.base import Call, Case, Cost, Spec, moved
 from cem_kernels import SlotAttentionWeights
-from cem_kernels.slot_attention import slot_attention
+from cem_kernels.slot_attention import reference, slot_attention
 
 ITERATIONS, EPS = 3, 1e-8
 
@@ -69,27 +69,11 @@ class SlotAttentionCase(Case):
 
         return call
 
-    def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return self.public("reference")(*leaves)
-
     def native(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        module: Any = own_module("slot_attention", "reference")
         tokens, slots, *rest = leaves
-        return (module.slot_attention(tokens, slots, self.groups, self.weights(tuple(rest)), ITERATIONS, EPS),)
+        return (reference.slot_attention(tokens, slots, self.groups, self.weights(tuple(rest)), ITERATIONS, EPS),)
 
-    def yardsticks(self) -> list[Call]:
-        return [self.reference] if self.dtype == torch.float32 else [self.reference, self.native]
-
-    def plain(self, variant: str) -> Call:
-        if variant == "loop":
-            return self.public("reference")
-        if variant in ("eager", "triton"):
-            call = self.public(variant)
-            if variant == "triton":
-                with torch.no_grad():
-                    call(*self.leaves.values())  # refused here, by name, where it cannot run
-            return call
-
+    def peer(self, variant: str) -> Call:
         def padded(tokens: Tensor, slots: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return (peers.padded_slots(tokens, slots, self.weights(rest), ITERATIONS, EPS, self.classes),)
 

@@ -7,11 +7,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from benchmarks.operators.base import OWN, Call, Case, Cost, Spec, moved
+from benchmarks.check import OWN
+from benchmarks.operators.base import Call, Case, Cost, Spec, moved
 from benchmarks.operators.class_variance import ClassVarianceCase
 from benchmarks.operators.cross_attention import CrossAttentionCase
 from benchmarks.operators.slot_attention import ITERATIONS, SlotAttentionCase, off_the_kink
-from benchmarks.peers import PaddedBatch, PerClassLoop
+from benchmarks.surrogate_peers import PaddedBatch, PerClassLoop
 from cem import Batch, SlotCrossAttentionCEM
 
 
@@ -88,10 +89,13 @@ class SurrogateCase(Case):
         if base != variant:
             losses = torch.compile(losses, fullgraph=True, dynamic=False)
         call = self.called(losses, surrogate)
-        if variant == "triton":
-            with torch.no_grad():
-                call(*self.leaves.values())  # refused here, by name, where it cannot run
-        return call
+        return self.tried(call) if variant == "triton" else call
+
+    def public(self, backend: str) -> Call:
+        return self.build(backend)
+
+    def peer(self, variant: str) -> Call:
+        return self.build(variant)
 
     def called(self, losses: Call, surrogate: SlotCrossAttentionCEM) -> Call:
         """``losses``, which computes with the parameters of ``surrogate``, as a function of features and of these.
@@ -108,12 +112,6 @@ class SurrogateCase(Case):
             return losses(features, self.labels, slot_noise=self.noise)
 
         return call
-
-    def plain(self, variant: str) -> Call:
-        return self.build(variant)
-
-    def reference(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return self.build("reference")(*leaves)
 
     def native(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         return self.build("loop")(*leaves)

@@ -1,10 +1,6 @@
-"""What tests of ``python -m benchmarks.gpu`` share: a clock that needs no device, small batches, a report's file."""
+"""What tests of benchmarks share: a clock that needs no device, small batches, records and a report's file."""
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is no installed package
 
 import torch
 
