@@ -140,8 +140,8 @@ def variance_losses(squares: Tensor, classes: Classes, hinge: LogHinge) -> tuple
 def running_loss(
     mean: Tensor, squares: Tensor, classes: Classes, running: RunningMoments, shares: tuple[float, float],
     hinge: LogHinge,
-) -> Tensor:  # fmt: skip
-    """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, which move by ``shares`` at least."""
+) -> tuple[Tensor, RunningMoments]:  # fmt: skip
+    """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, and these moved, by ``shares`` at least."""
     counts = classes.counts[:, None].to(squares.dtype)
     centroids = torch.where(running.batches[:, None] > 0, running.centroids, mean.detach())
     around = squares / counts.clamp(min=1) + (mean - centroids).square()
@@ -149,12 +149,14 @@ def running_loss(
     moved = torch.lerp(centroids, mean.detach(), first.clamp(min=shares[0]))
     variance = torch.lerp(running.variances, around.detach(), first.clamp(min=shares[1]))
     moves = (counts > 0) & moved.isfinite() & variance.isfinite()
-    running.centroids.copy_(torch.where(moves, moved, running.centroids))
-    running.variances.copy_(torch.where(moves, variance, running.variances))
-    running.batches.add_(moves.all(dim=1))
+    after = RunningMoments(
+        torch.where(moves, moved, running.centroids),
+        torch.where(moves, variance, running.variances),
+        running.batches + moves.all(dim=1),
+    )
     penalty = relu_hinge(variance + (around - around.detach()), hinge)
     weight = counts[:, 0] / counts.sum().clamp(min=1)
-    return (weight * penalty).sum()
+    return (weight * penalty).sum(), after
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
