@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import ON_DEVICE, SPECS
+from benchmarks.cases import SPECS, owns_of
 from benchmarks.operators import DIRECTIONS
-from benchmarks.runner import Runner
+from benchmarks.runner import runner_of
 
-COMPILED = pytest.param("eager-compiled", marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.name.replace(" ", "-"))
-def runner(request: pytest.FixtureRequest) -> Runner:
-    return Runner(request.param)
+MEASURED = [
+    pytest.param(
+        spec, own,
+        id=f"{spec.name} {own}".replace(" ", "-"), marks=[pytest.mark.slow] if own.endswith("-compiled") else [],
+    )
+    for spec in SPECS for own in owns_of(spec)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("own", ["eager", COMPILED, *(["triton"] if ON_DEVICE else [])])
-def test_operator(benchmark, runner, own, direction):
-    runner.run(benchmark, own, direction)
+@pytest.mark.parametrize(("spec", "own"), MEASURED)
+def test_operator(benchmark, spec, own, direction):
+    runner_of(spec).run(benchmark, own, direction)

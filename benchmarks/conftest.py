@@ -28,7 +28,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     items = [item for item in session.items if "benchmark" in getattr(item, "fixturenames", ())]
     if reporter is None or not items:
         return
-    compiled = {item.callspec.params["runner"] for item in items if item.get_closest_marker("slow")}
+    compiled = {item.callspec.params["spec"] for item in items if item.get_closest_marker("slow")}
     untimed = session.config.option.benchmark_disable
     minutes = (len(items) * (0.3 if untimed else SECONDS) + len(compiled) * COMPILED_SECONDS) / 60
     what = "checked and run once, untimed" if untimed else "checked, then timed beside what competes with them"

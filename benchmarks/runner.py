@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ class Runner:
         if ON_DEVICE:
             copies = copies_for(self.case.cost(self.case.spec, direction).bytes, cache_bytes())
         return played(steps_of(self.checked(variant), self.case, direction, copies))
+
+
+@lru_cache(maxsize=1)
+def runner_of(spec: Spec) -> Runner:
+    """The case's runner, kept until the next case comes."""
+    return Runner(spec)
 
 
 def compared(times: dict[str, list[float]], own: str) -> dict[str, Any]:
