@@ -15,7 +15,7 @@ from benchmarks import memory, sizes, sweep
 from benchmarks.record import FILE, record
 
 STUDIES = {  # what it measures, and minutes on two idle cores
-    "memory": (memory, "peak memory, and what is kept for the backward, by variant", 1),
+    "memory": (memory, "peak memory, and what is kept for the backward, by variant", 3),
     "sizes": (sizes, "parameters, time and memory, by the way the surrogate is kept small", 1),
     "sweep": (sweep, "time over tokens and over classes", 4),
 }
