@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.operators import CASES, OWN, Spec
@@ -9,8 +11,8 @@ from benchmarks.operators import CASES, OWN, Spec
 ON_DEVICE = torch.cuda.is_available()
 DEVICE_ONLY = ("triton", "flex-compiled")
 
-TOKENS = {"B": 64, "K": 10, "T": 16, "D": 64}  # feature maps, few classes
-SAMPLES = {"B": 128, "K": 100, "T": 1, "D": 64}  # flat features, about one sample of a class
+TOKENS: dict[str, Any] = {"B": 64, "K": 10, "T": 16, "D": 64}  # feature maps, few classes
+SAMPLES: dict[str, Any] = {"B": 128, "K": 100, "T": 1, "D": 64}  # flat features, about one sample of a class
 
 ON_CPU = [
     Spec("class_variance", B=128, K=10, T=16, D=64),

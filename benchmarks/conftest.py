@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """How much is to come, and for about how long."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    items = [item for item in session.items if "benchmark" in getattr(item, "fixturenames", ())]
+    items: list[Any] = [item for item in session.items if "benchmark" in getattr(item, "fixturenames", ())]
     if reporter is None or not items:
         return
     compiled = {item.callspec.params["spec"] for item in items if item.get_closest_marker("slow")}
@@ -38,7 +38,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     rows = [bench.extra_info for bench in config._benchmarksession.benchmarks if "case" in bench.extra_info]
     if rows:
         terminalreporter.section("against the strongest way without this library")

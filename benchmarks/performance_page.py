@@ -84,7 +84,7 @@ def training(part: Part) -> str:
 def memory(part: Part) -> str:
     cases: dict[str, dict[str, str]] = {}
     for row in part["rows"]:
-        peak, kept = (f"{row[key] / 1e6:.3g}" for key in ("peak_bytes", "saved_bytes"))
+        peak, kept = (figure(row[key] / 1e6) for key in ("peak_bytes", "saved_bytes"))
         cases.setdefault(row["case"], {})[row["variant"]] = f"{peak} ({kept})"
     variants = list(dict.fromkeys(variant for found in cases.values() for variant in found))
     rows = [[case, *(found.get(variant, "") for variant in variants)] for case, found in cases.items()]
@@ -139,7 +139,7 @@ def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
     page = (docs / "performance.md").read_text(encoding="utf-8")
     for name, text in found.items():
         place = rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)"
-        page, count = re.subn(place, lambda _, text=text: f"\n{text}\n\n", page, flags=re.DOTALL)
+        page, count = re.subn(place, f"\n{text}\n\n".replace("\\", r"\\"), page, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"performance.md has {count} places for {name}, not one")
     write_text(docs / "performance.md", page)

@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "correlations":
         lines = correlations([row for path in options.tables for row in read_table(path)], options.against)
-        table = csv.DictWriter(sys.stdout, list(max(lines, key=len)))
+        table = csv.DictWriter(sys.stdout, max((list(line) for line in lines), key=len))
         table.writeheader()
         table.writerows(lines)
         return
