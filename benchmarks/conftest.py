@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks import table
-from benchmarks.record import record
+from benchmarks.record import read, record
 
 SECONDS, COMPILED_SECONDS = 2.0, 9.0  # of one measurement, on two idle cores; what a case takes to compile besides
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="benchmarks: put the rows into benchmarks/results/cpu.json")
+    parser.addoption("--record", action="store_true", help="benchmarks: rows into benchmarks/results/cpu.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +45,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         for line in table.lines(rows):
             terminalreporter.write_line(line)
         if config.option.record:
-            terminalreporter.write_line(f"recorded in {record('speed', rows, 'pytest benchmarks/ --benchmark-only')}")
+            again = {identity(row) for row in rows}  # what was not measured this time stays
+            kept = [row for row in read().get("speed", {}).get("rows", []) if identity(row) not in again]
+            file = record("speed", kept + rows, "pytest benchmarks/ --benchmark-only --record")
+            terminalreporter.write_line(f"recorded in {file}")
+
+
+def identity(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["case"], row["own"], row["direction"]
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
