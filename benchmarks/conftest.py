@@ -11,7 +11,7 @@ import torch
 from benchmarks import table
 from benchmarks.record import read, record
 
-SECONDS, COMPILED_SECONDS = 2.0, 9.0  # of one measurement, on two idle cores; what a case takes to compile besides
+SECONDS, COMPILED_SECONDS = 2.0, 70.0  # of one measurement, on two idle cores; what a case takes to compile besides
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +30,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     compiled = {item.callspec.params["spec"] for item in items if item.get_closest_marker("slow")}
     untimed = session.config.option.benchmark_disable
-    minutes = (len(items) * (0.3 if untimed else SECONDS) + len(compiled) * COMPILED_SECONDS) / 60
+    minutes = (len(items) * (1.0 if untimed else SECONDS) + len(compiled) * COMPILED_SECONDS) / 60
     what = "checked and run once, untimed" if untimed else "checked, then timed beside what competes with them"
     reporter.write_line(
         f"benchmarks: {len(items)} measurements {what}; {len(compiled)} cases are compiled. "

@@ -77,7 +77,7 @@ def test_what_is_a_thousandth_off_or_not_a_number_never_passes(variant, factor):
     case = CASES["class_variance"](SMALL["class_variance"], "cpu")
     call = case.build(variant)
     assert case.check(variant, call).passed
-    assert not case.check(variant, lambda x: tuple(factor * output for output in call(x))).passed
+    assert not case.check(variant, lambda x: (call(x)[0], factor * call(x)[1])).passed
 
 
 @pytest.mark.parametrize("variant", ["eager", "padded"])
