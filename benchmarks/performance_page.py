@@ -41,7 +41,7 @@ def origin(part: Part) -> str:
     versions = ", ".join(f"{name} {part[name]}" for name in ("torch", "triton") if name in part)
     threads = f", {part['threads']} thread{'s' * (part['threads'] > 1)}" if "threads" in part else ""
     allocator = "".join(f", {name}={value}" for name, value in part.items() if name.startswith("MALLOC_"))
-    return f"Measured by `{part['command']}` on {part['date']}: {versions}{threads}{allocator}."
+    return f"Measured by `{part['command']}` on {part['date']}: {versions}{threads}{allocator}.{part.get('note', '')}"
 
 
 def needs(rows: Sequence[Mapping[str, str]]) -> str:
