@@ -1,11 +1,18 @@
 """Kernels run on the device where there is one, and elsewhere in Triton's interpreter, which must be chosen before the
-first import of Triton."""
+first import of Triton. Slow tests are left out unless an expression of markers or the name of a test asks for them."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other cores have tests of their own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Here and not in ``addopts``, which would hold for benchmarks too."""
+    if not config.option.markexpr and not any("::" in name for name in config.args):
+        config.option.markexpr = "not slow"
