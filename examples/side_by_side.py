@@ -2,8 +2,8 @@
 
     python examples/side_by_side.py picture.png "noise alone=runs/a" "noise and centroid=runs/b"
 
-Every run was attacked with the same options and seed, so that the images are the same. Under each name stand the run's test
-accuracy and the error of its strongest decoder.
+Every run was attacked with the same options and seed, so that the images are the same. Under each name stand the
+run's test accuracy and the error of its strongest decoder.
 """
 
 import json
