@@ -95,7 +95,8 @@ def test_products_in_half_precision_leave_all_else_in_fp32(make, dtype):
     for name, found in mixed.results("triton").items():
         assert found.dtype == torch.float32
         error, of_all_rounded = (found - exact[name]).norm(), (rounded[name] - exact[name]).norm()
-        assert 0 < error <= 2 * of_all_rounded + 1e-6 * exact[name].norm(), name
+        luck = torch.finfo(dtype).eps if found.numel() == 1 else 1e-6  # one number may be rounded to the exact one
+        assert 0 < error <= 2 * of_all_rounded + luck * exact[name].norm(), name
 
 
 @every_operator
