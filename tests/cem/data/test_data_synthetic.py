@@ -10,14 +10,6 @@ from cem.data.synthetic import main, make_test_images, write_test_images
 from cem.errors import UsageError
 
 
-def test_shapes_types_and_labels():
-    images, labels = make_test_images(3, 5, (1, 8, 12))
-    assert images.shape == (15, 1, 8, 12)
-    assert images.dtype == torch.uint8
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-
-
 def test_the_default_images_are_these_another_seed_gives_others_and_the_global_generator_none():
     before = torch.get_rng_state()
     images, _ = make_test_images()

@@ -54,11 +54,6 @@ def test_a_defense_that_overrides_nothing_does_nothing():
     assert torch.equal(model.weight, before)
 
 
-def test_a_call_is_the_transform_which_has_no_sigma_unless_it_says_so():
-    assert torch.equal(Double()(Z), 2 * Z)
-    assert Double().sigma() is None
-
-
 @pytest.mark.parametrize(
     ("members", "expected"),
     [

@@ -41,15 +41,6 @@ def rows(run_dir):
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
 
 
-def test_their_options_are_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        train(["--surrogate", SURROGATE, "--defenses", DEFENSE, "--help"])
-    shown = capsys.readouterr().out
-    assert "--brightness.decay X" in shown
-    assert "What is kept of the running mean in a step. (default: 0.9)" in " ".join(shown.split())
-    assert "--rival.steps N" in shown
-
-
 def test_their_options_are_in_the_run_and_its_name(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["surrogate"], config["defenses"]) == (SURROGATE, [DEFENSE])
@@ -67,28 +58,6 @@ def test_their_monitors_are_columns_and_their_state_is_kept(run):
     assert content["surrogate"]["epochs"] == 3
     assert content["surrogate"]["mean"] > 0
     assert content["optimizers"]["defenses.rival.adam"]["state"][0]["step"] == 2 * 3 * 3  # steps, batches, epochs
-
-
-def test_an_interrupted_run_resumes_to_the_bit(run, tmp_path, monkeypatch):
-    from strangers.brightness import Brightness
-
-    measure, calls = Brightness.measure, []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 5:  # in the third epoch, as the first is without a surrogate
-            raise KeyboardInterrupt
-        return measure(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Brightness, "measure", interrupted)
-        assert train([*CHOSEN, *SMALL, "--out", str(tmp_path / "run")]) == 130
-    assert len(rows(tmp_path / "run")) == 2
-    assert train(["--resume", str(tmp_path / "run")]) == 0
-    assert rows(tmp_path / "run") == rows(run)
-    before, after = (torch.load(each / "last.pt", weights_only=True) for each in (run, tmp_path / "run"))
-    for part in ("encoder", "server", "surrogate", "defenses.rival"):
-        assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
 
 
 def test_the_run_is_attacked_with_the_defense_on(run):

@@ -104,9 +104,18 @@ def check(captured, plain, given):
     return found, wanted
 
 
-@pytest.mark.parametrize("trained", ["frozen", "shared", 1e-4])
-def test_replays_give_the_ordinary_gradients_while_the_term_learns(device, replays, trained):
-    ours, plain = (slots(trained, dropout=0.1).to(device) for _ in range(2))
+@pytest.mark.parametrize(
+    ("term", "trained"),
+    [
+        *((lambda trained=trained: slots(trained, dropout=0.1), trained) for trained in ("frozen", "shared", 1e-4)),
+        (centroid, "frozen"),
+        (lambda: centroid("eager"), "frozen"),
+        (Remembers, "frozen"),
+    ],
+    ids=["frozen", "shared", "Adam", "centroid", "eager centroid", "images"],
+)
+def test_replays_give_the_ordinary_gradients_and_move_what_the_ordinary_way_moves(device, replays, term, trained):
+    ours, plain = (term().to(device) for _ in range(2))
     captured = captured_of(ours, device)
     optimizers = [OPTIMIZERS[trained](list(each.parameters())) for each in (ours, plain) if trained != "frozen"]
     before = [parameter.clone() for parameter in ours.parameters()]
@@ -120,6 +129,7 @@ def test_replays_give_the_ordinary_gradients_while_the_term_learns(device, repla
     changed = [not torch.equal(*pair) for pair in zip(before, ours.parameters(), strict=True)]
     assert any(changed) is (trained != "frozen")
     assert len(replays) == 3
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
 
 def test_smaller_batch_and_the_other_mode_take_the_ordinary_way(device, replays):
@@ -131,16 +141,6 @@ def test_smaller_batch_and_the_other_mode_take_the_ordinary_way(device, replays)
     ours.eval()
     check(captured, plain.eval(), batch(device))
     assert len(replays) == 2
-
-
-@pytest.mark.parametrize("term", [centroid, lambda: centroid("eager"), Remembers], ids=["auto", "eager", "images"])
-def test_replays_move_what_the_ordinary_way_moves(device, replays, term):
-    ours, plain = term().to(device), term().to(device)
-    captured = captured_of(ours, device)
-    for seed in range(3):
-        check(captured, plain, batch(device, seed=seed))
-    assert len(replays) == 3
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("trained", ["frozen", "shared"])

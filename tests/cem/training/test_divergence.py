@@ -69,11 +69,14 @@ def test_other_errors_leave_their_traceback_in_the_log(make):
     assert "RuntimeError: out of memory" in log(config.run_dir)
 
 
-def test_warning_raised_while_building_reaches_the_log(make, monkeypatch):
+def test_warning_raised_while_building_reaches_the_log_and_nothing_stays_captured(make, monkeypatch):
+    before = warnings.showwarning
+
     def build(*_):
         warnings.warn("the threshold is swamped", UserWarning, stacklevel=1)
         return Scale()
 
     monkeypatch.setattr(Scale, "build", build)
     run_dir = train(make(surrogate=surrogate(Scale), epochs=1))
-    assert log(run_dir).count("the threshold is swamped") == 1
+    assert log(run_dir).count("WARNING UserWarning: the threshold is swamped") == 1
+    assert warnings.showwarning is before

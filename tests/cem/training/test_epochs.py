@@ -2,7 +2,6 @@
 
 import csv
 import time
-import warnings
 from contextlib import suppress
 
 import pytest
@@ -128,15 +127,6 @@ def test_logs_of_two_runs_stay_apart(tmp_path):
     with run_log(tmp_path / "a") as a, run_log(tmp_path / "b"):
         a.info("only in a")
     assert "only in a" not in (tmp_path / "b" / "train.log").read_text()
-
-
-def test_warnings_reach_the_log_and_nothing_stays_captured(tmp_path):
-    before = warnings.showwarning
-    with run_log(tmp_path):
-        warnings.simplefilter("always")
-        warnings.warn("the threshold is swamped", UserWarning, stacklevel=1)
-    assert "WARNING UserWarning: the threshold is swamped" in (tmp_path / "train.log").read_text()
-    assert warnings.showwarning is before
 
 
 def test_line_of_an_epoch_names_what_other_terms_add():

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from small_runs import STEPS, attention, board, interrupt, log, resume, small
-from small_terms import GAIN
+from small_runs import STEPS, attention, board, interrupt, log, resume, rows, small
+from small_terms import GAIN, OwnScale, surrogate
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from cem.data.synthetic import write_test_images
 from cem.errors import UsageError
@@ -17,7 +18,7 @@ from cem.training import trainer as trainer_module
 RUNS = {
     "no penalty": {"surrogate": "none"},
     "mixture": {"surrogate": "mixture"},
-    "centroid": {"surrogate": "centroid"},
+    "a surrogate from elsewhere": {"surrogate": surrogate(OwnScale)},
     "a defense that learns": {"surrogate": "centroid", "defenses": (GAIN,)},
     "attention with dropout": attention(dropout=0.1),
     "attention with Adam": attention(trained=1e-4),
@@ -34,27 +35,12 @@ def folder(root, seed=0):
 
 
 def content(run_dir):
-    """All of a run's ``last.pt`` that must repeat: everything but the times."""
+    """All of a run's ``last.pt`` that must repeat: everything but the times, in plain values and their structure."""
     whole = checkpoints.load(run_dir / "last.pt")
     whole["history"] = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in whole["history"]]
     del whole["config"]["out"]
-    return whole
-
-
-def assert_identical(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_identical(x, y, f"{where}/{index}")
-    elif isinstance(a, Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+    leaves, structure = tree_flatten(whole)
+    return structure, [(each.dtype, each.tolist()) if isinstance(each, Tensor) else each for each in leaves]
 
 
 def check_resumed(broken, whole):
@@ -62,7 +48,7 @@ def check_resumed(broken, whole):
     torch.rand(100)  # whatever happens in between
     resumed, expected = resume(broken), read_summary(whole)
     assert expected is not None
-    assert_identical(content(broken), content(whole))
+    assert content(broken) == content(whole)
     for key in ("test_accuracy", "best_epoch", "rob_loss", "intra_mse", "skipped_steps"):
         assert resumed[key] == expected[key]
 
@@ -85,7 +71,7 @@ def test_warm_started_run_resumes_bit_for_bit_without_the_run_that_it_started_fr
     whole, broken = train(make("whole", **options)), interrupt(make("broken", **options), STEPS + 1)
     shutil.rmtree(first)
     check_resumed(broken, whole)
-    assert content(broken)["history"][1]["lambda_eff"] == 16.0
+    assert rows(broken)[1]["lambda_eff"] == 16.0
 
 
 def test_run_interrupted_in_its_first_epoch_and_again_resumes_bit_for_bit(make):
@@ -125,13 +111,6 @@ def test_tensorboard_has_no_step_twice_after_a_resume(make, tmp_path):
     shutil.copy(tmp_path / "older.pt", last)
     resume(config.run_dir)
     assert board(config.run_dir)["cross_entropy"] == [1, 2, 3]
-
-
-def test_resuming_a_finished_run_changes_nothing(make):
-    run_dir = train(make(surrogate="none", epochs=1))
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    resume(run_dir)
-    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
 @pytest.fixture(scope="module")

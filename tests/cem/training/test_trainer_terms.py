@@ -93,23 +93,17 @@ def test_surrogate_and_the_term_of_a_defense_train_together(make):
     assert content["defenses.gain"]["guess"] > 0  # it learned the size of what is sent
 
 
-def test_defense_is_part_of_the_model_in_training_and_in_use(make):
-    trainer = fitted(make(surrogate="none", defenses=(GAIN,), noise_std=0.0))
+def test_defense_with_its_options_is_part_of_the_model_in_training_and_in_use(make):
+    given = {"gain": Gain.Options(weight=0.0, factor=3.0)}
+    trainer = fitted(make(surrogate="none", defenses=(GAIN,), members=given, noise_std=0.0))
+    assert trainer.state.terms[0].weight(0) == 0.0
     gain = trainer.state.model.defense.members()["gain"]
     assert isinstance(gain, Gain)
     assert gain.prepared == [0, 1, 2]
     config, model = load_run(trainer.run_dir, device="cpu")
     z = torch.randn(4, *model.feature_shape)
-    assert torch.equal(model.defense(z), 2 * z)
+    assert torch.equal(model.defense(z), 3 * z)
     assert config == read_config(trainer.run_dir)
-
-
-def test_defense_has_the_options_of_the_run(make):
-    given = {"gain": Gain.Options(weight=0.0, factor=3.0)}
-    state = Trainer(make(surrogate="none", defenses=(GAIN,), members=given)).state
-    z = torch.ones(2, *state.model.feature_shape)
-    assert torch.equal(state.model.defense.members()["gain"](z), 3 * z)
-    assert state.terms[0].weight(0) == 0.0
 
 
 def test_noise_comes_first_unless_it_is_named(make):
