@@ -1,12 +1,11 @@
 import re
-import signal
 import zlib
 
 import pytest
 import torch
 
-from cem.data import load_data
-from cem.data.synthetic import main, make_test_images, write_test_images
+from cem.data import load_data, synthetic
+from cem.data.synthetic import make_test_images, write_test_images
 from cem.errors import UsageError
 
 
@@ -41,17 +40,10 @@ def test_a_written_folder_reads_back_without_loss(tmp_path):
 SMALL = ["--num-classes", "2", "--train-per-class", "3", "--test-per-class", "1", "--image-size", "8"]
 
 
-@pytest.fixture(autouse=True)
-def _own_handlers(monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-
-def test_command_line_writes_a_folder_but_not_twice(tmp_path, capsys):
-    assert main([str(tmp_path / "out"), *SMALL]) == 0
-    assert len(list(tmp_path.glob("out/train/*/*.png"))) == 6
-    assert len(list(tmp_path.glob("out/test/*/*.png"))) == 2
-    assert main([str(tmp_path / "out"), *SMALL]) == 2
-    assert "has images already" in capsys.readouterr().err
+def test_command_line_writes_a_folder_but_not_twice(tmp_path, run):
+    assert run(synthetic, [str(tmp_path / "out"), *SMALL]).code == 0
+    assert [len(list(tmp_path.glob(f"out/{name}/*/*.png"))) for name in ("train", "test")] == [6, 2]
+    assert "has images already" in run(synthetic, [str(tmp_path / "out"), *SMALL]).err
 
 
 @pytest.mark.parametrize(
@@ -62,8 +54,9 @@ def test_command_line_writes_a_folder_but_not_twice(tmp_path, capsys):
         ("file/below", [], "cannot write images to .*below: "),
     ],
 )
-def test_command_line_refuses_in_one_line_and_writes_nothing(tmp_path, capsys, out, options, message):
+def test_command_line_refuses_in_one_line_and_writes_nothing(tmp_path, run, out, options, message):
     (tmp_path / "file").write_text("mine")
-    assert main([str(tmp_path / out), *SMALL, *options]) == 2
-    assert re.match(f"error: {message}", capsys.readouterr().err)
+    refused = run(synthetic, [str(tmp_path / out), *SMALL, *options])
+    assert refused.code == 2
+    assert re.match(f"error: {message}", refused.err)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -55,7 +55,6 @@ def test_neither_the_place_of_the_cut_nor_centralizing_changes_the_network(arch)
 @pytest.mark.parametrize(
     ("arch", "image_shape", "bottleneck", "feature_shape"),
     [
-        ("vgg11", (3, 32, 32), "none", (128, 8, 8)),
         ("vgg11", (1, 28, 28), "C8S2", (8, 4, 4)),
         ("vgg13", (3, 32, 32), "none", (128, 16, 16)),
         ("resnet20", (3, 32, 32), "none", (16, 32, 32)),

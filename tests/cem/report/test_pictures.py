@@ -133,11 +133,10 @@ def point(method="mixture", lambd=16.0, noise_std=0.1, mse=0.03):
 @pytest.mark.parametrize(
     "points",
     [
-        [point("none", 0.0), point(), point("attention")],
         [point(noise_std=noise, lambd=lambd) for noise in (0.1, 0.2) for lambd in (4.0, 16.0)],
         [point(noise_std=0.1 * index) for index in range(1, 10)],
     ],
-    ids=["one noise", "grid", "more noises than markers"],
+    ids=["grid", "more noises than markers"],
 )
 def test_tradeoff_is_drawn_with_its_controls(path, figures, points):
     draw_tradeoff(points, {"mean image": 0.09, "class mean": 0.05}, path)

@@ -16,7 +16,6 @@ from cem.training import read_summary, train
 from cem.training import trainer as trainer_module
 
 RUNS = {
-    "no penalty": {"surrogate": "none"},
     "mixture": {"surrogate": "mixture"},
     "a surrogate from elsewhere": {"surrogate": surrogate(OwnScale)},
     "a defense that learns": {"surrogate": "centroid", "defenses": (GAIN,)},
@@ -144,11 +143,10 @@ def test_resuming_with_other_options_is_refused_by_name(moved):
 
 def test_resuming_on_other_images_is_refused(moved):
     folder(moved / "others", seed=1)
-    with pytest.raises(UsageError, match=r"on other data: checksum of the training images \(was \d+, got \d+\)$"):
-        resume(moved / "run", data_root=moved / "others")
-
-
-def test_resuming_on_other_test_images_is_refused_by_number(moved):
     next((moved / "images" / "test").glob("*/*.png")).unlink()
-    with pytest.raises(UsageError, match=r"on other data: test images \(was 4, got 3\)$"):
-        resume(moved / "run", data_root=moved / "images")
+    for name, of in (
+        ("others", r"checksum of the training images \(was \d+"),
+        ("images", r"test images \(was 4, got 3"),
+    ):
+        with pytest.raises(UsageError, match=f"on other data: {of}"):
+            resume(moved / "run", data_root=moved / name)

@@ -6,8 +6,8 @@ from small_runs import board, log, rows, small
 from small_terms import Scale, surrogate
 
 from cem.data import load_data, make_loader
-from cem.errors import CheckpointError, UsageError
-from cem.training import TrainConfig, Trainer, load_run, read_config, read_summary, train
+from cem.errors import UsageError
+from cem.training import TrainConfig, Trainer, load_run, read_summary, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
 from cem.training.evaluation import accuracy
@@ -68,21 +68,6 @@ def test_loaded_model_has_the_accuracy_of_the_summary_on_the_test_images(run_dir
     test = make_loader(load_data("digits").test, config.batch_size, shuffle=False)
     assert accuracy(model, test, CPU, config.seed) == read_summary(run_dir)["test_accuracy"]
     assert not model.training
-
-
-@pytest.mark.parametrize("found", ["", "format: 1\n", "format: 3\n"])
-def test_run_of_another_version_is_refused(tmp_path, found):
-    (tmp_path / "config.yaml").write_text(f"{found}surrogate: none\nthreshold: ramp\n")
-    message = f"was made by another version: its format is {found[8:-1] or None}, this one reads 2$"
-    for read in (read_config, load_run):
-        with pytest.raises(CheckpointError, match=message):
-            read(tmp_path)
-
-
-def test_directory_that_holds_no_run_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read options from .*config\.yaml"):
-        load_run(tmp_path)
-    assert read_summary(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from small_terms import GAIN, Gain, Scale, surrogate
 from cem.errors import UsageError
 from cem.options import hints
 from cem.surrogates import SURROGATES
-from cem.training.config import TrainConfig, changed_options, without_penalty
+from cem.training.config import TrainConfig, changed_options
 from cem_kernels import BACKENDS, backends
 
 GAINED = TrainConfig(surrogate="none", defenses=(GAIN,))
@@ -51,12 +51,10 @@ CAPTURED = {"capture": True, "device": "cpu"}
     [
         ({"epochs": 1}, "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2"),
         ({"warmup_epochs": 21.0}, "--warmup-epochs must be at most --epochs 20, got 21"),
-        ({"surrogate": "none", "lambd": 3.0}, "--lambd 3: --surrogate none has no penalty to weigh"),
         ({"centralized": True, "defenses": (GAIN,)}, f"--centralized has no cut for --defenses {GAIN}"),
         (CAPTURED | {"surrogate": "none"}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
         (CAPTURED | {"lambd": 0.0}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
         (CAPTURED | {"injection": "two_pass"}, "--capture takes --injection combined, got two_pass"),
-        (CAPTURED, "--capture needs a CUDA device, got cpu"),
         (CAPTURED | {"surrogate": "none", "defenses": (GAIN,)}, "--capture needs a CUDA device, got cpu"),
     ],
 )
@@ -81,13 +79,6 @@ def test_triton_on_the_cpu_is_refused_before_anything_is_built(name, monkeypatch
         config.checked()
 
 
-@pytest.mark.parametrize("options", [{"surrogate": "none"}, {"lambd": 0.0}])
-def test_run_without_surrogate_or_weight_has_no_penalty_and_may_be_shorter(options):
-    assert not TrainConfig(**options).penalized
-    TrainConfig(epochs=1, **options).checked()
-    assert TrainConfig().penalized
-
-
 @pytest.mark.parametrize("name", list(SURROGATES))
 def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
     resolved, member = TrainConfig(surrogate=name).resolved(), SURROGATES[name]
@@ -99,7 +90,6 @@ def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
 NAMES = {
     "digits-resnet20-mixture-lambd8-noise0.025-seed3": TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3),
     "digits-resnet20-centroid-lambd0.5-noise0.1-seed0": TrainConfig(),
-    "digits-resnet20-none-noise0.1-seed0": TrainConfig(surrogate="none"),
     "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.1-seed0": under("centroid", momentum=0.97),
     "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.1-seed0": TrainConfig(
         surrogate=surrogate(Scale), defenses=(GAIN,), members=gained(factor=3.0)
@@ -141,9 +131,3 @@ FOLDER = TrainConfig(data="folder", augment=True)
 )
 def test_changed_options_name_what_would_change_the_numbers(before, after, lines):
     assert changed_options(before, after) == lines
-
-
-def test_run_without_its_penalty_differs_in_nothing_else():
-    before = replace(under("mixture", clusters=3), defenses=(GAIN,), lr=0.1, lambd=2.0, backend="eager")
-    before = replace(before, members={**before.members, **gained(weight=1.0)})
-    assert without_penalty(before) == replace(GAINED, lr=0.1, members=gained(weight=1.0))

@@ -15,8 +15,8 @@ def surrogate_of(trainer):
 
 
 @pytest.mark.parametrize("options", [{"surrogate": "none"}, {"surrogate": surrogate(Watched), "lambd": 0.0}])
-def test_run_without_penalty_builds_no_surrogate(make, options):
-    trainer = fitted(make(epochs=1, **options))
+def test_run_without_penalty_builds_no_surrogate_and_may_end_before_a_penalty_would_begin(make, options):
+    trainer = fitted(make(epochs=1, penalty_from=2, **options))
     assert trainer.state.terms == []
     assert rows(trainer.run_dir)[0]["surrogate_seconds"] == 0
 
