@@ -136,3 +136,17 @@ def test_autograd_functions_set_their_context_up_apart():
     assert len(classes) >= 5
     for node in classes:
         assert "setup_context" in {each.name for each in node.body if isinstance(each, ast.FunctionDef)}, node.name
+
+
+def test_tests_and_benchmarks_keep_to_their_budgets_of_lines():
+    """What nobody can read through is not kept in order; ``benchmarks/gpu`` runs by hand, on a device."""
+    over = []
+    for folder, most in (("tests", 11_000), ("benchmarks", 2_500)):
+        files = [path for path in sorted(ROOT.glob(f"{folder}/**/*.py")) if "gpu" not in path.relative_to(ROOT).parts]
+        lines = {path: path.read_text(encoding="utf-8").count("\n") for path in files}
+        if sum(lines.values()) > most:
+            over.append(f"{folder} has {sum(lines.values())} lines of at most {most}")
+        if folder == "tests":
+            long = [path for path in files if lines[path] > 400]
+            over += [f"{path.relative_to(ROOT)} has {lines[path]} lines of at most 400" for path in long]
+    assert not over, "; ".join(over)
