@@ -25,18 +25,14 @@ class Size(Term):
 
 
 class Penalized(Defense):
-    """Changes training and no features; notes when it is asked to prepare."""
+    """Changes training and no features."""
 
-    def __init__(self, notes=(), number=0):
+    def __init__(self):
         super().__init__()
-        self.notes, self.number = notes, number
         self.scale = nn.Parameter(torch.ones(1))
 
     def term(self):
         return Size()
-
-    def prepare(self, model, epoch):
-        self.notes.append((self.number, epoch))
 
 
 Z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -103,9 +99,3 @@ def test_members_keep_their_terms_and_parameters_and_the_chain_their_weights():
     assert isinstance(chain.terms["small"], Size)
     assert chain.weights == {"noise": 1.0, "small": 0.25}
     assert list(chain.state_dict()) == ["small.scale"]
-
-
-def test_all_members_prepare_in_their_order():
-    notes = []
-    Chain({"b": Penalized(notes, 1), "a": Penalized(notes, 2)}).prepare(nn.Linear(2, 2), epoch=7)
-    assert notes == [(1, 7), (2, 7)]

@@ -112,19 +112,12 @@ def test_tensorboard_has_no_step_twice_after_a_resume(make, tmp_path):
     assert board(config.run_dir)["cross_entropy"] == [1, 2, 3]
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """Where a run on images of its own was interrupted in its second epoch."""
-    root = tmp_path_factory.mktemp("original")
-    interrupt(small(root / "run", surrogate="none", **folder(root / "images")), STEPS)
-    return root
-
-
 @pytest.fixture
-def moved(original, tmp_path):
-    """A copy of that run elsewhere, with its images elsewhere, too."""
-    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+def moved(tmp_path):
+    """Where a run that was interrupted in its second epoch lies now, and its images beside it."""
+    before = tmp_path / "before"
+    interrupt(small(before / "run", surrogate="none", **folder(before / "images")), STEPS)
+    return before.rename(tmp_path / "after")
 
 
 def test_run_resumes_elsewhere_on_its_images_elsewhere_without_its_device(moved):

@@ -38,10 +38,9 @@ def test_metrics_have_a_row_per_epoch_the_named_columns_and_those_of_monitors(ru
     assert set(board(run_dir)) == {*COLUMNS, "scale.weight_now"} - {"epoch"}
 
 
-def test_metrics_follow_the_schedules(run_dir):
+def test_metrics_follow_the_schedule_of_the_rate_and_time_the_surrogate(run_dir):
     table = rows(run_dir)
     assert [row["lr"] for row in table] == pytest.approx([0.05, 0.01, 0.002, 0.0004])
-    assert [row["lambda_eff"] for row in table] == [0.0, 0.5, 0.5, 0.5]  # from epoch 2
     assert all(0 < row["surrogate_seconds"] < row["seconds"] for row in table[1:])
 
 

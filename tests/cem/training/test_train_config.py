@@ -44,6 +44,7 @@ def test_value_out_of_range_is_refused_with_option_and_value(name, value):
 
 
 CAPTURED = {"capture": True, "device": "cpu"}
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
 
 
 @pytest.mark.parametrize(
@@ -56,17 +57,12 @@ CAPTURED = {"capture": True, "device": "cpu"}
         (CAPTURED | {"lambd": 0.0}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
         (CAPTURED | {"injection": "two_pass"}, "--capture takes --injection combined, got two_pass"),
         (CAPTURED | {"surrogate": "none", "defenses": (GAIN,)}, "--capture needs a CUDA device, got cpu"),
+        pytest.param({"capture": True}, r"got cpu \(--device auto\)", marks=no_cuda),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**options).checked()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA device here")
-def test_capture_on_a_device_chosen_automatically_is_refused_with_the_choice():
-    with pytest.raises(UsageError, match=r"got cpu \(--device auto\)"):
-        TrainConfig(capture=True).checked()
 
 
 @pytest.mark.parametrize("name", ["centroid", "attention"])
