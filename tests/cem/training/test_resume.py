@@ -131,7 +131,7 @@ def test_run_resumes_elsewhere_on_its_images_elsewhere_without_its_device(moved)
 
 def test_resuming_with_other_options_is_refused_by_name(moved):
     with pytest.raises(UsageError, match=r"--lr \(was 0\.05, got 0\.1\), --sgd-momentum \(was 0\.9, got 0\.5\)"):
-        resume(moved / "run", sgd_momentum=0.5, lr=0.1)
+        resume(moved / "run", data_root=moved / "images", sgd_momentum=0.5, lr=0.1)
 
 
 def test_resuming_on_other_images_is_refused(moved):
