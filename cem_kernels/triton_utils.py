@@ -48,8 +48,10 @@ def tune(operator: str, **sizes: int) -> None:
 
 def tuned(operator: str, defaults: Sizes) -> Sizes:
     """``defaults``, but for what :func:`tune` has replaced."""
-    replaced: Sizes = defaults._replace(**_tuned.get(operator, {}))
-    return replaced
+    sizes = _tuned.get(operator, {})
+    if unknown := sizes.keys() - set(defaults._fields):
+        raise ValueError(f"{operator} has no sizes {sorted(unknown)}, but {list(defaults._fields)}")
+    return defaults._replace(**sizes)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
