@@ -186,7 +186,7 @@ def test_tuning_a_size_that_does_not_exist_is_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 def test_offsets_beyond_two_to_the_31_are_read_right():
     rows = torch.randn(2**31 + 64, dtype=torch.bfloat16, device="cuda").as_strided((2, 1, 32), (2**31, 32, 1))
     groups = ClassGroups.from_labels(torch.zeros(2, dtype=torch.long, device="cuda"), 1)

@@ -151,7 +151,7 @@ def test_an_option_out_of_range_is_refused_by_name(option, value):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 def test_on_a_gpu_all_is_as_on_the_cpu_and_repeats_bit_for_bit():
     features, labels = training_set(seed=1, num_samples=40)
     runs = []

@@ -15,7 +15,7 @@ from cem.training import TrainConfig, Trainer, read_config, train
 from cem.training import checkpoint as checkpoints
 from cem.training.injection import INJECTIONS
 
-cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")]
 STEPS = 3
 """Training steps in an epoch of a small run: two of 32 samples and one of 26."""
 
