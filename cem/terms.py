@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cem.distributed import Group
 from cem.errors import BackendError, UsageError
 from cem.options import Options
 from cem_kernels import BackendUnavailableError
+from cem_kernels.validation import check_float, check_labels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,13 @@ class Context:
 class Term(nn.Module):
     """Whatever adds to the training loss. Its state lives in buffers and parameters, and so in checkpoints.
 
-    A subclass overrides :meth:`measure`, and of the rest what it needs.
+    A subclass overrides :meth:`measure`, and of the rest what it needs. Who calls :meth:`measure` or
+    :meth:`before_step` does it with what :meth:`together` makes of the batch, so that a member only measures. A term
+    stays in fp32 or wider where it is cast to half precision: running statistics would stand still there.
+
+    Args:
+        process_group: of ``torch.distributed``, whose processes measure their batches as one; ``None``: all of them,
+            where it is initialized.
 
     Attributes:
         needs_images: whether ``measure`` or ``before_step`` reads ``batch.images``.
@@ -119,6 +132,47 @@ class Term(nn.Module):
     needs_images: ClassVar[bool] = False
     capturable: bool = True
     needs_epoch_features: bool = False
+
+    def __init__(self, *, process_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self._group = Group(process_group)
+
+    def together(self, batch: Batch, *, refit: bool = False) -> AbstractContextManager[Batch]:
+        """The batch, checked, for the time of a ``with``; where there are several processes, their batches as one.
+
+        Processes may have different numbers of samples, or none; all of them must come here equally often. What is
+        measured inside is then the same in each, random numbers included. Gradients to a process's own features are
+        times the number of processes: the mean that DistributedDataParallel makes of its parameters' gradients is that
+        of one process with the whole batch. In evaluation mode and without a gradient, as where one process evaluates,
+        it is the process's own batch.
+
+        Args:
+            batch: of this process.
+            refit: whether the batch is for a refit, which is of all processes in any mode.
+
+        Raises:
+            TypeError: features are not floating-point, or labels are not integers.
+            ValueError: shapes or devices do not fit, or processes do not fit together.
+        """
+        learns = refit or self.training or (torch.is_grad_enabled() and batch.features.requires_grad)
+        if not (learns and self._group.shares):
+            check_samples(batch.features, batch.labels)
+            return nullcontext(batch)
+        problem = None
+        try:
+            check_samples(batch.features, batch.labels)
+            batch = replace(batch, labels=batch.labels.long())
+        except (TypeError, ValueError) as error:
+            problem = error
+        return self._group.together(self, batch, problem)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return moved.float().copy_(tensor) if narrowed else moved
+
+        return super()._apply(wide, recurse)
 
     def measure(self, batch: Batch) -> Measured:
         """The loss of a batch. In training mode it may move the term's state: the trainer calls it once a step."""
@@ -153,6 +207,8 @@ class Term(nn.Module):
     def after_epoch(self, features: Tensor, labels: Tensor) -> Mapping[str, float]:
         """Refit on clean features ``[N, ...]`` and labels ``[N]`` of the whole training set.
 
+        Each of several processes gives its own part of the set; the refit takes it through :meth:`together`.
+
         Returns:
             What the fit says of the features, by name: columns of ``metrics.csv``.
         """
@@ -161,6 +217,21 @@ class Term(nn.Module):
     def assess(self, features: Tensor, labels: Tensor) -> float | None:
         """Its value on given features ``[N, ...]`` with labels ``[N]``, moving nothing; ``None`` if it has none."""
         return None
+
+
+def check_samples(features: Tensor, labels: Tensor) -> None:
+    """Raise where features are not ``[B, D]`` or ``[B, C, H, W]`` with labels ``[B]`` on the same device.
+
+    Labels' values are read where classes are told apart, once a step.
+    """
+    check_float("features", features)
+    check_labels(labels)
+    if features.dim() not in (2, 4) or math.prod(features.shape[1:]) == 0:
+        raise ValueError(f"features must have shape [B, D] or [B, C, H, W], got {list(features.shape)}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape [B={len(features)}], got {list(labels.shape)}")
+    if labels.device != features.device:
+        raise ValueError(f"labels must be on the features' device {features.device}, got {labels.device}")
 
 
 M = TypeVar("M", bound="type[Any]")

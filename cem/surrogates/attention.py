@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from cem.terms import Batch, Context, Measured
 from cem_kernels import LogHinge
 from cem_kernels.validation import check_positive, check_sizes
 from cem_kernels.variance import class_variance
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Attention over flat features of width D holds some 25 D² parameters: 6.6 million at 512, 25 million at 1024.
 WIDEST_UNREDUCED = 512
@@ -57,6 +60,7 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
         hinge: ``relu``, or ``softplus``, a smooth form of it.
         dropout: on the attention's output, in training.
         backend: see :mod:`cem_kernels.backends`.
+        process_group: see :class:`~cem.Term`.
 
     Features are ``[B, D]`` or ``[B, C, H, W]``, fp16, bf16, fp32 or fp64. Of half-precision features kernels multiply
     matrices in that dtype; all else is in fp32, and so are the losses. They are zero and attached to the graph where no
@@ -144,8 +148,9 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
         hinge: Literal["relu", "softplus"] = "relu",
         dropout: float = 0.0,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_classes, max_class_size, backend)
+        super().__init__(num_classes, max_class_size, backend, process_group)
         check_sizes(feature_dim=feature_dim)
         check_positive(eps_var=eps_var)
         if min_samples < 2:

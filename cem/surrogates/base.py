@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cem.options import Options as BaseOptions
-from cem.terms import Batch, Context, Measured, Term
-from cem_kernels.validation import check_float, check_labels
+from cem.terms import Batch, Context, Measured, Term, check_samples
+from cem_kernels.validation import check_labels
 
 ASSESSED = 128  # samples at a time, as a step has them by default
 
@@ -94,12 +93,14 @@ class Surrogate(Term):
         if self.needs_images and images is None:
             raise ValueError(f"{type(self).__name__} needs images=[B, C, H, W]")
         if unique_labels is not None:
-            check_sample_shapes(features, labels)
+            check_samples(features, labels)
             check_labels(unique_labels, "unique_labels")
             chosen = torch.isin(labels.long(), unique_labels.long())
             features, labels = features[chosen], labels[chosen]
             images = None if images is None else images[chosen]
-        measured = self.measure(Batch(images, labels, features, features))
+        batch = Batch(images, labels, features, features)
+        with self.together(batch) as whole:
+            measured = self.measure(whole)
         return measured.loss, measured.monitors["intra_mse"]
 
     @torch.no_grad()
@@ -112,25 +113,11 @@ class Surrogate(Term):
         if self.needs_images:
             return None
         twin = copy.deepcopy(self).eval()
+        twin._group.leave()
         twin.after_epoch(features, labels)
         order = torch.randperm(len(labels)).to(features.device)
         losses = [twin(features[rows], labels[rows])[0].item() * len(rows) for rows in order.split(ASSESSED)]
         return sum(losses) / len(labels)
-
-
-def check_sample_shapes(features: Tensor, labels: Tensor) -> None:
-    """Raise where features are not ``[B, D]`` or ``[B, C, H, W]`` with labels ``[B]`` on the same device.
-
-    Labels' values are read where classes are told apart, once a step.
-    """
-    check_float("features", features)
-    check_labels(labels)
-    if features.dim() not in (2, 4) or math.prod(features.shape[1:]) == 0:
-        raise ValueError(f"features must have shape [B, D] or [B, C, H, W], got {list(features.shape)}")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must have shape [B={len(features)}], got {list(labels.shape)}")
-    if labels.device != features.device:
-        raise ValueError(f"labels must be on the features' device {features.device}, got {labels.device}")
 
 
 class NoSurrogate(Surrogate):

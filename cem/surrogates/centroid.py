@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from cem.terms import Batch, Context, Measured
 from cem_kernels import Nats, RunningMoments, backends
 from cem_kernels.validation import check_sizes
 from cem_kernels.variance import centroid_variance, class_variance
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CentroidCEM(VarianceSurrogate):
@@ -32,6 +35,7 @@ class CentroidCEM(VarianceSurrogate):
         noise_std: ``σ``, standard deviation of the noise at the cut, in units of the features.
         momentum: in (0, 1); ``1 / (1 − momentum)`` batches is how far centroids look back.
         backend: see :mod:`cem_kernels.backends`.
+        process_group: see :class:`~cem.Term`.
 
     Attributes:
         centroids, variances: ``[K, D]`` fp32, buffers.
@@ -74,9 +78,16 @@ class CentroidCEM(VarianceSurrogate):
     batches: Tensor
 
     def __init__(
-        self, feature_dim: int, num_classes: int, noise_std: float, momentum: float = 0.99, *, backend: str = "auto"
+        self,
+        feature_dim: int,
+        num_classes: int,
+        noise_std: float,
+        momentum: float = 0.99,
+        *,
+        backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(num_classes, None, backend)
+        super().__init__(num_classes, None, backend, process_group)
         check_sizes(feature_dim=feature_dim)
         if not 0 < momentum < 1:
             raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")

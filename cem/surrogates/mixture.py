@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from torch import Tensor
 from cem.errors import BackendError
 from cem.options import Options as BaseOptions
 from cem.options import option
-from cem.surrogates.base import Surrogate, check_sample_shapes
+from cem.surrogates.base import Surrogate
 from cem.surrogates.kmeans import class_kmeans
 from cem.terms import Batch, Context, Measured
 from cem_kernels.validation import as_labels, check_not_negative, check_positive, check_sizes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MOST_DIRECTIONS = 100  # kept per class by the full fit
 
@@ -54,6 +57,7 @@ class GaussianMixtureCEM(Surrogate):
             ``"full"``, scikit-learn's full-covariance mixture on the CPU after a PCA per class, started
             afresh every time. The penalty uses means, weights and traces of either; the full covariances speak
             in :meth:`information` alone, as in the original.
+        process_group: see :class:`~cem.Term`.
 
     Attributes:
         centroids: ``[K, k, D]``, component means.
@@ -67,6 +71,9 @@ class GaussianMixtureCEM(Surrogate):
 
     Features are ``[B, D]`` or ``[B, C, H, W]`` with as many numbers, of any floating dtype; losses are fp32 (fp64 for
     fp64 features). Samples of classes that no fit has seen are left out; with no other sample the losses are zero.
+
+    Warns:
+        UserWarning: it is asked in training before any fit.
 
     Raises:
         ValueError: a size below 1, a negative or non-finite constant, or an unknown ``fit``.
@@ -123,8 +130,9 @@ class GaussianMixtureCEM(Surrogate):
         gamma: float = 0.01,
         max_iterations: int = 50,
         fit: Literal["kmeans", "full"] = "kmeans",
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group=process_group)
         check_sizes(
             feature_dim=feature_dim, num_classes=num_classes, num_clusters=num_clusters, max_iterations=max_iterations
         )
@@ -134,7 +142,7 @@ class GaussianMixtureCEM(Surrogate):
             raise ValueError(f"fit must be 'kmeans' or 'full', got {fit!r}")
         self.feature_dim, self.num_classes, self.num_clusters = feature_dim, num_classes, num_clusters
         self.var_threshold, self.reg_strength, self.gamma = var_threshold, reg_strength, gamma
-        self.max_iterations, self.fit = max_iterations, fit
+        self.max_iterations, self.fit, self._asked = max_iterations, fit, False
         self.register_buffer("centroids", torch.zeros(num_classes, num_clusters, feature_dim))
         self.register_buffer("weights", torch.zeros(num_classes, num_clusters))
         self.register_buffer("variances", torch.zeros(num_classes, num_clusters))
@@ -166,6 +174,7 @@ class GaussianMixtureCEM(Surrogate):
         class and then over classes.
         """
         z, labels = self._checked(batch.features, batch.labels)
+        self._warn_without_a_fit()
         inside = (labels >= 0) & (labels < self.num_classes)
         labels = torch.where(inside, labels, 0)
         counted = inside & (self.class_counts > 0)[labels]
@@ -229,7 +238,11 @@ class GaussianMixtureCEM(Surrogate):
             ValueError: wrong rank, width, shape, device, label out of range, or features that are not finite.
             TypeError: features not floating, or labels not integer.
         """
-        x, labels = self._checked(features, labels)
+        with self.together(Batch(None, labels, features, features), refit=True) as whole:
+            self._refit(whole)
+
+    def _refit(self, batch: Batch) -> None:
+        x, labels = self._checked(batch.features, batch.labels)
         as_labels(labels.cpu(), self.num_classes)  # their range too, on every device: a refit may wait
         inside = (labels >= 0) & (labels < self.num_classes)
         x, labels = x[inside], labels[inside]
@@ -302,9 +315,20 @@ class GaussianMixtureCEM(Surrogate):
         per_class = (weights * log_ratio / 2 - torch.xlogy(weights, weights)).sum(1)
         return per_class[fitted].mean().item()
 
+    def _warn_without_a_fit(self) -> None:
+        """Say once, and wait for the device once, that a training measures nothing."""
+        if self._asked or not self.training or torch.compiler.is_compiling():
+            return
+        self._asked = True
+        if not self.class_counts.any():
+            warnings.warn(
+                "GaussianMixtureCEM has no mixture yet, so its penalty is 0: after_epoch(features, labels) fits one to "
+                "the training set's features, after every epoch",
+                stacklevel=6,  # who called the surrogate
+            )
+
     def _checked(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, D]`` in fp32 or wider, and labels, int64."""
-        check_sample_shapes(features, labels)
         labels, _ = as_labels(labels, self.num_classes)
         rows = features.flatten(1)
         if rows.shape[1] != self.feature_dim:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from cem.surrogates.base import Surrogate, check_sample_shapes
+from cem.surrogates.base import Surrogate
 from cem.terms import Batch, Measured
 from cem_kernels import IGNORED, ClassGroups, ClassVariance
 from cem_kernels.validation import check_sizes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,13 +30,20 @@ class VarianceSurrogate(Surrogate):
             synchronization a call.
         max_class_size: static bound on the samples of one class in a batch; spares eager its host synchronization.
         backend: see :mod:`cem_kernels.backends`.
+        process_group: see :class:`~cem.Term`.
 
     Raises:
         ValueError: a size below 1, or an unknown backend.
     """
 
-    def __init__(self, num_classes: int | None, max_class_size: int | None, backend: str) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        num_classes: int | None,
+        max_class_size: int | None,
+        backend: str,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(process_group=process_group)
         check_sizes(num_classes=num_classes, max_class_size=max_class_size)
         self.num_classes, self.max_class_size, self.backend = num_classes, max_class_size, backend
 
@@ -40,7 +52,6 @@ class VarianceSurrogate(Surrogate):
 
         Not in half precision: the spread inside a class that is left when training succeeds is lost in its rounding.
         """
-        check_sample_shapes(batch.features, batch.labels)
         features = batch.features.to(torch.promote_types(batch.features.dtype, torch.float32))
         labels, num_classes = batch.labels, self.num_classes
         if num_classes is None:

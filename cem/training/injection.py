@@ -111,7 +111,8 @@ def two_pass(
         with each.watch, record_function(each.key):
             each.before_step(Batch(images, labels, z.detach(), sent.detach()))
             if each.now > 0:
-                loss, monitors, own_loss = each.term.measure(Batch(images, labels, z, sent))
+                with each.term.together(Batch(images, labels, z, sent)) as whole:
+                    loss, monitors, own_loss = each.term.measure(whole)
                 own = trained_parameters(each.term)
                 through = gradients(loss, client, retain_graph=True)
                 of_own = gradients(own_loss, own, retain_graph=True)

@@ -42,7 +42,8 @@ def gradients_of(term: Term, batch: Batch) -> Answer:
         batch: detached copies of its features are what gradients are taken to.
     """
     z, sent = batch.features.detach().requires_grad_(), batch.sent.detach().requires_grad_()
-    loss, monitors, own_loss = term.measure(Batch(batch.images, batch.labels, z, sent))
+    with term.together(Batch(batch.images, batch.labels, z, sent)) as whole:
+        loss, monitors, own_loss = term.measure(whole)
     own = trained_parameters(term)
     if own_loss is loss:  # one backward for both
         grads = gradients(loss, [z, sent, *own])
@@ -90,7 +91,10 @@ class WeightedTerm:
 
     def before_step(self, batch: Batch) -> None:
         """Let it train an adversary, and take away the gradients of that."""
-        self.term.before_step(batch)
+        if type(self.term).before_step is Term.before_step:
+            return
+        with self.term.together(batch) as whole:
+            self.term.before_step(whole)
         for parameter in self.term.parameters():
             parameter.grad = None
 

@@ -340,6 +340,17 @@ def test_assess_is_the_mean_over_samples_of_random_batches_in_evaluation():
     assert measured[:2] != measured[2:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_surrogate_stays_in_single_precision_where_it_is_cast_to_half(surrogate, dtype):
+    before = state_of(surrogate)
+    cast = surrogate.to(dtype)
+    assert_same(state_of(cast), before)
+    features, labels = maps()
+    rob_loss, _ = cast((300 * features).to(dtype), labels)  # its square is beyond fp16
+    assert rob_loss.isfinite()
+    assert all(value.isfinite().all() and value.dtype.itemsize >= 4 for value in state_of(cast).values())
+
+
 def test_assess_refits_what_is_refitted_after_epochs():
     module, (features, labels) = cem.GaussianMixtureCEM(16, 5, num_clusters=2, reg_strength=0.5), batch(40)
     assert module(features, labels)[0].item() == 0

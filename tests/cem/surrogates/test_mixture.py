@@ -1,6 +1,8 @@
 """The Gaussian-mixture surrogate in a step: values, gradients, and what the original got wrong."""
 
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,19 @@ def test_build_refuses_the_backend_that_it_does_not_have():
 def test_an_option_out_of_range_is_refused_by_name(option, value):
     with pytest.raises(UsageError, match=f"--mixture.{option.replace('_', '-')} .* got '?{value}"):
         build("mixture", {option: value})
+
+
+def test_a_training_without_a_fit_is_told_once_that_nothing_is_measured():
+    surrogate, (features, labels) = GaussianMixtureCEM(D, K), training_set()
+    with pytest.warns(UserWarning, match=r"has no mixture yet, so its penalty is 0: after_epoch\(") as told:
+        rob_losses = [surrogate(features, labels)[0] for _ in range(2)]
+    assert rob_losses == [0, 0]
+    assert [Path(each.filename) for each in told] == [Path(__file__)]
+    surrogate = GaussianMixtureCEM(D, K)
+    surrogate.after_epoch(features, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surrogate(features, labels)
 
 
 @pytest.mark.gpu
