@@ -36,6 +36,19 @@ from cem.training.runlog import draw_or_log, run_log
 PICTURES = 10  # images in the grid
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
 
+_SCORES = {"mse": float, "psnr": None, "ssim": None}
+_DECODER: dict[str, Any] = {
+    "target_checksum": int,
+    "data_checksum": int,
+    "decoder": dict,
+    "record": {
+        **{"name": str, "decoder": str, "loss": str, "parameters": int, "epochs": int, "best_epoch": int},
+        **{"converged": bool, "seconds": float, "curve": ({str: float}, ...)},
+        **dict.fromkeys(("val", "train_target", "test_target"), _SCORES),
+    },
+}
+"""How a decoder's checkpoint is built, see :func:`cem.training.checkpoint.expect`."""
+
 
 class Attack:
     """Attacks one trained run and leaves a directory behind.
@@ -63,8 +76,9 @@ class Attack:
     def __init__(self, run_dir: Path, config: AttackConfig, out: Path | None = None) -> None:
         self.config = config = config.checked()
         name = config.directory
-        self.out = Path(run_dir) / name if out is None else Path(out)
-        self.target = Target(Path(run_dir), config)
+        run_dir = Path(run_dir).expanduser()
+        self.out = run_dir / name if out is None else Path(out).expanduser()
+        self.target = Target(run_dir, config)
         self._check_losses()
         self.finished = self._check_out()
         if config.control is None:
@@ -179,11 +193,9 @@ class Attack:
         with isolated_random(config.seed, target.device):
             decoder = build_decoder(decoder_name, target.model.feature_shape, target.image_shape).to(target.device)
         checksums = {"target_checksum": target.checksum, "data_checksum": target.data_checksum}
-        content = self._left(path, checksums)
-        if content is not None:
+        record = self._left(path, checksums, decoder)
+        if record is not None:
             self._log.info("%s: taken from %s", name, path)
-            decoder.load_state_dict(content["decoder"])
-            record = content["record"]
             self._seconds_before += record["seconds"]
             kept = (record[key] for key in ("curve", "best_epoch", "converged", "seconds"))
             self._shorter(self._passes * self._costs[name])
@@ -245,16 +257,23 @@ class Attack:
             for name, images in sets.items()
         }
 
-    def _left(self, path: Path, checksums: dict[str, int]) -> dict[str, Any] | None:
-        """The decoder that an earlier call left in ``path``, if it was trained against this target on these images."""
+    def _left(self, path: Path, checksums: dict[str, int], decoder: nn.Module) -> dict[str, Any] | None:
+        """What an earlier call left in ``path``, if it was trained against this target on these images.
+
+        Its weights go into ``decoder``, and its record is returned.
+        """
         if not path.exists():
             return None
         try:
-            content = checkpoint.load(path)
+            content = checkpoint.load(path, _DECODER)
+            if any(content[name] != value for name, value in checksums.items()):
+                return None
+            checkpoint.load_state(decoder, content, "decoder", path)
         except CheckpointError as error:
             self._log.warning("%s; training it again", error)
             return None
-        return content if all(content.get(name) == value for name, value in checksums.items()) else None
+        record: dict[str, Any] = content["record"]
+        return record
 
     def _white_box(self, strongest: FittedDecoder) -> dict[str, Any] | None:
         """The white-box attack on the first images that decoders are scored on, and the strongest decoder on those."""

@@ -154,17 +154,18 @@ def load_run(run_dir: Path | str, device: str = "auto") -> tuple[TrainConfig, Sp
         UsageError: if ``run_dir`` is no run directory, or there is no such device.
         CheckpointError: if ``best.pt`` is missing, damaged or another run's.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     config, path = read_config(run_dir), run_dir / "best.pt"
-    content = checkpoint.load(path)
-    model = build_model(config, content["data_facts"])
+    content = checkpoint.load(path, checkpoint.RUN)
+    with checkpoint.fitting(path, "data_facts"):
+        model = build_model(config, content["data_facts"])
     load_weights(model, content, path)
     return config, model.to(resolve_device(device)).eval()
 
 
 def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
     """The ``summary.json`` of a finished run, or ``None``: it is the last file that a run writes."""
-    path = Path(run_dir) / "summary.json"
+    path = Path(run_dir).expanduser() / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

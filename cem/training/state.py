@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from cem.data import ImageSet, load_data, make_loader
 from cem.data.images import Batch
 from cem.defenses import Chain
+from cem.errors import CheckpointError
 from cem.options import resolve_device
 from cem.surrogates import SURROGATES
 from cem.training import checkpoint, runs
 from cem.training.config import TrainConfig
 from cem.training.evaluation import isolated_random
+from cem.training.runlog import COLUMNS
 from cem.training.schedule import lr_factor
 from cem.training.weighted import WeightedTerm
 
@@ -102,14 +104,23 @@ class TrainState:
             CheckpointError: ``path`` is missing, damaged or another model's.
             UsageError: it was written under other options, or on other data.
         """
-        content = checkpoint.load(path)
-        runs.check_same(TrainConfig.from_dict(content["config"]), self.config, path.parent)
-        runs.check_same_data(content.get("data_fingerprint", {}), self.data_fingerprint, path.parent)
+        content = checkpoint.load(path, checkpoint.RUN)
+        with checkpoint.fitting(path, "config"):
+            before = TrainConfig.from_dict(content["config"])
+        runs.check_same(before, self.config, path.parent)
+        runs.check_same_data(content["data_fingerprint"], self.data_fingerprint, path.parent)
         for name, part in self.parts().items():
             checkpoint.load_state(part, content, name, path)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
+            checkpoint.load_optimizer(optimizer, content, name, path)
+        checkpoint.expect(path, "scheduler", self.scheduler.state_dict(), content["scheduler"])
         self.scheduler.load_state_dict(content["scheduler"])
+        checkpoint.check_random_state(content["random"], self._shuffle, self.device, path)
+        rows, best = content["history"], content["best_epoch"]
+        if not 0 <= best <= len(rows) or any(set(COLUMNS) - row.keys() for row in rows):
+            raise CheckpointError(
+                f"{path} does not fit: best_epoch {best} is not in the history, or columns are missing"
+            )
         for name in _COUNTERS:
             setattr(self, name, content[name])
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from cem.data.synthetic import write_test_images
-from cem.errors import UsageError
+from cem.errors import CheckpointError, UsageError
 from cem.training import checkpoint as checkpoints
-from cem.training import read_summary, train
+from cem.training import load_run, read_summary, train
 from cem.training import trainer as trainer_module
 
 RUNS = {
@@ -143,3 +143,22 @@ def test_resuming_on_other_images_is_refused(moved):
     ):
         with pytest.raises(UsageError, match=f"on other data: {of}"):
             resume(moved / "run", data_root=moved / name)
+
+
+def test_a_checkpoint_of_ours_with_other_content_is_refused_by_name_wherever_it_is_read(make):
+    run_dir = interrupt(make(surrogate="none"), STEPS)
+    last, best = run_dir / "last.pt", run_dir / "best.pt"
+    others = {"encoder": None, "optimizers": {}, "scheduler": {"last_epoch": 3}, "config": {"lr": "text"}}
+    others |= {"data_facts": {}, "history": [{"epoch": 1}], "random": {}, "best_epoch": 2}
+    for path, parts, read in (
+        (last, others, lambda: resume(run_dir)),
+        (best, ("encoder", "data_facts"), lambda: load_run(run_dir)),
+        (best, ("encoder",), lambda: train(make("warm", init_from=best))),
+    ):
+        whole = checkpoints.load(path)
+        for part in parts:
+            checkpoints.save(path, whole | {part: others[part]})
+            with pytest.raises(CheckpointError, match=rf"{path.name} does not fit: .*{part}"):
+                read()
+        checkpoints.save(path, whole)
+    resume(run_dir)
