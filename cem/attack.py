@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, AttackConfig, Path | None]:
     given = parse_options(parser, argv, defaults)
     if given.get("run") is None:
         raise UsageError("which run? python -m cem.attack RUN [options]; RUN comes first")
-    return Path(given["run"]), overridden(defaults, given).checked(), first.out
+    return Path(given["run"]).expanduser(), overridden(defaults, given).checked(), first.out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

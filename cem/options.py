@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 import re
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ FORMAT = 2
 """Of option files and of the directories that they lie in; runs of 0.1.0 had none."""
 
 Self = TypeVar("Self", bound="Options")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 _COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
 
@@ -174,7 +177,9 @@ class Composed(Options):
             if key not in chosen:
                 raise UsageError(cls.stranger(str(key), chosen))
             if not isinstance(given, Mapping):
-                raise UsageError(f"{key} holds the options of {key}, as a mapping of names to values, got {given!r}")
+                raise UsageError(
+                    f"{key} holds the options of {key}, as a mapping of names to values, got {shown(given)}"
+                )
             members[key] = chosen[key].Options.from_dict(given, f"{key}.")
         composed: Self = replace(own, members=members)
         return composed
@@ -202,17 +207,55 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: there is no such file, it is not YAML, or it holds something else.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read options from {path}: {error}") from error
+        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"cannot read options from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read options from {path}: byte {error.start} is not UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UsageError(f"cannot read options from {path}: {where}{error.problem}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = "too many brackets" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UsageError(f"cannot read options from {path}: {reason}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold a mapping of option names to values, got {values!r}")
+        got = "nothing" if values is None else shown(values)
+        raise UsageError(f"{path} must hold a mapping of option names to values, got {got}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which every name stands once, and ``batch-size`` is ``batch_size``."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them hold more than any memory
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem=f"options are written out, *{event.anchor} is not", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        named = {}
+        for key, value in node.value:
+            # Not of mappings, which are called after members.
+            if key.tag == "tag:yaml.org,2002:str" and not isinstance(value, yaml.MappingNode):
+                key.value = key.value.replace("-", "_")
+            if (first := named.setdefault(str(key.value), key)) is not key:
+                problem = f"{key.value} stands in line {first.start_mark.line + 1} already"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def flag(name: str) -> str:
     """The command-line spelling of an option: ``"batch_size"`` → ``"--batch-size"``."""
     return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message: as Python writes it, but short."""
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -284,16 +327,17 @@ def converted(name: str, hint: Any, value: Any, *, spoken: bool = False) -> Any:
             if isinstance(value, str) and value in get_args(kind):
                 return value
         elif kind is Path:
-            if isinstance(value, str | Path):
-                return Path(value)
+            if isinstance(value, Path) or (isinstance(value, str) and value.strip() and "\0" not in value):
+                with suppress(RuntimeError):  # there is no such home
+                    return Path(value).expanduser()
         elif kind is float or (spoken and kind is int):
             # Of text too: YAML 1.1 reads 1e-4, without a point, as text.
             if not isinstance(value, bool):
-                with suppress(TypeError, ValueError):
+                with suppress(TypeError, ValueError, OverflowError):
                     return kind(value)
         elif type(value) is kind:
             return value
-    raise UsageError(f"{flag(name)} takes {' or '.join(map(describe, kinds(hint)))}, got {value!r}")
+    raise UsageError(f"{flag(name)} takes {' or '.join(map(describe, kinds(hint)))}, got {shown(value)}")
 
 
 def describe(kind: Any) -> str:
@@ -324,11 +368,15 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if isinstance(each, int | float) and not isinstance(each, bool):
             bounds = {words: bound for words, bound in metadata["bounds"].items() if bound is not None}
             holds = all(_COMPARE[words](each, bound) for words, bound in bounds.items())
-            if not (holds and math.isfinite(each)):
-                words = " and ".join(f"{words} {bound:.12g}" for words, bound in bounds.items())
-                finite = "finite" if isinstance(each, float) and not {"at most", "below"} & bounds.keys() else ""
-                raise UsageError(f"{flag(name)} must be {' and '.join(filter(None, (finite, words)))}, got {each}")
+            huge = isinstance(each, int) and each.bit_length() > 63  # more than any counter holds
+            if not holds or huge or (isinstance(each, float) and not math.isfinite(each)):
+                words = [f"{words} {bound:.12g}" for words, bound in bounds.items()]
+                if not {"at most", "below"} & bounds.keys():
+                    words = (
+                        ["finite", *words] if isinstance(each, float) else [*words, "below 2**63"] if huge else words
+                    )
+                raise UsageError(f"{flag(name)} must be {' and '.join(words)}, got {shown(each)}")
         elif isinstance(each, str) and metadata["names"] is not None:
             names = tuple(metadata["names"]())
             if each not in names:
-                raise UsageError(f"{flag(name)} must be one of {', '.join(names)}, got {each!r}")
+                raise UsageError(f"{flag(name)} must be one of {', '.join(names)}, got {shown(each)}")

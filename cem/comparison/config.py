@@ -65,7 +65,8 @@ class Comparison:
         Raises:
             UsageError: naming the option, what it takes and what it got.
         """
-        checked = replace(self, grid=self.grid.checked(), attack=self.attack.checked("attack."))
+        attack, out = self.attack.checked("attack."), self.out.expanduser()
+        checked = replace(self, grid=self.grid.checked(), attack=attack, out=out)
         for run in checked.grid.runs():
             checked.train_config(run).checked()
         return checked

@@ -115,7 +115,7 @@ def load_data(
     if image_size is not None and image_size < 1:
         raise UsageError(f"image_size must be at least 1, got {image_size}")
 
-    files = DATASETS[name].read(Path("data", name) if root is None else Path(root), download, image_size)
+    files = DATASETS[name].read(Path("data", name) if root is None else Path(root).expanduser(), download, image_size)
     if files.test is None:
         train, test = _split(_image_set(files.train, "all", image_size), TEST_FRACTION)
     else:

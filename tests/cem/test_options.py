@@ -28,6 +28,10 @@ OVEN = Oven(200.0, 0.25, 10, 1, 2, True, "bottom", "low", ("low",), (3, 5), Path
         ("trays", "all", "takes a whole number or nothing (null), got 'all'"),
         ("times", 3, "takes a list of: a whole number, got 3"),
         ("times", ["3"], "takes a whole number, got '3'"),
+        ("degrees", 10**400, f"takes a number, got 1{'0' * 17}...{'0' * 19}"),
+        ("recipe", " ", "takes a path or nothing (null), got ' '"),
+        ("recipe", "a\0", r"takes a path or nothing (null), got 'a\x00'"),
+        ("recipe", "~no-such-user/x", "takes a path or nothing (null), got '~no-such-user/x'"),
         ("speed", "fast", "takes a number or one of slow, got 'fast'"),
         ("degrees", -1.0, "must be at least 0 and at most 300, got -1.0"),
         ("degrees", 301.0, "must be at least 0 and at most 300, got 301.0"),
@@ -36,6 +40,7 @@ OVEN = Oven(200.0, 0.25, 10, 1, 2, True, "bottom", "low", ("low",), (3, 5), Path
         ("share", 1.0, "must be above 0 and below 1, got 1.0"),
         ("speed", float("inf"), "must be finite and above 0, got inf"),
         ("minutes", 0, "must be at least 1, got 0"),
+        ("minutes", 10**20, f"must be at least 1 and below 2**63, got {10**20}"),
         ("seed", 2**32, "must be below 4294967296, got 4294967296"),
         ("times", (3, 0), "must be at least 1, got 0"),
         ("shelf", "attic", "must be one of low, middle, got 'attic'"),
@@ -53,8 +58,8 @@ def test_wrong_type_or_range_is_refused_with_option_and_value(name, value, messa
 
 
 def test_checked_options_have_the_types_of_their_fields_and_may_lie_on_a_bound():
-    checked = Oven(degrees=300, recipe="a/b", times=[3], speed="2").checked()
-    assert checked == Oven(degrees=300.0, recipe=Path("a/b"), times=(3,), speed=2.0)
+    checked = Oven(degrees=300, recipe=Path("~/b"), times=[3], speed="2").checked()
+    assert checked == Oven(degrees=300.0, recipe=Path.home() / "b", times=(3,), speed=2.0)
     assert isinstance(checked.degrees, float)
     assert Oven(degrees=0.0).checked().degrees == 0
     with pytest.raises(UsageError, match="--fan takes --heat top"):
@@ -78,14 +83,21 @@ def test_yaml_gives_back_every_option_from_plain_values_under_a_comment(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *((content, r"oven\.yaml") for content in ("- epochs\n", "epochs\n", "", "a: [1\n")),
-        (None, r"cannot read options from .*oven\.yaml"),
+        *((content, r"oven\.yaml must hold a mapping .* got") for content in ("- epochs\n", "epochs\n", "")),
+        (None, r"cannot read options from .*oven\.yaml: No such file or directory$"),
+        ("a: [1\n", r"oven\.yaml: line 2, column 1: expected"),
+        ("a:\t1", r"oven\.yaml: line 1, column 3: found character '\\t'"),
+        ("a: " + 9999 * "[", r"oven\.yaml: too many brackets$"),
+        ("a: &a [1]\ntimes: [*a, *a]", r"oven\.yaml: line 2, column 9: options are written out, \*a is not$"),
+        ("seed: 1\nseed: 2\n", r"oven\.yaml: line 2, column 1: seed stands in line 1 already$"),
+        ("{preheat-to: 1, preheat_to: 2}", r"oven\.yaml: line 1, column 17: preheat_to stands in line 1 already$"),
+        ("a: \udcff", r"oven\.yaml: byte 3 is not UTF-8 text$"),
         ("minute: 3\n", r"oven\.yaml: there is no option minute; did you mean minutes\?$"),
     ],
 )
 def test_yaml_that_cannot_be_used_is_refused_by_name(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "oven.yaml").write_text(content)
+        (tmp_path / "oven.yaml").write_text(content, errors="surrogateescape")
     with pytest.raises(UsageError, match=message):
         Oven.from_yaml(tmp_path / "oven.yaml")
 
