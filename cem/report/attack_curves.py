@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.ticker import MaxNLocator
 
-from cem.report.figure import COLORS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, add_legend, new_figure, plain, save_figure
 
 
 def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping[str, float], path: Path) -> None:
@@ -27,6 +28,7 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
         raise ValueError("there are no attackers to draw")
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
+    entries: list[tuple[str, Artist]] = []
     for number, attacker in enumerate(attackers):
         color = COLORS[number % len(COLORS)]
         style = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
@@ -34,15 +36,15 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
         errors = [row["val_mse"] for row in attacker["curve"]]
         best = attacker["best_epoch"] - 1
         label = attacker["name"] + ("" if attacker["converged"] else " (not converged)")
-        axes.plot(epochs, errors, style, color=color, lw=1.3, label=label)
+        entries.append((label, *axes.plot(epochs, errors, style, color=color, lw=1.3)))
         fill = color if attacker["converged"] else "white"
         axes.plot(epochs[best], errors[best], "o", color=color, markerfacecolor=fill)
     for style, (name, mse) in zip(("--", ":"), controls.items(), strict=False):
-        axes.axhline(mse, color="0.5", linestyle=style, lw=1, label=name)
+        entries.append((name, axes.axhline(mse, color="0.5", linestyle=style, lw=1)))
     axes.set_yscale("log")
     axes.set_xlabel("epoch of the decoder's training")
     axes.set_ylabel("MSE on the attacker's validation images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    add_legend(axes, entries, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,6 +23,25 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+LONGEST_NAME = 32
+"""Characters; more of a name leave no room for the picture."""
+
+
+def drawn(name: str) -> str:
+    """``name`` as pictures show it: on one line, and shortened in its middle."""
+    name = " ".join("".join(each if each.isprintable() else " " for each in name).split())
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def add_legend(owner: Axes | Figure, entries: Iterable[tuple[str, Artist]], **options: Any) -> None:
+    """A legend that calls every artist by its name, be it ``_background_`` or ``$5_bill$``."""
+    names, artists = zip(*entries, strict=True)
+    # Texts that are made inside know no mathematics.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        owner.legend(artists, [drawn(name) for name in names], frameon=False, **options)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 
-from cem.report.figure import new_figure, save_figure
+from cem.report.figure import drawn, new_figure, save_figure
 
 Images = npt.NDArray[np.uint8]
 
@@ -51,4 +51,4 @@ def _show(axes: Axes, image: Images) -> None:
 
 
 def _name(axes: Axes, name: str) -> None:
-    axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+    axes.set_ylabel(drawn(name), rotation=0, ha="right", va="center", fontsize=9, labelpad=6, parse_math=False)

@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cem.report.figure import COLORS, new_figure, plain, save_figure
+from cem.report.figure import COLORS, add_legend, drawn, new_figure, plain, save_figure
 
 _MARKERS = "osD^vPX"
 
@@ -56,7 +56,7 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     axes = figure.subplots()
     noises = sorted({point.noise_std for point in points})
     markers = {noise: _MARKERS[index % len(_MARKERS)] for index, noise in enumerate(noises)}
-    entries: list[Line2D] = []
+    entries: list[tuple[str, Line2D]] = []
     methods = list(dict.fromkeys(point.method for point in points))
     for index, method in enumerate(methods):
         color = COLORS[index % len(COLORS)]
@@ -83,13 +83,13 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
             if len(joined) > 1:
                 axes.plot(*zip(*joined, strict=True), color=color, lw=1.2, ls=(0, (4, 3)), zorder=2)
         weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
-        entries.append(Line2D([], [], color=color, lw=3, label=number + method + weight))
+        entries.append((number + drawn(method) + weight, Line2D([], [], color=color, lw=3)))
     for noise in noises:
         marker = markers[noise]
-        entries.append(Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white", label=f"noise σ {noise:g}"))
+        entries.append((f"noise σ {noise:g}", Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white")))
     for (name, mse), style in zip(controls.items(), (":", "--", "-."), strict=False):
         axes.axvline(mse, color="0.45", ls=style, lw=1.2, zorder=1)
-        entries.append(Line2D([], [], color="0.45", ls=style, lw=1.2, label=f"control: {name}"))
+        entries.append((f"control: {name}", Line2D([], [], color="0.45", ls=style, lw=1.2)))
     # Controls lie an order of magnitude beyond what is worth paying accuracy for, and what counts are ratios.
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -98,5 +98,6 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     axes.set_xlabel("MSE of the strongest attacker on unseen images, logarithmic (higher: more private)")
     axes.set_ylabel("test accuracy [%]")
     plain(axes)
-    figure.legend(handles=entries, frameon=False, loc="outside lower center", ncols=3)
+    long = max(len(name) for name, _ in entries) > 28  # three columns of such would be wider than the figure
+    add_legend(figure, entries, loc="outside lower center", ncols=1 if long else 3)
     save_figure(figure, path)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from cem.progress import bar
-from cem.report.figure import new_figure, plain, save_figure
+from cem.report.figure import add_legend, new_figure, plain, save_figure
 
 MAX_SAMPLES = 1000
 """More points make the map slower to compute and no clearer."""
@@ -76,11 +76,12 @@ def draw_tsne(features: Tensor, labels: Tensor, class_names: Sequence[str], path
     few = len(class_names) <= _LEGEND_CLASSES
     palette = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20" if few else "turbo"]
     if few:
+        entries = []
         for index, name in enumerate(class_names):
             of_class = classes == index
             if of_class.any():
-                axes.scatter(x[of_class], y[of_class], s=14, color=palette(index), label=name, lw=0)
-        axes.legend(title="class", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2)
+                entries.append((name, axes.scatter(x[of_class], y[of_class], s=14, color=palette(index), lw=0)))
+        add_legend(axes, entries, title="class", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2)
     else:
         drawn = axes.scatter(x, y, s=14, c=classes, cmap=palette, linewidths=0)
         figure.colorbar(drawn, ax=axes, label="class")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.curves import draw_curves
@@ -14,6 +15,7 @@ from cem.report.reconstructions import draw_reconstructions
 from cem.report.tradeoff import Point, draw_tradeoff
 from cem.report.tsne import draw_tsne
 
+IMAGES = np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8)
 NAMES = [str(digit) for digit in range(10)]
 
 
@@ -160,6 +162,26 @@ def test_tradeoff_numbers_methods_that_colors_cannot_tell_apart(path, figures, m
     assert {text.get_text().strip() for text in axes.texts} - {""} == numbers
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert ("8 s7 λ 16" in labels) == bool(numbers)
+
+
+CURVES = [attacker("_background_"), attacker("$5_bill$"), attacker("a$b"), attacker("two\nlines"), attacker("x" * 99)]
+POINTS = [point(each["name"], lambd=0.0) for each in CURVES]
+
+
+@pytest.mark.parametrize(
+    ("draw", "arguments"),
+    [
+        (draw_tsne, [torch.randn(5, 4), torch.arange(5), [each["name"] for each in CURVES]]),
+        (draw_attack_curves, [CURVES, {}]),
+        (draw_tradeoff, [POINTS, {}]),
+        (draw_reconstructions, [IMAGES, {each["name"]: (IMAGES, None) for each in CURVES}]),
+    ],
+)
+def test_names_from_outside_stand_there_as_they_are_on_one_line(path, figures, draw, arguments):
+    draw(*arguments, path)
+    texts = {text.get_text(): text for text in figures[0].findobj(Text)}
+    for name in ("_background_", "$5_bill$", "a$b", "two lines", f"{'x' * 15}…{'x' * 16}"):
+        assert not texts[name].get_parse_math()
 
 
 @pytest.mark.parametrize(
