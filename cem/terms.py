@@ -16,7 +16,7 @@ from cem.distributed import Group
 from cem.errors import BackendError, UsageError
 from cem.options import Options
 from cem_kernels import BackendUnavailableError
-from cem_kernels.validation import check_float, check_labels
+from cem_kernels.validation import check_float, check_labels, check_not_negative, check_sample_shape, check_sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,6 +84,9 @@ class Context:
         seed: of the run. Parameters may be drawn from PyTorch's global generators: they are seeded around ``build``.
         train_size: number of training images.
 
+    Raises:
+        ValueError: a shape, ``num_classes`` or ``noise_std`` is not what it says above.
+
     Example::
 
         >>> import cem
@@ -100,6 +103,12 @@ class Context:
     backend: str = "auto"
     seed: int = 0
     train_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_sample_shape("feature_shape", self.feature_shape, ("CHW", "D"))
+        check_sample_shape("image_shape", self.image_shape, ("CHW",))
+        check_sizes(num_classes=self.num_classes)
+        check_not_negative(noise_std=self.noise_std)
 
 
 class Term(nn.Module):

@@ -6,6 +6,7 @@ them waits for the device, so they are checked for free on the CPU and on CUDA o
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -126,21 +127,39 @@ def check_weights(tokens: Tensor, weights: Any, shapes: tuple[tuple[int, ...], .
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Each size is at least 1, or None."""
+    """Each size is a whole number of at least 1, or None."""
     for name, size in sizes.items():
+        if size is not None and not hasattr(size, "__index__"):
+            raise ValueError(f"{name} must be a whole number, at least 1, got {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_sample_shape(name: str, shape: Any, letters: Iterable[str]) -> None:
+    """``shape`` is that of one sample: as many sizes, each at least 1, as one of ``letters`` has, such as ``"CHW"``."""
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    whole = all(hasattr(size, "__index__") and size >= 1 for size in sizes)
+    if len(sizes) not in map(len, letters) or not whole:
+        forms = " or ".join(f"({', '.join(each)}{',' * (len(each) == 1)})" for each in letters)
+        raise ValueError(f"{name} must be {forms}, whole numbers of at least 1, got {shape!r}")
 
 
 def check_not_negative(**values: float) -> None:
     """Each value is finite and at least zero."""
     for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if not (_is_finite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
 def check_positive(**values: float) -> None:
     """Each value is finite and above zero."""
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be finite and positive, got {value}")
+        if not (_is_finite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and positive, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):  # no number, or one that no float holds
+        return False

@@ -83,6 +83,6 @@ def warn_if_swamped(threshold: float, eps_var: float, gamma: float, *, stackleve
         if value > threshold:
             warnings.warn(
                 f"{name}={value:.3g} is above the variance threshold {threshold:.3g}: the penalty {effect}. The "
-                "threshold is max(var_threshold * reg_strength**2, 1e-8) unless one is given",
+                "threshold, unless one is given, is var_threshold times the variance of the noise, at least 1e-8",
                 stacklevel=stacklevel,
             )

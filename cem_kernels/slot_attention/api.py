@@ -65,7 +65,8 @@ def slot_attention(
     validation.check_shape("slots", slots, {"K": groups.num_classes, "S": None, "D": width})
     validation.check_weights(tokens, weights, weights.expected_shapes())
     validation.check_together(tokens, [("slots", slots), ("groups", groups.order)])
-    validation.check_positive(num_iterations=num_iterations, eps=eps)
+    validation.check_sizes(num_iterations=num_iterations)
+    validation.check_positive(eps=eps)
 
     objection = backends.size_outside_kernels(tokens, slots)
     chosen = backends.pick(backend, "slot_attention", tokens, objection)
