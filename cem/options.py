@@ -237,7 +237,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        named = {}
+        named: dict[str, Any] = {}
         for key, value in node.value:
             # Not of mappings, which are called after members.
             if key.tag == "tag:yaml.org,2002:str" and not isinstance(value, yaml.MappingNode):

@@ -126,19 +126,19 @@ def check_weights(tokens: Tensor, weights: Any, shapes: tuple[tuple[int, ...], .
     check_together(tokens, named)
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Each size is a whole number of at least 1, or None."""
+def check_sizes(**sizes: int) -> None:
+    """Each size is a whole number of at least 1, which fits 63 bits."""
     for name, size in sizes.items():
-        if size is not None and not hasattr(size, "__index__"):
+        if not _is_whole(size):
             raise ValueError(f"{name} must be a whole number, at least 1, got {size!r}")
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 1 <= size < 2**63:
+            raise ValueError(f"{name} must be at least 1{' and below 2**63' * (size > 0)}, got {size}")
 
 
 def check_sample_shape(name: str, shape: Any, letters: Iterable[str]) -> None:
     """``shape`` is that of one sample: as many sizes, each at least 1, as one of ``letters`` has, such as ``"CHW"``."""
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    whole = all(hasattr(size, "__index__") and size >= 1 for size in sizes)
+    whole = all(_is_whole(size) and 1 <= size < 2**63 for size in sizes)
     if len(sizes) not in map(len, letters) or not whole:
         forms = " or ".join(f"({', '.join(each)}{',' * (len(each) == 1)})" for each in letters)
         raise ValueError(f"{name} must be {forms}, whole numbers of at least 1, got {shape!r}")
@@ -156,6 +156,10 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not (_is_finite(value) and value > 0):
             raise ValueError(f"{name} must be finite and positive, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
 
 
 def _is_finite(value: Any) -> bool:

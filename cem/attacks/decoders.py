@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cem.models.split import ImageShape
+from cem_kernels.validation import check_sample_shape
 
 DECODER_NAMES = "res_normN8C64 (N residual blocks of C channels, any numbers), deconvC64 (transposed convolutions only)"
 """What decoder names look like, for messages."""
@@ -33,6 +34,8 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     Raises:
         ValueError: an unknown name, or features that are neither a map nor a vector.
     """
+    check_sample_shape("feature_shape", feature_shape, ("CHW", "D"))
+    check_sample_shape("image_shape", image_shape, ("CHW",))
     for pattern, body in _BODIES.items():
         match = re.fullmatch(pattern, name)
         if match:
@@ -74,12 +77,10 @@ class _Decoder(nn.Module):
         if len(feature_shape) == 3:
             channels_in, *side = feature_shape
             start: list[nn.Module] = []
-        elif len(feature_shape) == 1:
+        else:
             side = [_halved(length) for length in self.size]
             channels_in = channels
             start = [nn.Linear(feature_shape[0], channels * math.prod(side)), nn.Unflatten(1, (channels, *side))]
-        else:
-            raise ValueError(f"a decoder takes features (C, H, W) or (D,), got {feature_shape}")
         # Sides that are no power of two times the map's are overshot: what is not drawn finely enough before the
         # last resizing is lost.
         doublings = max(0, *(math.ceil(math.log2(image / own)) for image, own in zip(self.size, side, strict=True)))

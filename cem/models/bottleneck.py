@@ -24,7 +24,7 @@ class Bottleneck:
         relu: a ReLU after each of the two convolutions.
 
     Raises:
-        UsageError: a number below 1, or an even kernel.
+        UsageError: a number below 1 or too large, or an even kernel.
     """
 
     channels: int
@@ -33,8 +33,9 @@ class Bottleneck:
     relu: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.stride, self.kernel_size) < 1:
-            raise UsageError(f"channels, stride and kernel_size must be at least 1, got {self}")
+        sizes = (self.channels, self.stride, self.kernel_size)
+        if not all(isinstance(size, int) and 1 <= size < 2**31 for size in sizes):
+            raise UsageError(f"channels, stride and kernel_size must be at least 1 and below 2**31, got {self}")
         if self.kernel_size % 2 == 0:
             raise UsageError(f"kernel_size must be odd to keep the map centered, got {self.kernel_size}")
 
@@ -75,7 +76,7 @@ def parse_bottleneck(text: str) -> Bottleneck | None:
     """
     if text == "none":
         return None
-    match = _GRAMMAR.fullmatch(text)
+    match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise UsageError(
             f"bottleneck must be 'none' or [noRELU_][Kk]CcSs (kernel k, channels c, stride s), "

@@ -15,6 +15,7 @@ from cem.models.bottleneck import parse_bottleneck
 from cem.models.mobilenet import mobilenet_v2
 from cem.models.resnet import resnet
 from cem.models.vgg import vgg
+from cem_kernels.validation import check_sample_shape, check_sizes
 
 ImageShape = tuple[int, int, int]
 
@@ -48,12 +49,14 @@ class SplitModel(nn.Module):
 
     Raises:
         UsageError: the server overwrites its input, and with it the features that the losses look at.
+        ValueError: ``image_shape`` is no such shape.
     """
 
     def __init__(
         self, encoder: nn.Sequential, server: nn.Sequential, *, image_shape: ImageShape, defense: Defense | None = None
     ) -> None:
         super().__init__()
+        check_sample_shape("image_shape", image_shape, ("CHW",))
         self.encoder = encoder
         self.defense = Defense() if defense is None else defense
         self.server = server
@@ -174,8 +177,11 @@ def build_split_model(
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    if len(image_shape) != 3 or min(image_shape) < 1 or num_classes < 1:
-        raise UsageError(f"expected positive (C, H, W) and num_classes, got {image_shape=} {num_classes=}")
+    try:
+        check_sample_shape("image_shape", image_shape, ("CHW",))
+        check_sizes(num_classes=num_classes)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if centralized and bottleneck != "none":
         raise UsageError(f"a centralized model has no cut for {bottleneck=}")
     if len(mean) not in (1, image_shape[0]):

@@ -18,7 +18,7 @@ from cem.surrogates.threshold import Ramp, coupled_threshold, warn_if_swamped
 from cem.surrogates.variance import HALF, VarianceSurrogate, flat, spatial
 from cem.terms import Batch, Context, Measured
 from cem_kernels import LogHinge
-from cem_kernels.validation import check_positive, check_sizes
+from cem_kernels.validation import check_positive, check_sample_shape, check_sizes
 from cem_kernels.variance import class_variance
 
 if TYPE_CHECKING:
@@ -292,7 +292,8 @@ def conv_reduction(feature_shape: tuple[int, ...], channels: int) -> nn.Module:
         ...     4, num_classes=10, reg_strength=0.1, spatial=True, reduction=cem.conv_reduction((8, 7, 7), 4)
         ... )
     """
-    check_sizes(C=feature_shape[0], channels=channels)
+    check_sample_shape("feature_shape", feature_shape, ("CHW",))
+    check_sizes(channels=channels)
     convolution = _Pointwise(feature_shape[0], channels, kernel_size=1, bias=False)
     return nn.Sequential(nn.Flatten(), nn.Unflatten(1, feature_shape), convolution)
 

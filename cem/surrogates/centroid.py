@@ -88,7 +88,7 @@ class CentroidCEM(VarianceSurrogate):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(num_classes, None, backend, process_group)
-        check_sizes(feature_dim=feature_dim)
+        check_sizes(feature_dim=feature_dim, num_classes=num_classes)
         if not 0 < momentum < 1:
             raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")
         backends.check_available(backend, "centroid_variance")

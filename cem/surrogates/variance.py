@@ -44,7 +44,8 @@ class VarianceSurrogate(Surrogate):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(process_group=process_group)
-        check_sizes(num_classes=num_classes, max_class_size=max_class_size)
+        given = {"num_classes": num_classes, "max_class_size": max_class_size}
+        check_sizes(**{name: size for name, size in given.items() if size is not None})
         self.num_classes, self.max_class_size, self.backend = num_classes, max_class_size, backend
 
     def grouped(self, batch: Batch) -> tuple[Tensor, ClassGroups]:

@@ -1,8 +1,9 @@
 """The split trainer: steps, gradient injection, checkpoints, logging."""
 
+from cem.errors import CheckpointError
 from cem.training.config import TrainConfig
 
-__all__ = ["TrainConfig", "Trainer", "load_run", "read_config", "read_summary", "train"]
+__all__ = ["CheckpointError", "TrainConfig", "Trainer", "load_run", "read_config", "read_summary", "train"]
 
 
 def __getattr__(name: str) -> object:

@@ -68,7 +68,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         summed = _Summed(file)
         try:
-            torch.save({"format": FORMAT, **content}, summed)
+            torch.save({"format": FORMAT, **content}, summed)  # type: ignore[arg-type]
         except RuntimeError as error:  # PyTorch has words of its own for what the disk said
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -122,9 +122,9 @@ def expect(path: Path, name: str, expected: Any, found: Any) -> None:
         return
     if found is _ABSENT:
         raise CheckpointError(f"{path} does not fit: it has no {name}")
-    kind = next(kind for kind in _KINDS if isinstance(expected, kind) or expected is kind)
+    kind: Any = next(kind for kind in _KINDS if isinstance(expected, kind) or expected is kind)
     exact = float if kind is int and expected is not int else kind  # as an example, one number is as good as another
-    takes = {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(exact, exact)
+    takes: Any = {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(exact, exact)
     huge = isinstance(found, int) and found.bit_length() > 63
     if not isinstance(found, takes) or (isinstance(found, bool) and kind is not bool) or huge:
         raise CheckpointError(f"{path} does not fit: {name} must be {_KINDS[exact]}, got {_name_of(found)}")

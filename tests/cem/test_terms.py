@@ -1,5 +1,6 @@
 """Terms, and the families that surrogates and defenses come from."""
 
+import dataclasses
 import sys
 import types
 
@@ -117,3 +118,16 @@ def test_a_term_does_nothing_but_what_it_overrides():
     assert term.before_epoch(0, 3) is term.before_step(batch) is term.assess(z, batch.labels) is None
     with pytest.raises(NotImplementedError, match="Term does not say what it measures"):
         term.measure(batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"feature_shape": 64}, r"feature_shape must be \(C, H, W\) or \(D,\), .* got 64$"),
+        ({"image_shape": (28, 28)}, r"image_shape must be \(C, H, W\), .* got \(28, 28\)$"),
+        ({"noise_std": -1.0}, "^noise_std must be finite and not negative, got -1.0$"),
+    ],
+)
+def test_a_context_refuses_what_no_run_has_by_its_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONTEXT, **given)

@@ -42,5 +42,5 @@ def test_numbers_in_the_name_set_depth_and_width():
 def test_unknown_names_and_features_of_no_map_or_vector_are_refused(name):
     with pytest.raises(ValueError, match="decoder must be one of res_normN8C64"):
         build_decoder(name, (8, 7, 7), (1, 28, 28))
-    with pytest.raises(ValueError, match=r"features \(C, H, W\) or \(D,\), got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"feature_shape must be \(C, H, W\) or \(D,\), .* got \(3, 4\)"):
         build_decoder("deconvC4", (3, 4), (1, 28, 28))

@@ -53,7 +53,7 @@ def test_a_reduction_is_a_matrix_times_the_features_or_the_channels_at_every_pos
     [
         (lambda: cem.linear_reduction(0, 8), "feature_dim must be at least 1, got 0"),
         (lambda: cem.linear_reduction(8, 0), "width must be at least 1, got 0"),
-        (lambda: cem.conv_reduction((0, 2, 2), 2), "C must be at least 1, got 0"),
+        (lambda: cem.conv_reduction((0, 2, 2), 2), r"feature_shape must be \(C, H, W\), .* got \(0, 2, 2\)"),
         (lambda: cem.conv_reduction((4, 2, 2), 0), "channels must be at least 1, got 0"),
     ],
 )

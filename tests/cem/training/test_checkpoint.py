@@ -64,10 +64,8 @@ WRONG = {
     "all but a byte": (lambda path: write(path, cut=-1), r"a\.pt is damaged: it does not have the checksum"),
     **{text: (lambda path, text=text: path.write_text(text), NO) for text in ("epoch,lr\n1,2\n", ".", "s3://b", "{}")},
     "code": (lambda path: write(path, {"x": Payload()}), UNSAFE),
-    "code without a checksum": (lambda path: torch.save({"x": Payload()}, path), NO),
     "another program's": (lambda path: torch.save({"state_dict": {}}, path), NO),
     "of 0.1.0": (lambda path: torch.save({"format": "cem-checkpoint-1"}, path), r"was written by version 0\.1\.0"),
-    "another format": (lambda path: write(path, {"format": "mine"}), NO),
     "a part missing": (lambda path: write(path, {}), r"a\.pt does not fit: it has no part$"),
 }
 
@@ -98,7 +96,6 @@ FOUND = {"K": 3, "mean": [0.5], "size": (4, 4), "sums": {"a": 1}, "w": torch.one
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"K": True}, "facts.K must be a whole number, got true or false"),
         ({"K": 2**63}, r"facts.K must be a whole number, got one beyond 2\*\*63"),
         ({"mean": 0.5}, "facts.mean must be a list, got a number"),
         ({"mean": (1, None)}, "facts.mean.1 must be a number, got NoneType"),
@@ -118,7 +115,6 @@ def test_state_of_another_network_is_refused_with_file_and_part():
     for content, message in (
         ({}, "it has no encoder"),
         ({"encoder": nn.Linear(2, 3).state_dict()}, r"encoder.weight has shape \[3, 2\], not \[2, 2\]"),
-        ({"encoder": "text"}, "encoder must be a mapping, got text"),
     ):
         with pytest.raises(CheckpointError, match=rf"^a\.pt does not fit: {message}$"):
             load_state(nn.Linear(2, 2), content, "encoder", Path("a.pt"))
@@ -170,10 +166,8 @@ def test_random_states_survive_the_file(tmp_path):
     ("part", "damaged"),
     [
         ("torch", torch.zeros(5056, dtype=torch.uint8)),
-        ("loader", torch.zeros(3, dtype=torch.uint8)),
         ("python", (3, (0,) * 625, "text")),
         ("numpy", {"keys": torch.zeros(624), "rest": (700, 0, 0.0)}),  # behind the last key
-        ("numpy", {"rest": (0, 0, 0.0)}),
     ],
 )
 def test_a_damaged_random_state_is_refused_before_anything_draws_from_it(part, damaged):

@@ -153,7 +153,6 @@ def test_a_checkpoint_of_ours_with_other_content_is_refused_by_name_wherever_it_
     for path, parts, read in (
         (last, others, lambda: resume(run_dir)),
         (best, ("encoder", "data_facts"), lambda: load_run(run_dir)),
-        (best, ("encoder",), lambda: train(make("warm", init_from=best))),
     ):
         whole = checkpoints.load(path)
         for part in parts:
