@@ -123,6 +123,8 @@ class Attack:
             f"{', '.join(config.attackers)}, at most {self._passes} epochs each; white box on "
             f"{config.white_box_images} images; queries an image: {config.queries}; {runs.device_name(target.device)}"
         )
+        for note in target.notes:
+            self._log.info(note)
         if known < FEW_IMAGES:
             self._log.warning(f"{known} images make a weak attacker; train the target with --train-size to leave more")
         with bar(self._passes * sum(self._costs.values()), "decoders") as self._bar:

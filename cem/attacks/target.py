@@ -36,6 +36,7 @@ class Target:
         device: the model's.
         num_classes: of the data.
         image_shape: ``(C, H, W)``.
+        notes: what there is to say of the data.
         splits: the four disjoint sets of images.
         judged: ``train_target`` and ``test_target``, the images that attacks are scored on, equally many: such
             as the target was trained on, and such as nobody has seen.
@@ -62,7 +63,7 @@ class Target:
         self.device = next(self.model.parameters()).device
         self.checksum = zlib.crc32((run_dir / "best.pt").read_bytes())
         data, everything = self._load_data(config.data_root or self.config.data_root)
-        self.num_classes, self.image_shape = data.num_classes, data.image_shape
+        self.num_classes, self.image_shape, self.notes = data.num_classes, data.image_shape, data.notes
         self.splits = attack_splits(data, everything, aux_size=config.aux_size)
         self.data_checksum = 0
         for images in vars(self.splits).values():

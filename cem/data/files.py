@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cem.data.idx import find_idx, read_idx
 from cem.errors import DataError
-from cem.progress import over
 
 if TYPE_CHECKING:
     from torchvision import datasets
@@ -29,11 +28,13 @@ class Files(NamedTuple):
         train: the training file, or everything if there is only one file.
         test: the test file, or None.
         class_names: name of each label.
+        notes: sentences on what was read, if there is anything to say.
     """
 
     train: Labeled
     test: Labeled | None
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_digits() -> Files:
@@ -70,8 +71,13 @@ def read_mnist(name: str, root: Path, download: bool) -> Files:
         images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1)
         if len(images) != len(labels):
             raise DataError(f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} labels")
-        if len(labels) == 0 or labels.max() >= len(dataset.classes):
-            raise DataError(f"{labels_path}: expected labels 0..{len(dataset.classes) - 1}, got {labels.unique()}")
+        if len(labels) == 0:
+            raise DataError(f"{labels_path}: expected labels 0..{len(dataset.classes) - 1}, got none")
+        if labels.max() >= len(dataset.classes):
+            wrong = int((labels >= len(dataset.classes)).nonzero()[0])
+            raise DataError(
+                f"{labels_path}: expected labels 0..{len(dataset.classes) - 1}, got {labels[wrong]} for image {wrong}"
+            )
         return images.unsqueeze(1), labels.long()
 
     if download:
@@ -119,92 +125,6 @@ def read_svhn(root: Path, download: bool) -> Files:
         return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
 
     return Files(labeled(train), labeled(test), tuple("0123456789"))
-
-
-def read_folder(root: Path, image_size: int) -> Files:
-    """One folder of images per class, as RGB of ``image_size`` x ``image_size`` pixels (stretched if needed).
-
-    Either ``root/train/CLASS/*`` with the same classes in ``root/test`` or ``root/val``, or ``root/CLASS/*``. In
-    place of class folders, ``root/val`` may hold ``images/*`` and ``val_annotations.txt``, as TinyImageNet has it.
-
-    Raises:
-        DataError: no such folder, no class folder, a class without an image, an image that cannot be read, or a line of
-            the annotations that cannot be used.
-    """
-    if not _classes(root / "train"):
-        if not _classes(root):
-            raise DataError(
-                f"no class folders at {root}: expected {root}/train/CLASS/* and {root}/test/CLASS/*, or {root}/CLASS/*"
-            )
-        return Files(_read_images(_class_folders(root), image_size), None, _classes(root))
-
-    classes = _classes(root / "train")
-    annotations = root / "val" / "val_annotations.txt"
-    test = next((root / name for name in ("test", "val") if _classes(root / name) == classes), None)
-    if test is not None:
-        samples = _class_folders(test)
-    elif annotations.is_file():
-        samples = _read_annotations(annotations, classes)
-    else:
-        raise DataError(
-            f"{root}/train has {len(classes)} class folders, but neither {root}/test nor {root}/val has the same ones, "
-            f"and there is no {annotations}"
-        )
-    train = _read_images(_class_folders(root / "train"), image_size)
-    return Files(train, _read_images(samples, image_size), classes)
-
-
-def _read_annotations(path: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Image files and their labels, from lines of file name, class and whatever else, separated by tabs."""
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = []
-    for count, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        name, _, rest = line.partition("\t")
-        label = rest.partition("\t")[0]
-        if label not in numbers:
-            raise DataError(
-                f"{path}, line {count}: expected the name of an image, a tab and the name of one of the "
-                f"{len(classes)} class folders of train, got {line!r}"
-            )
-        image = path.parent / "images" / name
-        if not image.is_file():
-            raise DataError(f"{path}, line {count}: there is no image {image}")
-        samples.append((str(image), numbers[label]))
-    if not samples:
-        raise DataError(f"{path}: expected a line for each image, got an empty file")
-    return samples
-
-
-def _class_folders(directory: Path) -> list[tuple[str, int]]:
-    """Image files and their labels, from ``directory/CLASS/*`` at any depth."""
-    from torchvision import datasets
-
-    try:
-        return datasets.ImageFolder(str(directory)).samples
-    except FileNotFoundError as error:
-        raise DataError(f"{directory}: {error}") from error
-
-
-def _read_images(samples: list[tuple[str, int]], image_size: int) -> Labeled:
-    """Read ``(path, label)`` pairs, in their order."""
-    from torchvision import datasets
-    from torchvision.transforms import v2
-
-    to_tensor = v2.Compose([v2.PILToTensor(), v2.Resize((image_size, image_size), antialias=True)])
-    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
-    for position, (path, _) in enumerate(over(samples, "reading images")):
-        try:
-            images[position] = to_tensor(datasets.folder.default_loader(path))
-        except (OSError, SyntaxError) as error:  # Pillow raises either for broken files
-            raise DataError(f"{path} is not a readable image: {error}") from error
-    return images, torch.tensor([label for _, label in samples])
-
-
-def _classes(directory: Path) -> tuple[str, ...]:
-    """Names of the sub-folders in the order in which torchvision's ImageFolder numbers them."""
-    if not directory.is_dir():
-        return ()
-    return tuple(sorted(entry.name for entry in directory.iterdir() if entry.is_dir()))
 
 
 def _missing(path: Path, fetching: Exception | None) -> DataError:

@@ -29,20 +29,22 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     big-endian 32-bit integer.
 
     Raises:
-        DataError: the file is not gzip although named so, has another header, or is of another length than
-            its header says.
+        DataError: the file cannot be read, is not gzip although named so, has another header, or is of another
+            length than its header says.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a complete gzip file ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
     header = 4 + 4 * ndim
     expected = bytes((0, 0, _UINT8, ndim))
     if content[:4] != expected or len(content) < header:
         raise DataError(
             f"{path}: expected the idx header {expected.hex()} (uint8, {ndim} dimensions) and {ndim} sizes, "
-            f"got {content[:header].hex()}"
+            f"got {content[:header].hex() or 'an empty file'}"
         )
     shape = [int(size) for size in np.frombuffer(content, dtype=">u4", count=ndim, offset=4)]
     if len(content) != header + math.prod(shape):

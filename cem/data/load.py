@@ -10,14 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cem.data.files import Files, Labeled, read_cifar, read_digits, read_folder, read_mnist, read_svhn
+from cem.data.files import Files, Labeled, read_cifar, read_digits, read_mnist, read_svhn
 from cem.data.images import ImageSet
 from cem.errors import DataError, UsageError
 
 VAL_FRACTION = 0.1  # of the training file
 TEST_FRACTION = 0.2  # of everything, where the data set has no test file
-FOLDER_IMAGE_SIZE = 64  # pixels, unless the caller says otherwise
 SPLIT_SEED = 0  # a constant: runs with different seeds must be compared on the same images
+
+
+def _read_folder(root: Path, download: bool, image_size: int | None) -> Files:
+    from cem.data.folder import read_folder  # which needs Pillow, and no other data set does
+
+    return read_folder(root, image_size)
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,7 @@ DATASETS: dict[str, DataSet] = {
     "cifar10": DataSet(lambda root, download, size: read_cifar("CIFAR10", root, download), crop=True, mirror=True),
     "cifar100": DataSet(lambda root, download, size: read_cifar("CIFAR100", root, download), crop=True, mirror=True),
     "svhn": DataSet(lambda root, download, size: read_svhn(root, download), crop=True),
-    "folder": DataSet(
-        lambda root, download, size: read_folder(root, size or FOLDER_IMAGE_SIZE), crop=True, mirror=True
-    ),
+    "folder": DataSet(_read_folder, crop=True, mirror=True),
 }
 """The data sets by the name that ``--data`` takes."""
 
@@ -57,6 +60,7 @@ class DataSplits:
         train, val, test: see :class:`ImageSet`.
         class_names: name of each label.
         mean, std: per channel, of pixels in [0, 1], over the training images.
+        notes: sentences on what was read, converted and left out, and on images that are in two of the sets.
     """
 
     train: ImageSet
@@ -65,6 +69,7 @@ class DataSplits:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -98,7 +103,8 @@ def load_data(
             ``val_annotations.txt``), or ``root/CLASS/*``.
         root: folder of this data set; ``data/NAME`` if left out.
         train_size: keep this many training images, stratified by class.
-        image_size: resize to this height and width in pixels; a ``folder`` is resized to 64 if left out.
+        image_size: resize to this height and width in pixels. If left out, images of a ``folder`` keep the size that
+            all of them have, and get 64×64 if they have several.
         augment: shift training images at random, for ``cifar10``, ``cifar100``, ``svhn`` and ``folder``, and
             mirror them, but for ``svhn``.
         download: fetch missing files (torchvision's data sets).
@@ -115,14 +121,19 @@ def load_data(
     if image_size is not None and image_size < 1:
         raise UsageError(f"image_size must be at least 1, got {image_size}")
 
-    files = DATASETS[name].read(Path("data", name) if root is None else Path(root).expanduser(), download, image_size)
-    if files.test is None:
-        train, test = _split(_image_set(files.train, "all", image_size), TEST_FRACTION)
-    else:
-        train = _image_set(files.train, "train", image_size)
-        test = _image_set(files.test, "test", image_size)
-    train, val = _split(train, VAL_FRACTION)
+    where = Path("data", name) if root is None else Path(root).expanduser()
+    files = DATASETS[name].read(where, download, image_size)
+    try:
+        if files.test is None:
+            train, test = _split(_image_set(files.train, "all", image_size), TEST_FRACTION)
+        else:
+            train = _image_set(files.train, "train", image_size)
+            test = _image_set(files.test, "test", image_size)
+        train, val = _split(train, VAL_FRACTION)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
+    notes = files.notes + _twins(train, val, test)
     mean, std = _channel_statistics(train.images)
     if train_size is not None:
         if not 1 <= train_size <= len(train):
@@ -130,7 +141,7 @@ def load_data(
         train = train.subset(_draw(train.labels, train_size))
     if augment:
         train = replace(train, augment=_augmentation(train.images.shape[-2:], DATASETS[name].mirror))
-    return DataSplits(train, val, test, files.class_names, mean, std)
+    return DataSplits(train, val, test, files.class_names, mean, std, notes)
 
 
 def _image_set(labeled: Labeled, origin: str, image_size: int | None) -> ImageSet:
@@ -160,6 +171,16 @@ def _draw(labels: Tensor, count: int) -> Tensor:
     positions = np.arange(len(labels))
     drawn = resample(positions, replace=False, n_samples=count, stratify=labels.numpy(), random_state=SPLIT_SEED)
     return torch.from_numpy(np.sort(drawn))
+
+
+def _twins(train: ImageSet, val: ImageSet, test: ImageSet) -> tuple[str, ...]:
+    """A sentence on images that are, to the pixel, in two of the sets; none if there are no such images."""
+    ones, others, last = ([hash(image.tobytes()) for image in each.images.numpy()] for each in (train, val, test))
+    trained, known = set(ones), {*ones, *others}
+    in_val, in_test = sum(each in trained for each in others), sum(each in known for each in last)
+    said = [f"{in_val} of {len(val)} validation images are training images too"] * (in_val > 0)
+    said += [f"{in_test} of {len(test)} test images are training or validation images too"] * (in_test > 0)
+    return ("identical images: " + ", ".join(said),) if said else ()
 
 
 def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

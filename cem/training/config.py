@@ -36,13 +36,14 @@ class TrainConfig(Composed):
 
     Attributes:
         data: Data set. digits comes with scikit-learn and needs no download. folder reads yours:
-            DATA_ROOT/train/CLASS/* and DATA_ROOT/test/CLASS/*, or DATA_ROOT/CLASS/*, or TinyImageNet as it is
-            published.
+            DATA_ROOT/train/CLASS/* and DATA_ROOT/test/CLASS/* (or val), or DATA_ROOT/CLASS/*, or TinyImageNet as it
+            is published.
         data_root: Folder of the data set, or where it is downloaded to. Without it: data/ and the name of the data set.
         download: Fetch the data set if it is not there yet.
         train_size: Train on this many images only, with every class in proportion. cem.attack learns from the others:
             leave it some. Without it all are trained on, and an attacker has only those for validation.
-        image_size: Resize images to this height and width, in pixels.
+        image_size: Resize images to this height and width, in pixels. Without it, images of a folder keep the size that
+            all of them have, and get 64 by 64 where sizes differ.
         augment: Crop and mirror training images at random; for cifar10, cifar100, svhn (crop only) and folder.
         num_workers: Processes that load images; 0 loads them in the training process.
         arch: Network to split: resnet20, resnet32, vgg11, vgg11_bn, vgg13, vgg13_bn or mobilenetv2. With _sgm appended,

@@ -132,6 +132,8 @@ class Trainer:
             f"test; {config.arch}, z {shape}; {terms}{weight}; {noise}; {config.epochs} epochs of {len(state.train)} "
             f"steps; {runs.device_name(state.device)}; {self.run_dir}"
         )
+        for note in data.notes:
+            self._log.info(note)
         for warning in self._warnings:
             self._log.warning("%s: %s", warning.category.__name__, warning.message)
         state.rewind_random()

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import studies
 from cem.comparison.correlation import spearman
-from cem.data.files import read_folder
+from cem.data.folder import read_folder
 
 RESULTS = Path(studies.__file__).parent / "results"
 ALL = studies.RESAMPLES

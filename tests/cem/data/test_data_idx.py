@@ -25,13 +25,13 @@ def test_plain_files_are_found_before_gzipped_ones(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty", b"", "expected the idx header 00000802"),
+        ("empty", b"", "expected the idx header 00000802.*, got an empty file"),
         ("short header", HEADER[:10], "expected the idx header 00000802"),
         ("dimensions", bytes((0, 0, 8, 1)) + HEADER[4:] + bytes(6), "got 00000801"),
         ("type", bytes((0, 0, 13, 2)) + HEADER[4:] + bytes(6), "got 00000d02"),
         ("short", HEADER + bytes(5), "promises 6 bytes .* has 5"),
         ("long", HEADER + bytes(7), "promises 6 bytes .* has 7"),
-        ("empty.gz", b"", ""),
+        ("empty.gz", b"", "expected the idx header .*, got an empty file"),
         ("other.gz", b"not gzip", ""),
         ("cut.gz", gzip.compress(HEADER + bytes(6), mtime=0)[:-9], ""),
     ],
