@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cem import attack, train
 from cem.data import load_data, pixels
 from cem.errors import DataError
 
@@ -180,14 +181,23 @@ def test_a_size_that_all_images_have_is_kept_and_others_become_64(
 
 
 def test_images_that_are_in_two_sets_are_counted_whatever_train_size_leaves_of_them(tmp_path):
-    for number in range(20):
-        write(tmp_path / "train" / ("cat", "dog")[number % 2] / f"{number}.png", seed=number // 2)
-    for number in range(5):
-        write(tmp_path / "test" / ("cat", "dog")[number % 2] / f"{number}.png", seed=8 + number)
+    for part, seeds in (("train", [*range(15), *range(5)]), ("test", [*range(15), 99])):
+        for number, seed in enumerate(seeds):
+            write(tmp_path / part / ("cat", "dog")[number % 2] / f"{number}.png", seed=seed)
     whole, few = load_data("folder", tmp_path), load_data("folder", tmp_path, train_size=2)
     in_train = {image.tobytes() for image in whole.train.images.numpy()}
-    in_val = sum(image.tobytes() in in_train for image in whole.val.images.numpy())
-    assert in_val
+    (in_val,) = {sum(image.tobytes() in in_train for image in whole.val.images.numpy())} - {0, 2}
     assert few.notes == whole.notes
-    said = f"{in_val} of 2 validation images are training images too, 2 of 5 test images are training or"
-    assert said in whole.notes[1]
+    assert whole.notes[1] == (
+        f"identical images: {in_val} of 2 validation images are training images too, "
+        "15 of 16 test images are training or validation images too"
+    )
+
+
+@pytest.mark.slow
+def test_trainings_and_attacks_say_what_was_read(tmp_path, run):
+    write_class_folders(tmp_path / "images", count=20)
+    line = f"--data=folder --data-root={tmp_path / 'images'} --train-size=4 --surrogate=none --epochs=1 --device=cpu"
+    assert f"\n{tmp_path / 'images'}: 40 images" in run(train, line.split(), tmp_path / "run").err
+    line = f"{tmp_path / 'run'} --attackers=deconvC4 --cycle-epochs=1 --max-epochs=1 --white-box-images=0"
+    assert f"\n{tmp_path / 'images'}: 40 images" in run(attack, line.split()).err
