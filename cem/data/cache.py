@@ -28,7 +28,7 @@ def folder() -> Path | None:
     """``CEM_CACHE``, or ``cem`` where the system has such files; ``None`` if ``CEM_CACHE`` is empty."""
     given = os.environ.get("CEM_CACHE")
     if given is not None:
-        return Path(given).absolute() if given else None
+        return Path(given).expanduser().absolute() if given else None
     home = os.path.expanduser("~")
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA", os.path.join(home, "AppData", "Local"))
