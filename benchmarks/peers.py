@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cem_kernels import CrossAttentionWeights, LogHinge, RunningMoments, SlotAttentionWeights
+from cem_kernels.variance.running import Spread, judged
 
 
 @dataclass(eq=False)
@@ -148,11 +149,16 @@ def running_loss(
     first = 1 / (running.batches[:, None] + 1)
     moved = torch.lerp(centroids, mean.detach(), first.clamp(min=shares[0]))
     variance = torch.lerp(running.variances, around.detach(), first.clamp(min=shares[1]))
-    moves = (counts > 0) & moved.isfinite() & variance.isfinite()
+    batch = Spread(around.detach().mean(dim=1), (mean.square() + squares / counts.clamp(min=1)).detach().mean(dim=1))
+    before = Spread(running.variances.mean(dim=1), (running.centroids.square() + running.variances).mean(dim=1))
+    storable = (moved.isfinite() & variance.isfinite()).all(dim=1)
+    verdict = judged(batch, before, classes.counts, hinge.unit, running.batches, running.ignored, storable)
+    moves = verdict.moves[:, None]
     after = RunningMoments(
         torch.where(moves, moved, running.centroids),
         torch.where(moves, variance, running.variances),
-        running.batches + moves.all(dim=1),
+        verdict.batches,
+        verdict.ignored,
     )
     penalty = relu_hinge(variance + (around - around.detach()), hinge)
     weight = counts[:, 0] / counts.sum().clamp(min=1)

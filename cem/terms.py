@@ -54,7 +54,8 @@ class Measured(NamedTuple):
     Attributes:
         loss: 0-dim, fp32 or wider, differentiable in ``features`` or ``sent``; the trainer weighs it.
         monitors: 0-dim tensors by name, which become columns of ``metrics.csv``; no gradient is taken of them. Names
-            such as ``loss``, ``weight``, ``seconds`` and ``skipped`` are the trainer's own.
+            such as ``loss``, ``weight``, ``seconds`` and ``skipped`` are the trainer's own. ``outliers`` says how much
+            of the batch the term's state ignored, being too far from all before: the log warns once where it is not 0.
         own_loss: what the trainer trains the term's own parameters on, 0-dim, weighed as ``loss`` is, which it may be.
             ``None``: it does not train them.
 

@@ -37,9 +37,14 @@ class Nats:
     def __post_init__(self) -> None:
         check_positive(noise_std=self.noise_std)
 
+    @property
+    def unit(self) -> float:
+        """The variance below which the cost hardly changes: ``σ²``."""
+        return self.noise_std**2
+
     def cost(self, variance: Tensor) -> Tensor:
         """The cost of each ``variance``, of any shape, differentiable."""
-        return torch.log1p(variance / self.noise_std**2) / 2
+        return torch.log1p(variance / self.unit) / 2
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class LogHinge:
         check_positive(floor=self.floor, gamma=self.gamma)
         if self.hinge not in get_args(Hinge):
             raise ValueError(f"hinge must be one of {', '.join(get_args(Hinge))}, got {self.hinge!r}")
+
+    @property
+    def unit(self) -> float:
+        """The variance below which the cost hardly changes: ``floor + γ``."""
+        return self.floor + self.gamma
 
     def cost(self, variance: Tensor) -> Tensor:
         """The cost of each ``variance``, of any shape, differentiable; in a threshold that is a tensor too."""

@@ -32,7 +32,7 @@ class CentroidVarianceCase(ClassVarianceCase):
         centroids = self.normal(generator, s.K, s.T * s.D) + 3.0
         # Some classes are new, some were in few batches and some in many.
         batches = torch.arange(s.K, device=self.device) * 7 % 300
-        self.start = RunningMoments(centroids, torch.full_like(centroids, 0.5), batches)
+        self.start = RunningMoments(centroids, torch.full_like(centroids, 2.0), batches, torch.zeros_like(batches))
         self.running, self.replaced = (RunningMoments(*(each.clone() for each in self.start)) for _ in range(2))
         return found
 

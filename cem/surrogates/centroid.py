@@ -39,7 +39,8 @@ class CentroidCEM(VarianceSurrogate):
 
     Attributes:
         centroids, variances: ``[K, D]`` fp32, buffers.
-        batches: ``[K]`` int64, how many moved each class; a buffer.
+        batches: ``[K]`` int64, how many moved each class since it began; a buffer.
+        ignored: ``[K]`` int64, how many in a row were outliers and moved nothing; a buffer.
 
     Features are ``[B, D]`` or ``[B, C, H, W]`` with as many numbers, fp16, bf16, fp32 or fp64; losses are fp32 or
     wider.
@@ -76,6 +77,7 @@ class CentroidCEM(VarianceSurrogate):
     centroids: Tensor
     variances: Tensor
     batches: Tensor
+    ignored: Tensor
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class CentroidCEM(VarianceSurrogate):
         self.register_buffer("centroids", torch.zeros(num_classes, feature_dim))
         self.register_buffer("variances", torch.zeros(num_classes, feature_dim))
         self.register_buffer("batches", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("ignored", torch.zeros(num_classes, dtype=torch.int64))
 
     @classmethod
     def build(cls, options: Options, context: Context) -> CentroidCEM:
@@ -107,14 +110,16 @@ class CentroidCEM(VarianceSurrogate):
         """See :class:`~cem.Surrogate`."""
         features, groups = self.grouped(batch)
         tokens = flat(features, self.feature_dim)
+        ignored = self.ignored.clone()
         if self.training:
-            running = RunningMoments(self.centroids, self.variances, self.batches)
+            running = RunningMoments(self.centroids, self.variances, self.batches, self.ignored)
             result = centroid_variance(
                 tokens, groups, running, self.penalty, momentum=self.momentum, backend=self.backend
             )
         else:
             result = class_variance(tokens, groups, self.penalty, backend=self.backend)
-        return self.measured(result)
+        outliers = (self.ignored > ignored).sum()
+        return Measured(result.rob_loss, {"intra_mse": result.intra_mse, "outliers": outliers})
 
     def extra_repr(self) -> str:
         return (

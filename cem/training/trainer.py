@@ -214,6 +214,7 @@ class Trainer:
             row["train_loss"] += each.now * found.get("loss", 0.0)
             found |= {**fitted.get(each.key, {}), "weight": each.now, "seconds": each.watch.read()}
             row |= each.columns(found)
+            self._tell_outliers(each.name, found.get("outliers", 0.0), epoch)
         row["seconds"] = time.perf_counter() - start
         val = over(state.val, "validation")
         row["val_accuracy"] = accuracy(state.model, val, state.device, config.seed, amp=config.amp)
@@ -288,6 +289,14 @@ class Trainer:
                 "other losses alone, and summary.json counts them (this is said once)"
             )
         self.state.skipped += skipped
+
+    def _tell_outliers(self, name: str, outliers: float, epoch: int) -> None:
+        column = f"{name}.outliers"
+        if outliers and not any(row.get(column) for row in self.state.history):
+            self._log.warning(
+                f"{name} found outliers in epoch {epoch + 1}: batches that it measured and will not remember; {column} "
+                "in metrics.csv says how many a step (this is said once)"
+            )
 
     def _finish(self) -> dict[str, Any]:
         """Score the best epoch, once, on the test set; draw the pictures; write the summary, last."""

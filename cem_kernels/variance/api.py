@@ -77,12 +77,16 @@ def centroid_variance(
     ``around``: ``∂v/∂x = 2 (x − μ) / M_c``. ``intra_mse`` and ``class_mse`` are monitors and have none. A single sample
     counts, as it has a distance to its centroid.
 
+    A batch whose variance is far above a class's running one is measured and not remembered, so that an outlier does
+    not silence the penalty of later ones; a row of them is a lasting change, and the class begins anew, as it does
+    where its first batches were outliers: see :func:`cem_kernels.variance.running.judged`.
+
     Args:
         features: ``[B, ...]``, fp16, bf16, fp32 or fp64; any strides. Every axis after the first is a column axis.
         groups: the batch's classes, ``B`` samples.
-        running: moved in place, once a call. Columns that would come to be NaN or infinite do not move, and a class
-            with such a column does not count the batch. What a call measures depends on it, gradients included: it must
-            not be called twice for one step, as activation checkpointing would.
+        running: moved in place, once a call. A class with a column that would come to be NaN or infinite does not move
+            and does not count the batch. What a call measures depends on it, gradients included: it must not be called
+            twice for one step, as activation checkpointing would.
         penalty: :class:`cem_kernels.Nats` or :class:`cem_kernels.LogHinge`; a threshold takes no gradient.
         momentum: in (0, 1). ``1 / (1 − momentum)`` batches is how far centroids look back; variances, a tenth of that.
         backend: see :mod:`cem_kernels.backends`. ``triton`` takes fp32, bf16 and fp16, with ``running`` in fp32 and
@@ -92,8 +96,8 @@ def centroid_variance(
         :class:`ClassVariance`. Where there is no sample the losses are zero and attached to the graph.
 
     Raises:
-        TypeError: features, centroids or variances are not floating-point, batches are not int64, or the penalty is
-            none.
+        TypeError: features, centroids or variances are not floating-point, batches or ignored are not int64, or the
+            penalty is none.
         ValueError: shapes or devices do not fit; momentum out of range; a threshold or running moments that take a
             gradient; unknown backend.
         BackendUnavailableError: the backend asked for by name cannot run this call.
@@ -152,9 +156,11 @@ def _check_running(running: RunningMoments, groups: ClassGroups, columns: int, f
         validation.check_shape(f"running.{name}", moments, {"K": groups.num_classes, "C": columns})
         if moments.requires_grad:
             raise ValueError(f"running.{name} takes no gradient: it is moved in place")
-    if running.batches.dtype != torch.int64:
-        raise TypeError(f"running.batches must be torch.int64, got {running.batches.dtype}")
-    validation.check_shape("running.batches", running.batches, {"K": groups.num_classes})
+    for name in ("batches", "ignored"):
+        counter = getattr(running, name)
+        if counter.dtype != torch.int64:
+            raise TypeError(f"running.{name} must be torch.int64, got {counter.dtype}")
+        validation.check_shape(f"running.{name}", counter, {"K": groups.num_classes})
     for name, tensor in running._asdict().items():
         if tensor.device != features.device:
             raise ValueError(f"running.{name} must be on the features' device {features.device}, got {tensor.device}")

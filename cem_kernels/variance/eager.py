@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Penalty
-from cem_kernels.variance.running import RunningMoments, least_shares
+from cem_kernels.variance.running import RunningMoments, Spread, judged, least_shares
 
 
 def variance(
@@ -25,7 +25,7 @@ def variance(
     if running is None:
         around, mse = _around_means(x, groups, min_samples)
     else:
-        around, mse = _around_centroids(groups.kept(x), groups, running, momentum)
+        around, mse = _around_centroids(groups.kept(x), groups, running, momentum, penalty.unit)
     cost = torch.where(groups.counts >= min_samples, penalty.cost(around).mean(dim=1), 0)
     return *groups.weighted_means(min_samples, cost, mse), cost, mse
 
@@ -73,23 +73,27 @@ def _deviations(x: Tensor, centers: Tensor | None, groups: ClassGroups) -> Tenso
 
 
 def _around_centroids(
-    x: Tensor, groups: ClassGroups, running: RunningMoments, momentum: float
+    x: Tensor, groups: ClassGroups, running: RunningMoments, momentum: float, unit: float
 ) -> tuple[Tensor, Tensor]:
     """Running variances ``[K, C]`` with the gradient of the batch's, and mean squared deviations ``[K]`` with none."""
-    present = groups.counts > 0
     with torch.no_grad():
         mean = groups.means(x)
         mse = groups.means(_deviations(x, mean, groups).square()).mean(dim=1)
-        centroids = torch.where(running.batches[:, None] > 0, running.centroids.to(x.dtype), mean)
+        old_centroids, old_variances = running.centroids.to(x.dtype), running.variances.to(x.dtype)
+        centroids = torch.where(running.batches[:, None] > 0, old_centroids, mean)
     around = _MeanSquares.apply(x, centroids, groups)
     with torch.no_grad():
         first = 1 / (running.batches[:, None] + 1).to(x.dtype)
         of_centroid, of_variance = (first.clamp(min=least) for least in least_shares(momentum))
-        variance = torch.lerp(running.variances.to(x.dtype), around, of_variance)
+        variance = torch.lerp(old_variances, around, of_variance)
         centroids = torch.lerp(centroids, mean, of_centroid).to(running.centroids.dtype)
         variances = variance.to(running.variances.dtype)
-        moves = present[:, None] & centroids.isfinite() & variances.isfinite()
-        running.centroids.copy_(torch.where(moves, centroids, running.centroids))
-        running.variances.copy_(torch.where(moves, variances, running.variances))
-        running.batches.add_(moves.all(dim=1))
+        shown = Spread(around.mean(dim=1), mean.square().mean(dim=1) + mse)
+        known = Spread(old_variances.mean(dim=1), (old_centroids.square() + old_variances).mean(dim=1))
+        storable = shown.around.isfinite() & (centroids.isfinite() & variances.isfinite()).all(dim=1)
+        verdict = judged(shown, known, groups.counts, unit, running.batches, running.ignored, storable)
+        running.centroids.copy_(torch.where(verdict.moves[:, None], centroids, running.centroids))
+        running.variances.copy_(torch.where(verdict.moves[:, None], variances, running.variances))
+        running.batches.copy_(verdict.batches)
+        running.ignored.copy_(verdict.ignored)
     return variance + (around - around.detach()), mse  # of the one, with the gradient of the other

@@ -11,10 +11,13 @@ Forward, a program owns a class (or a part of its rows) and a block of columns, 
 merges chunk after chunk into a running mean and sum of squared deviations (Chan, Golub and LeVeque 1979, which never
 subtracts two large sums). The last program of a block merges its parts and finishes its columns, the last of a class
 adds up its blocks, and the last of all adds up the classes, each in a fixed order: one launch. Running moments are
-moved by whoever finishes a block, before anybody can have counted the batch: all blocks of a class have come then.
+moved by whoever finishes a block, before anybody can have counted the batch: all blocks of a class have come then. Only
+the last of a class knows whether the batch is an outlier, see :func:`cem_kernels.variance.running.judged`; it then puts
+back what the others have moved.
 
 It reads ``B·C`` features and writes ``K·C`` centers and slopes (fp32) and ``low`` (bf16), for the backward; with
-running moments it reads and writes ``2·K·C`` numbers in fp32 more. Backward, a program owns the same piece, reads
+running moments it reads and writes ``2·K·C`` numbers in fp32 more, and writes the ``K·C`` variances that it found,
+which are read again where an outlier is taken back. Backward, a program owns the same piece, reads
 features and statistics and writes ``B·C`` gradients in the features' dtype.
 
 Where classes are far tighter than their means are large, ``x − mean`` is no better than the last bit of the mean. So
@@ -27,6 +30,10 @@ import triton
 import triton.language as tl
 
 from cem_kernels.triton_utils import last_to_arrive, log1p
+from cem_kernels.variance import running
+
+OUTLIER, OF_A_SAMPLE = tl.constexpr(running.OUTLIER), tl.constexpr(running.OF_A_SAMPLE)
+OUTGROWN, EARLY, PATIENCE = (tl.constexpr(each) for each in (running.OUTGROWN, running.EARLY, running.PATIENCE))
 
 
 @triton.jit
@@ -194,33 +201,75 @@ def _losses(
 
 
 @triton.jit
-def _add_up(
-    offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out,
-    c, num_blocks, num_classes, min_samples, block_stuck, batches, BLOCK: tl.constexpr,
+def _judge(
+    offsets, block_spread, centroids, variances, batches, ignored, center, old_variance, c, num_blocks, num_classes, C,
+    min_samples, unit, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The last block of a class adds up the class, the last class the losses.
+    """What the batch is for the moments of a class, whose blocks have all come: ``running.judged``.
 
-    ``batches [K]``, where it is given, counts one more for a class of which no column is stuck.
+    Where they are not to move, its columns are put back as they were. The others' writes of the same columns come
+    before these, as they do before the reads: each was done before its program arrived, and this one has arrived last.
     """
+    count = tl.load(offsets + c + 1) - tl.load(offsets + c)
+    before = tl.load(batches + c)
+    row = tl.load(ignored + c)
+    shares = block_spread + c.to(tl.int64) * num_blocks
+    kind = num_classes.to(tl.int64) * num_blocks  # from sums of one kind to those of the next
+    around = _sum_of_blocks(shares, num_blocks, BLOCK)
+    zero = _sum_of_blocks(shares + kind, num_blocks, BLOCK)
+    known_around = _sum_of_blocks(shares + 2 * kind, num_blocks, BLOCK)
+    known_zero = _sum_of_blocks(shares + 3 * kind, num_blocks, BLOCK)
+    present = count >= min_samples
+    limit = OUTLIER + OF_A_SAMPLE / tl.sqrt(tl.maximum(count, 1).to(tl.float32))
+    counts = present & _is_finite(around)  # then all is finite that fp32 would keep
+    outlier = counts & (before >= EARLY) & (around + unit > limit * (known_around + unit))
+    moves = counts & (outlier == 0)
+    if present & (moves == 0) & (before > 0):  # of a class without a batch nothing is looked at
+        at = c.to(tl.int64) * C
+        for first in range(0, C, BLOCK_C):
+            cols = first + tl.arange(0, BLOCK_C)
+            tl.store(centroids + at + cols, tl.load(center + at + cols, mask=cols < C), mask=cols < C)
+            tl.store(variances + at + cols, tl.load(old_variance + at + cols, mask=cols < C), mask=cols < C)
+    row = tl.where(moves, 0, row + tl.where(outlier, 1, 0))
+    far = OUTGROWN * limit
+    outgrown = (far * (around + unit) < known_around + unit) | (far * (zero + unit) < known_zero + unit)
+    anew = (moves & (before > 0) & (before < 2 * EARLY) & outgrown) | (outlier & (row >= PATIENCE))
+    tl.debug_barrier()  # every thread has read what one is about to write
+    tl.store(batches + c, tl.where(anew, 0, before + tl.where(moves, 1, 0)))
+    tl.store(ignored + c, row)
+
+
+@triton.jit
+def _add_up(
+    offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out, c, num_blocks,
+    num_classes, min_samples, block_spread, centroids, variances, batches, ignored, center, old_variance, C, unit,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The last block of a class adds up the class and judges the batch, the last class adds up the losses."""
     of_class = c.to(tl.int64) * num_blocks
     arrived += num_classes.to(tl.int64) * num_blocks
     if last_to_arrive(arrived + c, num_blocks):
         tl.store(penalty_out + c, _sum_of_blocks(block_penalty + of_class, num_blocks, BLOCK))
         tl.store(mse_out + c, _sum_of_blocks(block_mse + of_class, num_blocks, BLOCK))
         if batches is not None:
-            stuck = _sum_of_blocks(block_stuck + of_class, num_blocks, BLOCK)
-            tl.store(batches + c, tl.load(batches + c) + tl.where(stuck == 0.0, 1, 0))
+            _judge(
+                offsets, block_spread, centroids, variances, batches, ignored, center, old_variance, c, num_blocks,
+                num_classes, C, min_samples, unit, BLOCK, BLOCK_C,
+            )  # fmt: skip
         if last_to_arrive(arrived + num_classes, num_classes):
             _losses(offsets, penalty_out, mse_out, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK)
 
 
 @triton.jit
 def _finish_columns(
-    mean, low, squares, count, cols, c, block, num_blocks, C, min_samples, threshold_at, threshold, floor, gamma,
-    centroids, variances, batches, least_of_centroid, least_of_variance,
-    center_out, low_out, slope_out, penalty_out, mse_out, stuck_out, PENALTY: tl.constexpr,
+    mean, low, squares, count, cols, c, block, num_blocks, num_classes, C, min_samples, threshold_at, threshold, floor,
+    gamma, centroids, variances, batches, least_of_centroid, least_of_variance,
+    center_out, low_out, slope_out, old_variance_out, penalty_out, mse_out, spread_out, PENALTY: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of a class: its running moments moved, its share of penalty and mse, and the slope."""
+    """A block of columns of a class: its running moments moved, its share of penalty and mse, and the slope.
+
+    ``spread_out [4, K, blocks]``: its share of what the batch and the running moments show, see :func:`_judge`.
+    """
     at = c.to(tl.int64) * C + cols
     live = cols < C
     counts = cols < tl.where(count >= min_samples, C, 0)
@@ -240,15 +289,20 @@ def _finish_columns(
         away = tl.where(before > 0, (mean - center) + low, 0.0)
         moved = _lerp(center, mean, tl.maximum(first, least_of_centroid))
         old = tl.load(variances + at, mask=live, other=0.0)
-        variance = _lerp(old, mse + away * away, tl.maximum(first, least_of_variance))
+        around = mse + away * away
+        variance = _lerp(old, around, tl.maximum(first, least_of_variance))
         value, slope = _cost(variance, threshold_at, threshold, floor, gamma, PENALTY)
         slope *= one_less / n  # the backward divides by n − 1
         moves = counts & _is_finite(moved) & _is_finite(variance)
         tl.debug_barrier()  # whoever holds a copy of a column has read it
         tl.store(centroids + at, moved, mask=moves)
         tl.store(variances + at, variance, mask=moves)
-        stuck = tl.where(live, tl.where(moves, 0.0, 1.0), 0.0)
-        tl.store(stuck_out + share, tl.sum(stuck, axis=0))
+        tl.store(old_variance_out + at, old, mask=live)
+        kind = num_classes.to(tl.int64) * num_blocks
+        tl.store(spread_out + share, tl.sum(tl.where(counts, around, 0.0), axis=0) / C)
+        tl.store(spread_out + share + kind, tl.sum(tl.where(counts, mean * mean + mse, 0.0), axis=0) / C)
+        tl.store(spread_out + share + 2 * kind, tl.sum(old, axis=0) / C)
+        tl.store(spread_out + share + 3 * kind, tl.sum(tl.where(live, center * center + old, 0.0), axis=0) / C)
     tl.store(center_out + at, center, mask=live)
     tl.store(low_out + at, remainder.to(low_out.dtype.element_ty), mask=live)
     tl.store(slope_out + at, slope, mask=live)
@@ -258,15 +312,16 @@ def _finish_columns(
 
 @triton.jit(do_not_specialize=["num_parts"])
 def variance_forward_kernel(
-    x, order, offsets, centroids, variances, batches, threshold_at, arrived,
-    part_mean, part_low, part_squares, block_penalty, block_mse, block_stuck,
+    x, order, offsets, centroids, variances, batches, ignored, threshold_at, arrived,
+    part_mean, part_low, part_squares, block_penalty, block_mse, block_spread, old_variance,
     center_out, low_out, slope_out, penalty_out, mse_out, rob_out, intra_out, weight_out,
-    stride_row, stride_col, C, num_parts, min_samples, threshold, floor, gamma, least_of_centroid, least_of_variance,
-    PENALTY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_row, stride_col, C, num_parts, min_samples, threshold, floor, gamma, unit, least_of_centroid,
+    least_of_variance, PENALTY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """From features to losses; ``arrived [K·blocks + K + 1]``, zeros, counts who has come to a block, a class, the end.
 
-    ``centroids, variances, batches`` are None for variances around the batch's means.
+    ``centroids, variances, batches, ignored`` are None for variances around the batch's means.
     Grid: blocks of columns × parts × classes.
     """
     block = tl.program_id(0)
@@ -280,13 +335,14 @@ def variance_forward_kernel(
     )  # fmt: skip
     if last:
         _finish_columns(
-            mean, low, squares, count, cols, c, block, num_blocks, C, min_samples, threshold_at, threshold, floor,
-            gamma, centroids, variances, batches, least_of_centroid, least_of_variance,
-            center_out, low_out, slope_out, block_penalty, block_mse, block_stuck, PENALTY,
+            mean, low, squares, count, cols, c, block, num_blocks, tl.num_programs(2), C, min_samples, threshold_at,
+            threshold, floor, gamma, centroids, variances, batches, least_of_centroid, least_of_variance,
+            center_out, low_out, slope_out, old_variance, block_penalty, block_mse, block_spread, PENALTY,
         )  # fmt: skip
         _add_up(
             offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out,
-            c, num_blocks, tl.num_programs(2), min_samples, block_stuck, batches, BLOCK_K,
+            c, num_blocks, tl.num_programs(2), min_samples, block_spread, centroids, variances, batches, ignored,
+            center_out, old_variance, C, unit, BLOCK_K, BLOCK_C,
         )  # fmt: skip
 
 

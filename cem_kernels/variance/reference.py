@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Penalty
-from cem_kernels.variance.running import RunningMoments, least_shares
+from cem_kernels.variance.running import RunningMoments, Spread, judged, least_shares
 
 
 def variance(
@@ -34,24 +34,30 @@ def variance(
             penalties.append(penalty.cost(x.var(dim=0, unbiased=True)).mean())
             errors.append(F.mse_loss(x, mean.expand_as(x)))
         else:
-            penalties.append(penalty.cost(_around_centroid(x, c, running, momentum)).mean())
+            penalties.append(penalty.cost(_around_centroid(x, c, running, momentum, penalty.unit)).mean())
             errors.append((x.detach() - x.detach().mean(dim=0)).square().mean())
     of_classes = torch.stack(penalties), torch.stack(errors if running is None else [e.detach() for e in errors])
     return *groups.weighted_means(min_samples, *of_classes), *of_classes
 
 
-def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float) -> Tensor:
+def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float, unit: float) -> Tensor:
     """The running variance ``[C]`` of class ``c`` with the gradient of that of its samples ``x [M, C]``; moves both."""
     mean, batches = x.detach().mean(dim=0), int(running.batches[c])
-    centroid = running.centroids[c].to(x.dtype) if batches else mean
+    old_centroid, old_variance = running.centroids[c].to(x.dtype), running.variances[c].to(x.dtype)
+    centroid = old_centroid if batches else mean
     around = (x - centroid).square().mean(dim=0)
 
     of_centroid, of_variance = (max(1 / (batches + 1), least) for least in least_shares(momentum))
-    variance = torch.lerp(running.variances[c].to(x.dtype), around.detach(), of_variance)
+    variance = torch.lerp(old_variance, around.detach(), of_variance)
     moved = torch.lerp(centroid, mean, of_centroid).to(running.centroids.dtype)
     spread = variance.to(running.variances.dtype)
-    moves = moved.isfinite() & spread.isfinite()
-    running.centroids[c] = torch.where(moves, moved, running.centroids[c])
-    running.variances[c] = torch.where(moves, spread, running.variances[c])
-    running.batches[c] += int(moves.all())
+    shown = Spread(around.detach().mean(), x.detach().square().mean())
+    known = Spread(old_variance.mean(), (old_centroid.square() + old_variance).mean())
+    storable = shown.around.isfinite() & moved.isfinite().all() & spread.isfinite().all()
+    verdict = judged(
+        shown, known, torch.tensor(len(x), device=x.device), unit, running.batches[c], running.ignored[c], storable
+    )
+    if verdict.moves:
+        running.centroids[c], running.variances[c] = moved, spread
+    running.batches[c], running.ignored[c] = verdict.batches, verdict.ignored
     return variance + (around - around.detach())  # of the one, with the gradient of the other

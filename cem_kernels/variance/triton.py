@@ -53,18 +53,19 @@ def _forward_shapes(x, order, offsets, *rest):
 
 @operator(
     "variance_forward(Tensor x, Tensor order, Tensor offsets, Tensor(a!)? centroids, Tensor(b!)? variances, "
-    "Tensor(c!)? batches, Tensor? threshold_at, str penalty, float threshold, float floor, float gamma, "
-    "int min_samples, float momentum) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(c!)? batches, Tensor(d!)? ignored, Tensor? threshold_at, str penalty, float threshold, float floor, "
+    "float gamma, float unit, int min_samples, float momentum) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_shapes,
 )
 def variance_forward(
     x: Tensor, order: Tensor, offsets: Tensor, centroids: Tensor | None, variances: Tensor | None,
-    batches: Tensor | None, threshold_at: Tensor | None, penalty: str, threshold: float, floor: float, gamma: float,
-    min_samples: int, momentum: float,
+    batches: Tensor | None, ignored: Tensor | None, threshold_at: Tensor | None, penalty: str, threshold: float,
+    floor: float, gamma: float, unit: float, min_samples: int, momentum: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``x [B, C]`` to both losses, ``penalty, mse [K]``; for the backward ``Σ M_c``, ``center, slope, low [K, C]``.
 
-    ``centroids, variances [K, C]`` and ``batches [K]`` are moved, or None: then centers are the batch's means.
+    ``centroids, variances [K, C]`` and ``batches, ignored [K]`` are moved, or None: then centers are the batch's means.
     The threshold is read from ``threshold_at`` where that is given; of nats ``gamma`` is ``1/σ²``, and there is
     neither threshold nor floor.
     """
@@ -75,7 +76,9 @@ def variance_forward(
     column_blocks = triton.cdiv(columns, sizes.BLOCK_C)
     parts = parts_of(x, num_classes, column_blocks)
     # Each in memory of its own: Triton compiles another version for a pointer that is not aligned to 16 bytes.
-    of_blocks = (x.new_empty((num_classes, column_blocks), dtype=torch.float32) for _ in range(3))
+    share = num_classes, column_blocks
+    shapes = (share, share) if centroids is None else (share, share, (4, *share), center.shape)
+    of_blocks = [x.new_empty(shape, dtype=torch.float32) for shape in shapes] + [None] * (4 - len(shapes))
     part_shape = (num_classes, parts, columns) if parts > 1 else (0,)
     # A distance to a centroid, unlike one to the mean, does not forgive what the mean has lost.
     kinds = torch.float32, torch.bfloat16 if centroids is None else torch.float32, torch.float32
@@ -83,12 +86,12 @@ def variance_forward(
     arrived = x.new_zeros(num_classes * (column_blocks + 1) + 1, dtype=torch.int32)
     launch(
         variance_forward_kernel, (column_blocks, parts, num_classes), x.device,
-        x, order, offsets, centroids, variances, batches, threshold_at, arrived, *part_moments, *of_blocks,
+        x, order, offsets, centroids, variances, batches, ignored, threshold_at, arrived, *part_moments, *of_blocks,
         center, low, slope, penalties, mse, rob, intra, weight,
-        *x.stride(), columns, parts, min_samples, threshold, floor, gamma, *least_shares(momentum),
+        *x.stride(), columns, parts, min_samples, threshold, floor, gamma, unit, *least_shares(momentum),
         PENALTY=penalty, BLOCK_P=4, BLOCK_K=64, **sizes._asdict(), **ALL_REGISTERS,
     )  # fmt: skip
-    for moved in (centroids, variances, batches):
+    for moved in (centroids, variances, batches, ignored):
         if moved is not None:
             torch.autograd.graph.increment_version(moved)  # autograd does not see what a kernel writes
     return result
@@ -143,8 +146,8 @@ class _Variance(torch.autograd.Function):
     @backward_once
     def backward(ctx, rob, intra, penalty, mse, *kept):
         if rob is intra is penalty is mse is None:
-            return (None,) * 13
-        return variance_backward(*ctx.saved_tensors, rob, intra, penalty, mse, ctx.min_samples), *(None,) * 12
+            return (None,) * 15
+        return variance_backward(*ctx.saved_tensors, rob, intra, penalty, mse, ctx.min_samples), *(None,) * 14
 
 
 def variance(
@@ -166,7 +169,7 @@ def variance(
         kind, floor, gamma = penalty.hinge, penalty.floor, penalty.gamma
         at, threshold = (penalty.threshold, 0.0) if isinstance(penalty.threshold, Tensor) else (None, penalty.threshold)
     result: tuple[Tensor, ...] = _Variance.apply(
-        features, groups.order, groups.offsets, *(running or (None,) * 3), at, kind, threshold, floor, gamma,
-        min_samples, momentum,
+        features, groups.order, groups.offsets, *(running or (None,) * 4), at, kind, threshold, floor, gamma,
+        penalty.unit, min_samples, momentum,
     )  # fmt: skip
     return result[:4]

@@ -98,11 +98,12 @@ def run_variance(
     ``centroids``: around running ones, instead of the batch's means.
     """
     x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
-    common, running, min_samples = (x, order, offsets), (None, None, None), 2
+    common, running, min_samples = (x, order, offsets), (None,) * 4, 2
     if centroids:
-        running = torch.empty(classes, columns), torch.empty(classes, columns), torch.arange(classes)
+        moments, counter = (torch.empty(classes, columns) for _ in range(2)), (torch.arange(classes) for _ in range(2))
+        running = *moments, *counter
         min_samples = 1
-    options = None, penalty, 0.1, 1e-4, 1e-6, min_samples, 0.99
+    options = None, penalty, 0.1, 1e-4, 1e-6, 1e-4, min_samples, 0.99
     kept = variance.variance_forward(*common, *running, *options)[4:]
     one, several = torch.empty(()), torch.empty(()).expand(classes)
     grads = (one, None, None, None) if upstream == "losses" else (one, one, several, several)

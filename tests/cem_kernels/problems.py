@@ -150,22 +150,23 @@ def variance_problem(labels, num_classes, *, T=1, D=8, bound=None, seed=0, penal
 def centroid_problem(
     labels, num_classes, *, T=1, D=8, bound=None, seed=0, penalty=RELU, momentum=0.95, batches=None
 ) -> Problem:
-    """Classes that were in 0, 1, 2, ... batches before, or all of them in ``batches``."""
+    """Classes that were in 0, 1, 2, ... batches before, or all of them in ``batches``; none sees an outlier."""
     groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
     counted = torch.arange(num_classes) if batches is None else torch.full((num_classes,), batches)
     generator = torch.Generator().manual_seed(seed + 1)  # the same centroids however many samples there are
     # Of classes that were in no batch it is not looked at, whatever it is.
     centroids = torch.randn(num_classes, T, D, generator=generator, dtype=torch.float64) * spread_over(T, D) + 3.0
-    variances = torch.rand(num_classes, T, D, generator=generator, dtype=torch.float64) * spread_over(T, D) ** 2
+    variances = (2 + torch.rand(num_classes, T, D, generator=generator, dtype=torch.float64)) * spread_over(T, D) ** 2
     variances = torch.where(counted[:, None, None] > 0, variances, 0)
 
     def run(backend, features):
         kept = torch.float64 if features.dtype == torch.float64 else torch.float32
         # Rounded to what is kept in training, or they would not be the same for all dtypes.
         state = (each.float().flatten(1).to(features.device, kept, copy=True) for each in (centroids, variances))
-        running = RunningMoments(*state, counted.to(features.device, copy=True))
+        counters = counted.to(features.device, copy=True), torch.zeros_like(counted, device=features.device)
+        running = RunningMoments(*state, *counters)
         result = centroid_variance(features, groups, running, penalty, momentum=momentum, backend=backend)
-        monitors = result.intra_mse, result.class_mse, *running[:2], running.batches.to(kept)
+        monitors = result.intra_mse, result.class_mse, *running[:2], *(each.to(kept) for each in running[2:])
         return result.rob_loss, *monitors, result.class_penalty
 
     return Problem(variance_problem(labels, num_classes, T=T, D=D, seed=seed).leaves, run)

@@ -132,7 +132,7 @@ def tight_classes(samples: int, batches: int | None) -> Problem:
             return tuple(class_variance(features, groups, penalty, backend=backend))
         counted = torch.full((2,), batches, device=DEVICE)
         variances = torch.full((2, 20), 1e-4, dtype=features.dtype, device=DEVICE)
-        running = RunningMoments(centroids.to(features.dtype, copy=True), variances, counted)
+        running = RunningMoments(centroids.to(features.dtype, copy=True), variances, counted, torch.zeros_like(counted))
         result = centroid_variance(features, groups, running, penalty, momentum=0.95, backend=backend)
         return result.rob_loss, result.class_penalty
 

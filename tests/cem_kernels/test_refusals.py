@@ -50,7 +50,7 @@ def variance(features=TOKENS, penalty: Any = None, **options: Any) -> object:
 
 
 def moving(penalty: Any = None, momentum: float = 0.9, backend: str = "eager", **replaced: Any) -> object:
-    running = RunningMoments(MOMENTS, MOMENTS, COUNTS)._replace(**replaced)
+    running = RunningMoments(MOMENTS, MOMENTS, COUNTS, COUNTS)._replace(**replaced)
     return centroid_variance(TOKENS, GROUPS, running, penalty or Nats(0.1), momentum=momentum, backend=backend)
 
 
@@ -99,6 +99,7 @@ BAD_VALUES = [
     (moving, {"centroids": MOMENTS[:2]}, r"running.centroids must have shape \[K=3, C=16\], got"),
     (moving, {"variances": MOMENTS[:, :5]}, r"running.variances must have shape \[K=3, C=16\], got"),
     (moving, {"batches": COUNTS[:, None]}, r"running.batches must have shape \[K=3\], got \[3, 1\]"),
+    (moving, {"ignored": COUNTS[:2]}, r"running.ignored must have shape \[K=3\], got \[2\]"),
     (moving, {"batches": COUNTS.to("meta")}, "running.batches must be on the features' device"),
     (moving, {"centroids": torch.zeros(3, 16, **GRADIENT)}, "running.centroids takes no gradient"),
     (moving, {"momentum": 1.0}, "momentum must lie between 0 and 1, got 1.0"),
@@ -128,6 +129,7 @@ BAD_TYPES = [
     (variance, {"features": TOKENS.int()}, "features must be a floating-point tensor, got torch.int32"),
     (variance, {"penalty": 0.1}, "penalty must be Nats or LogHinge, got float"),
     (moving, {"batches": COUNTS.int()}, "running.batches must be torch.int64, got torch.int32"),
+    (moving, {"ignored": COUNTS.int()}, "running.ignored must be torch.int64, got torch.int32"),
     (moving, {"batches": COUNTS.bool()}, "running.batches must be torch.int64, got torch.bool"),
 ]
 BY_KERNELS = [

@@ -7,8 +7,9 @@ import pytest
 import torch
 from problems import DEVICE, every_backend
 
-from cem_kernels import ClassGroups, LogHinge, RunningMoments
+from cem_kernels import ClassGroups, LogHinge, Nats, RunningMoments
 from cem_kernels.variance import centroid_variance
+from cem_kernels.variance.running import EARLY, OF_A_SAMPLE, OUTGROWN, OUTLIER, PATIENCE, Spread, judged
 
 THRESHOLD = 1e-9  # below every variance: what is paid is the logarithm over it
 LOG = LogHinge(THRESHOLD, floor=1e-12, gamma=1e-20)
@@ -21,9 +22,9 @@ def batch(num_samples=24, width=6, num_classes=4, seed=0):
     return features.to(DEVICE), labels.to(DEVICE)
 
 
-def nothing_yet(num_classes=4, width=6):
-    zeros = torch.zeros(num_classes, width, device=DEVICE)
-    return RunningMoments(zeros, zeros.clone(), torch.zeros(num_classes, dtype=torch.long, device=DEVICE))
+def nothing_yet(num_classes=4, width=6, dtype=torch.float32):
+    zeros = torch.zeros(num_classes, width, dtype=dtype, device=DEVICE)
+    return RunningMoments(zeros, zeros.clone(), zeros[:, 0].long(), zeros[:, 0].long())
 
 
 def measured(backend, running, features, labels, penalty=LOG, momentum=0.95):
@@ -47,7 +48,8 @@ def copied(running):
 def test_batches_move_centroids_and_variances(backend, batches, momentum, share, of_variances):
     """A class that has no sample moves nothing."""
     (x, labels), (centroids, _) = batch(num_classes=3), batch(4, seed=1)
-    running = RunningMoments(centroids, centroids.square(), torch.full((4,), batches, device=DEVICE))
+    counted = torch.full((4,), batches, device=DEVICE)
+    running = RunningMoments(centroids, centroids.square() / 4, counted, torch.zeros_like(counted))
     before = copied(running)
     result = measured(backend, running, x, labels, momentum=momentum)
     for c in range(3):
@@ -69,9 +71,10 @@ def test_batches_move_centroids_and_variances(backend, batches, momentum, share,
     ("column", "bad"),
     [(0, [math.inf]), (299, [math.nan]), (0, [1e20, -1e20]), (299, [1e20, -1e20])],  # the last, in squares only
 )
-def test_a_column_that_is_not_finite_moves_nothing_of_its_own_and_is_not_hidden(backend, column, bad):
+def test_a_class_that_is_not_finite_does_not_move_and_is_not_hidden(backend, column, bad):
     (x, labels), running = batch(width=300), nothing_yet(width=300)
     measured(backend, running, x, labels)
+    running.batches.fill_(50)
     before = copied(running)
     x = x + 1
     x[labels == 1, column] = 0
@@ -80,8 +83,83 @@ def test_a_column_that_is_not_finite_moves_nothing_of_its_own_and_is_not_hidden(
     assert result.class_penalty.isfinite().tolist() == [True, False, True, True]
     assert not result.rob_loss.isfinite()
     for moved, old in ((running.centroids, before.centroids), (running.variances, before.variances)):
-        assert (moved == old).nonzero().tolist() == [[1, column]]
-    assert running.batches.tolist() == [2, 1, 2, 2]
+        assert (moved == old).all(dim=1).tolist() == [False, True, False, False]
+    assert (running.batches.tolist(), running.ignored.tolist()) == ([51, 50, 51, 51], [0] * 4)
+
+
+@every_backend
+def test_an_outlier_is_measured_and_not_remembered(backend):
+    (x, labels), running = batch(width=300), nothing_yet(width=300)
+    measured(backend, running, x, labels)
+    running.batches.fill_(50)
+    before, tenfold = copied(running), x.clone()
+    tenfold[(labels == 1).nonzero()[0]] *= 10
+    result = measured(backend, running, tenfold, labels)
+    around = (tenfold[labels == 1] - before.centroids[1]).square().mean(dim=0)
+    cost = LOG.cost(torch.lerp(before.variances[1], around, 0.5)).mean()
+    torch.testing.assert_close(result.class_penalty[1], cost)
+    for moved, old in zip(running, before, strict=True):
+        assert torch.equal(moved[1], old[1]) is (moved is not running.ignored)
+    assert (running.batches.tolist(), running.ignored.tolist()) == ([51, 50, 51, 51], [0, 1, 0, 0])
+
+
+FAR, NEAR = OUTLIER + OF_A_SAMPLE + 0.1, OUTLIER + OF_A_SAMPLE - 0.1  # of one sample, in units of the running variance
+TWICE = OUTGROWN * (OUTLIER + OF_A_SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("batches", "ignored", "batch", "running", "moves", "counted", "outliers"),
+    [
+        (EARLY, 0, (FAR, FAR), (1, 1), False, EARLY, 1),
+        (EARLY - 1, 0, (FAR, FAR), (1, 1), True, EARLY, 0),  # too early to tell
+        (EARLY, 3, (NEAR, FAR), (1, 1), True, EARLY + 1, 0),  # around the centroid it is none, and ends the row
+        (99, PATIENCE - 2, (FAR, FAR), (1, 1), False, 99, PATIENCE - 1),
+        (99, PATIENCE - 1, (FAR, FAR), (1, 1), False, 0, PATIENCE),
+        (0, PATIENCE, (FAR, FAR), (1, 1), True, 1, 0),
+        (1, 0, (1, 9), (TWICE + 0.1, 9), True, 0, 0),  # its first batch was an outlier
+        (1, 0, (9, 1), (9, TWICE + 0.1), True, 0, 0),  # likewise, with samples close to each other
+        (1, 0, (1, 1), (TWICE - 0.1, TWICE - 0.1), True, 2, 0),
+        (2 * EARLY - 1, 0, (1, 1), (99, 99), True, 0, 0),
+        (2 * EARLY, 0, (1, 1), (99, 99), True, 2 * EARLY + 1, 0),  # forgotten by itself
+        (0, 0, (1, 1), (99, 99), True, 1, 0),  # which is not looked at
+        (EARLY, 2, (math.inf, 1), (1, 1), False, EARLY, 2),
+    ],
+)
+def test_what_a_batch_is_for_the_moments_of_a_class(batches, ignored, batch, running, moves, counted, outliers):
+    shown, known = (Spread(*(torch.tensor([float(each), 1e9]) for each in of)) for of in (batch, running))
+    counters = torch.tensor([batches, 7]), torch.tensor([ignored, 7])
+    found = judged(shown, known, torch.tensor([1, 0]), 1e-9, *counters, shown.around.isfinite())
+    assert [each.tolist() for each in found] == [
+        [moves, False],
+        [counted, 7],
+        [outliers, 7],
+    ]  # the second has no sample
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize(
+    ("backend", "penalty"), [("eager", Nats(0.5)), ("eager", LogHinge(0.05)), ("triton", Nats(0.5))], ids=str
+)
+def test_backends_judge_as_the_reference_in_double_precision(backend, penalty):
+    """A row of outliers, a first batch that was one, what is not finite, and classes that are absent."""
+    exact, seen = nothing_yet(5, dtype=torch.float64), set()
+    x, labels = batch(seed=99)
+    measured("reference", exact, torch.where(labels == 1, 1e3, 1.0)[:, None] * x.double(), labels, penalty)
+    exact.batches.copy_(torch.tensor([50, 3, 15, 50, 0]))
+    found = RunningMoments(exact.centroids.float(), exact.variances.float(), *map(torch.clone, exact[2:]))
+    for step in range(PATIENCE + 2):
+        x, labels = batch(seed=step, num_classes=4 if step % 3 else 3)
+        factors = torch.tensor([10.0 if step < PATIENCE else 1.0, 1.0, {3: math.nan, 4: 1e8}.get(step, 1.0), 1.0])
+        x *= factors.to(DEVICE)[labels][:, None]
+        old = copied(exact)
+        measured(backend, found, x, labels, penalty)
+        measured("reference", exact, x.double(), labels, penalty)
+        assert [each.tolist() for each in found[2:]] == [each.tolist() for each in exact[2:]], step
+        for moved, want in zip(found[:2], exact[:2], strict=True):
+            live = exact.batches > 0
+            torch.testing.assert_close(moved[live].double(), want[live], rtol=1e-4, atol=1e-4)
+        seen |= set(zip((exact.batches < old.batches).tolist(), (exact.ignored > old.ignored).tolist(), strict=True))
+    assert len(seen) == 4  # nothing, an outlier, moments that were outliers, and a lasting change
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -147,6 +225,5 @@ def test_the_kernel_keeps_digits_of_the_first_batch_that_a_mean_in_fp32_loses():
     x = (1000 + 1e-3 * (batch(128)[0].double() - 3)).float()
     found, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     measured("triton", nothing_yet(2), found, labels).rob_loss.backward()
-    state = RunningMoments(*(each.double() for each in nothing_yet(2)[:2]), nothing_yet(2).batches)
-    measured("reference", state, exact, labels).rob_loss.backward()
+    measured("reference", nothing_yet(2, dtype=torch.float64), exact, labels).rob_loss.backward()
     assert float((found.grad - exact.grad).norm() / exact.grad.norm()) < 1e-3

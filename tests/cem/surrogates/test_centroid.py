@@ -1,5 +1,6 @@
 """CentroidCEM: nats through the noise, around running centroids of the classes."""
 
+import copy
 import math
 
 import pytest
@@ -90,7 +91,8 @@ def test_moments_are_the_state_and_nothing_is_trained():
     module = cem.CentroidCEM(WIDTH, CLASSES, STD)
     state = {name: (list(each.shape), each.dtype) for name, each in module.state_dict().items()}
     moments = ([CLASSES, WIDTH], torch.float32)
-    assert state == {"centroids": moments, "variances": moments, "batches": ([CLASSES], torch.int64)}
+    counters = ([CLASSES], torch.int64)
+    assert state == {"centroids": moments, "variances": moments, "batches": counters, "ignored": counters}
     assert list(module.parameters()) == []
 
 
@@ -99,6 +101,82 @@ def test_double_features_are_measured_by_a_single_precision_module():
     loss = module(*off_center())[0]
     assert (loss.dtype, module.centroids.dtype) == (torch.float64, torch.float32)
     assert loss.item() == pytest.approx(centroid()(*off_center())[0].item())
+
+
+# what one batch may do to it
+
+SAMPLES = 12  # of each class in a batch
+
+
+def drawn(step):
+    """A batch of rectified features, whose classes differ."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.arange(SAMPLES * CLASSES) % CLASSES
+    centers = torch.randn(CLASSES, 32, generator=torch.Generator().manual_seed(1))
+    return (centers[labels] + 0.5 * torch.randn(len(labels), 32, generator=generator)).relu(), labels
+
+
+def trained(module, steps, disturbed=None, samples=0, factor=1.0):
+    """``samples`` of each class are multiplied in step ``disturbed``."""
+    for step in steps:
+        x, labels = drawn(step)
+        if step == disturbed:
+            x[: samples * CLASSES] *= factor
+        module(x, labels)
+    return module
+
+
+def new():
+    return cem.CentroidCEM(32, CLASSES, noise_std=0.1)
+
+
+def assert_gradients_close(module, undisturbed, batch):
+    """In every class, within 10 %."""
+    found, want = (seen(each, *batch).gradient.unflatten(0, (SAMPLES, CLASSES)) for each in (module, undisturbed))
+    difference = (found - want).norm(dim=(0, 2)) / want.norm(dim=(0, 2))
+    assert (difference < 0.1).all(), difference
+
+
+@pytest.fixture(scope="module")
+def after_150():
+    return trained(new(), range(150))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.01, 10.0, 1e2, 1e4, 1e8])
+@pytest.mark.parametrize("samples", [1, SAMPLES], ids=["a sample", "all"])
+def test_ten_batches_after_an_outlier_gradients_are_as_if_there_had_been_none(after_150, samples, factor):
+    module = trained(copy.deepcopy(after_150), range(150, 160), 150, samples, factor)
+    assert_gradients_close(module, trained(copy.deepcopy(after_150), range(150, 160)), drawn(160))
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5, 9, 12])
+@pytest.mark.parametrize("factor", [10.0, 1e8])
+@pytest.mark.parametrize("samples", [1, SAMPLES], ids=["a sample", "all"])
+def test_fifty_batches_after_an_outlier_among_its_first_a_class_has_forgotten_it(samples, factor, nth):
+    module = trained(new(), range(1, nth + 50), nth, samples, factor)
+    assert_gradients_close(module, trained(new(), range(1, nth + 50)), drawn(nth + 50))
+
+
+@pytest.mark.parametrize("of", ["features", "deviations"])
+def test_a_lasting_change_of_scale_is_followed_within_fifty_batches(after_150, of):
+    def larger(step):
+        x, labels = drawn(step)
+        means = torch.zeros_like(x) if of == "features" else after_150.centroids[labels]
+        return means + 4 * (x - means), labels
+
+    module, fresh = copy.deepcopy(after_150), new()
+    for step in range(200, 249):
+        module(*larger(step)), fresh(*larger(step))
+    assert_gradients_close(module, fresh, larger(249))
+
+
+def test_it_says_how_many_classes_ignored_the_batch(after_150):
+    module = copy.deepcopy(after_150)
+    x, labels = drawn(150)
+    x[labels < 2] *= 100
+    found = [module.measure(cem.Batch(None, labels, each, each)).monitors["outliers"] for each in (x, x, drawn(1)[0])]
+    assert ([each.item() for each in found], found[0].shape) == ([2, 2, 0], ())
+    assert module.eval().measure(cem.Batch(None, labels, x, x)).monitors["outliers"] == 0
 
 
 # how it is made

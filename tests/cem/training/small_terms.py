@@ -65,6 +65,14 @@ class Watched(Scale):
         return {"information_nats": 123.4}
 
 
+class Ignores(Scale):
+    """A penalty that ignores outliers."""
+
+    def measure(self, batch):
+        loss, monitors, _ = super().measure(batch)
+        return cem.Measured(loss, {**monitors, "outliers": torch.tensor(2)})
+
+
 class Broken(Scale):
     """A penalty that is never finite."""
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_runs import STEPS, board, fitted, rows, small, weights
-from small_terms import GAIN, Gain, OwnScale, Scale, SharedScale, Watched, surrogate
+from small_runs import STEPS, board, fitted, log, rows, small, weights
+from small_terms import GAIN, Gain, Ignores, OwnScale, Scale, SharedScale, Watched, surrogate
 
 from cem.training import Trainer, load_run, read_config, train
 from cem.training import checkpoint as checkpoints
@@ -69,6 +69,12 @@ def test_monitors_and_what_a_refit_says_are_columns(watched):
     assert [row["scale.information_nats"] for row in table] == [123.4, 123.4]
     assert [row.get("scale.weight_now") for row in table] == [None, 1.0]  # nothing was measured in the first
     assert (steps["scale.information_nats"], steps["scale.weight_now"]) == ([1, 2], [2])
+
+
+def test_outliers_that_a_term_ignores_are_a_column_and_said_once(make):
+    run_dir = train(make(surrogate=surrogate(Ignores), penalty_from=2))
+    assert [row.get("scale.outliers") for row in rows(run_dir)] == [None, 2.0, 2.0]
+    assert log(run_dir).count("scale found outliers") == log(run_dir).count("outliers in epoch 2") == 1
 
 
 def test_refit_leaves_the_runs_random_numbers_alone(make):
