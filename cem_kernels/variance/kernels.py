@@ -203,7 +203,7 @@ def _losses(
 @triton.jit
 def _judge(
     offsets, block_spread, centroids, variances, batches, ignored, center, old_variance, c, num_blocks, num_classes, C,
-    min_samples, unit, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    min_samples, unit, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the batch is for the moments of a class, whose blocks have all come: ``running.judged``.
 
@@ -226,8 +226,8 @@ def _judge(
     moves = counts & (outlier == 0)
     if present & (moves == 0) & (before > 0):  # of a class without a batch nothing is looked at
         at = c.to(tl.int64) * C
-        for first in range(0, C, BLOCK_C):
-            cols = first + tl.arange(0, BLOCK_C)
+        for first in range(0, C, BLOCK):  # few at a time: it is rare, and registers are dear
+            cols = first + tl.arange(0, BLOCK)
             tl.store(centroids + at + cols, tl.load(center + at + cols, mask=cols < C), mask=cols < C)
             tl.store(variances + at + cols, tl.load(old_variance + at + cols, mask=cols < C), mask=cols < C)
     row = tl.where(moves, 0, row + tl.where(outlier, 1, 0))
@@ -243,7 +243,7 @@ def _judge(
 def _add_up(
     offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out, c, num_blocks,
     num_classes, min_samples, block_spread, centroids, variances, batches, ignored, center, old_variance, C, unit,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last block of a class adds up the class and judges the batch, the last class adds up the losses."""
     of_class = c.to(tl.int64) * num_blocks
@@ -254,7 +254,7 @@ def _add_up(
         if batches is not None:
             _judge(
                 offsets, block_spread, centroids, variances, batches, ignored, center, old_variance, c, num_blocks,
-                num_classes, C, min_samples, unit, BLOCK, BLOCK_C,
+                num_classes, C, min_samples, unit, BLOCK,
             )  # fmt: skip
         if last_to_arrive(arrived + num_classes, num_classes):
             _losses(offsets, penalty_out, mse_out, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK)
@@ -342,7 +342,7 @@ def variance_forward_kernel(
         _add_up(
             offsets, arrived, block_penalty, block_mse, penalty_out, mse_out, rob_out, intra_out, weight_out,
             c, num_blocks, tl.num_programs(2), min_samples, block_spread, centroids, variances, batches, ignored,
-            center_out, old_variance, C, unit, BLOCK_K, BLOCK_C,
+            center_out, old_variance, C, unit, BLOCK_K,
         )  # fmt: skip
 
 
