@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import io
+import os
 import signal
 import sys
 import textwrap
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -168,25 +170,45 @@ def run_command(work: Callable[[], int]) -> int:
     """Do ``work`` and return its exit code; 1 if numbers diverged, 2 for what a user can mend, 130 if interrupted.
 
     Whoever sends SIGTERM (a scheduler, a container) or closes the terminal gets what Ctrl-C gets: a run that can be
-    continued. Errors that no user can mend are not caught: they are bugs, and their tracebacks say where.
-    What stdout or stderr cannot encode is spelled out, see :data:`PLAIN`.
+    continued. In a thread, as a notebook's server has them, no signal comes. Errors that no user can mend are not
+    caught: they are bugs, and their tracebacks say where. What stdout or stderr cannot encode is spelled out, see
+    :data:`PLAIN`. Where nobody reads stdout to its end (``| head``) the code is 141, as of any command in a shell.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and takes everything
             stream.reconfigure(errors="cem.plain")
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
-            signal.signal(number, _interrupt)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # What nohup ignores stays ignored; what other programs than Python handle is None, and stays so.
+        handlers = {each: signal.signal(each, _interrupt) for each in numbers if _is_ours(each)}
     try:
-        return work()
-    except DivergedError:
-        return 1  # the run's log, which goes to stderr too, has said why
+        return _read_to_the_end(work)
     except CemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if not error.logged:
+            print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _read_to_the_end(work: Callable[[], int]) -> int:
+    """``work`` and what it prints; a reader who had enough sooner is no bug."""
+    try:
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + 13
+
+
+def _is_ours(number: int) -> bool:
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -37,7 +37,7 @@ from cem.comparison.config import NOT_SHARED, Comparison
 from cem.comparison.grid import GridOptions
 from cem.errors import UsageError
 from cem.options import Options, option
-from cem.progress import busy
+from cem.progress import busy, say
 from cem.surrogates import CONTROL
 from cem.training.config import TrainConfig
 
@@ -132,12 +132,11 @@ def _compare(argv: Sequence[str], command: str) -> int:
     if not report_only:
         comparison = comparison.checked()
         attackers = ", ".join(comparison.attack.attackers)
-        print(f"{title(comparison)}; every run is trained, then attacked with {attackers}", file=sys.stderr)
+        say(f"{title(comparison)}; every run is trained, then attacked with {attackers}")
         if comparison.train.train_size is None:
-            print(
+            say(
                 "note: without --train-size all training images are the targets', and attackers learn from the "
-                "validation images alone",
-                file=sys.stderr,
+                "validation images alone"
             )
         run_comparison(comparison, command)
     results = read_results(comparison)
@@ -145,7 +144,7 @@ def _compare(argv: Sequence[str], command: str) -> int:
         report = write_report(comparison, results)
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
-        print(f"failed: {result.run.name}: {result.reason}", file=sys.stderr)
+        say(f"failed: {result.run.name}: {result.reason}")
     finished = sum(result.status == "finished" for result in results)
     print(f"runs     {finished} of {len(results)} finished" + (f", {len(failed)} failed" if failed else ""))
     print(f"report   {shlex.quote(str(report))}")

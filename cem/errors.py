@@ -6,6 +6,9 @@ from __future__ import annotations
 class CemError(Exception):
     """Base of all errors that a user can mend; the message says what was expected and what came.
 
+    Attributes:
+        logged: whether a log, and so stderr, has the message already.
+
     Example::
 
         >>> import cem
@@ -15,6 +18,8 @@ class CemError(Exception):
         ...     print(error)
         --surrogate takes none, mixture, attention, centroid, or package.module:Class for one of yours, got 'centriod'
     """
+
+    logged = False
 
 
 class UsageError(CemError, ValueError):
@@ -31,6 +36,10 @@ class CheckpointError(CemError):
 
 class BackendError(CemError):
     """The backend that was asked for by name cannot compute what it should."""
+
+
+class MachineError(CemError):
+    """The machine does not give what is needed: a file, memory, a process. The message says what, and what to turn."""
 
 
 class DivergedError(CemError):

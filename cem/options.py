@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from cem.errors import UsageError
+from cem.files import write_text
 
 FORMAT = 2
 """Of option files and of the directories that they lie in; runs of 0.1.0 had none."""
@@ -115,7 +116,7 @@ class Options:
     def to_yaml(self, path: Path, comment: str = "") -> None:
         """Write all options to ``path``, under a comment if there is one."""
         text = yaml.safe_dump({"format": FORMAT, **self.to_dict()}, sort_keys=False, allow_unicode=True)
-        path.write_text((f"# {comment}\n" if comment else "") + text, encoding="utf-8")
+        write_text(path, (f"# {comment}\n" if comment else "") + text)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -49,6 +50,12 @@ def busy(what: str) -> Iterator[None]:
             done.set()
             if not line.disable:
                 clock.join()
+
+
+def say(line: str) -> None:
+    """Print to stderr, above a bar if there is one; whoever reads it no longer is no reason to stop working."""
+    with suppress(BrokenPipeError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def about(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -24,15 +23,17 @@ from cem.attacks.splits import varied
 from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
 from cem.data import ImageSet
-from cem.errors import CheckpointError, UsageError
-from cem.files import write_json
+from cem.errors import CemError, CheckpointError, UsageError
+from cem.files import Lock, read_json, remove_unfinished, replacing, write_json, writing
+from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.reconstructions import draw_reconstructions
 from cem.training import checkpoint, runs
 from cem.training.evaluation import isolated_random
-from cem.training.runlog import draw_or_log, run_log
+from cem.training.runlog import draw_or_log, log_refusal, run_log
 
+BIG = "--batch-size, --aux-size or the widths of --attackers"  # what decides how much memory an attack takes
 PICTURES = 10  # images in the grid
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
 
@@ -97,18 +98,29 @@ class Attack:
         Raises:
             KeyboardInterrupt: the decoders that were finished are kept; the same call goes on from there.
             DivergedError: a decoder's loss is not finite.
+            UsageError: another process attacks in ``out``.
+            MachineError: a file cannot be written, or memory ran out.
         """
         if self.finished is not None:
             return self.finished
         self._seconds_before = 0.0  # of decoders that an earlier call trained
         self._passes, self._costs = _most_passes(self.config), self._costs_of_a_pass()
-        self.out.mkdir(parents=True, exist_ok=True)
-        with run_log(self.out, "attack.log") as self._log:
-            self.config.to_yaml(self.out / "config.yaml")
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        with Lock(self.out), run_log(self.out, "attack.log") as self._log:
+            self.finished = self._check_out()  # another process may have finished it meanwhile
+            if self.finished is not None:
+                return self.finished
             try:
-                return self._run()
+                with writing(self.out), enough("the attack", BIG):
+                    remove_unfinished(self.out)
+                    self.config.to_yaml(self.out / "config.yaml")
+                    return self._run()
             except KeyboardInterrupt:
                 self._log.warning("interrupted; decoders that were finished are kept, the same command goes on")
+                raise
+            except CemError as error:
+                log_refusal(self._log, error, "; decoders that were finished are kept, the same command goes on")
                 raise
             except Exception as error:
                 self._log.error("the attack failed: %s", error)
@@ -178,9 +190,9 @@ class Attack:
                     f"{self.out} holds an attack under other options: {', '.join(changed)}; choose another --out"
                 )
         path = self.out / "attack.json"
-        if not path.exists():
+        result = read_json(path, "attackers", "strongest", "config", "sizes")
+        if result is None:
             return None
-        result = json.loads(path.read_text(encoding="utf-8"))
         target = self.target
         if (result.get("target_checksum"), result.get("data_checksum")) != (target.checksum, target.data_checksum):
             raise UsageError(
@@ -298,7 +310,8 @@ class Attack:
         originals, pixels = shown.images.numpy(), (guess * 255).round().byte().numpy()
         kept: dict[str, Any] = {"labels": shown.labels.numpy(), "indices": shown.indices.numpy()}
         kept["ssim"] = np.full(len(shown), np.nan) if ssim is None else ssim
-        np.savez_compressed(self.out / "images.npz", originals=originals, reconstructions=pixels, **kept)
+        with replacing(self.out / "images.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, originals=originals, reconstructions=pixels, **kept)
         rows = {result["strongest"]: (pixels, ssim)}
         draw_or_log(self._log, self.out / "reconstructions.png", partial(draw_reconstructions, originals, rows))
         levels = {

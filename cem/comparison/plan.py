@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from cem.attacks.config import AttackConfig
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
 from cem.errors import UsageError
+from cem.files import LOCK, is_unfinished, writing
 from cem.options import flag
 from cem.training.config import HARMLESS_ON_RESUME, TrainConfig, changed_options
 from cem.training.runs import read_config
@@ -19,9 +19,6 @@ OPTIONS_DIR = "options"
 """Folder, inside the comparison's, of the option files that its trainings and attacks are started with."""
 LOGS_DIR = "logs"
 """Folder of what trainings and attacks printed, one file each."""
-
-# Files of a run that stopped before it could be resumed.
-_NOT_BEGUN = ("config.yaml", "train.log", ".last.pt.*.tmp")
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,7 @@ def check_options(comparison: Comparison, run: Run) -> None:
     if not run_dir.is_dir():
         raise UsageError(f"{run_dir} is in the way of a run: it is no directory")
     if not is_trained(run_dir) and not (run_dir / "last.pt").exists():
-        foreign = sorted(
-            path.name for path in run_dir.iterdir() if not any(map(path.match, _NOT_BEGUN)) or path.is_dir()
-        )
+        foreign = sorted(path.name for path in run_dir.iterdir() if path.name != LOCK and not is_unfinished(path))
         if foreign:
             raise UsageError(f"{run_dir} is in the way of a run: it holds {foreign[0]}, but no training; move it away")
         return
@@ -114,8 +109,6 @@ def _training_command(comparison: Comparison, run: Run) -> list[str]:
         return [*command, "--resume", str(run_dir), *_elsewhere(before, config)]
     path = _options_file(comparison, run.name)
     config.to_yaml(path)
-    if run_dir.exists():  # see check_options: nothing in it has begun
-        shutil.rmtree(run_dir)
     return [*command, "--config", str(path), "--out", str(run_dir)]
 
 
@@ -141,7 +134,8 @@ def _elsewhere(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 def _options_file(comparison: Comparison, name: str) -> Path:
     path = comparison.out / OPTIONS_DIR / f"{name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -31,7 +31,6 @@ Figures of a run:
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
 from cem.comparison.plan import attack_dir, check_options
 from cem.comparison.runner import read_failures
-from cem.files import replacing
+from cem.files import read_json, replacing
 from cem.training.runs import read_summary
 
 FIGURES = (
@@ -93,6 +92,7 @@ def read_results(comparison: Comparison) -> list[RunResult]:
 
     Raises:
         UsageError: a run was made under other options.
+        CheckpointError: a file of a run is damaged.
     """
     failures = read_failures(comparison.out)
     results = []
@@ -124,7 +124,7 @@ def _read(comparison: Comparison, run: Run, failure: Mapping[str, Any] | None) -
     run_dir = comparison.run_dir(run)
     summary = read_summary(run_dir) or {}
     path = attack_dir(comparison, run) / "attack.json"
-    attack = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    attack = read_json(path) or {}
     if summary and attack:
         status, reason = "finished", ""
     elif failure is not None:

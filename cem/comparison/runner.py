@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cem.comparison.config import Comparison
 from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
-from cem.errors import UsageError
-from cem.files import write_json
-from cem.progress import about, bar
+from cem.files import Lock, read_json, remove_unfinished, write_json, writing
+from cem.progress import about, bar, say
 
 FAILURES = "failures.json"
 """File of a comparison: by name of the run, which step failed last, its exit code, and the last line it printed."""
@@ -61,12 +55,19 @@ def run_comparison(comparison: Comparison, command: str) -> None:
     runs = comparison.grid.runs()
     for run in runs:
         check_options(comparison, run)
-    comparison.out.mkdir(parents=True, exist_ok=True)
-    with locked(comparison.out) as lock:
+    with writing(comparison.out):
+        comparison.out.mkdir(parents=True, exist_ok=True)
+    with Lock(comparison.out) as lock, writing(comparison.out):
+        remove_unfinished(comparison.out)
         comparison.to_yaml(comparison.out / "compare.yaml", command)
         queues = [queue for run in runs if (queue := remaining_steps(comparison, run))]
         left = sum(map(len, queues))
-        _say(f"{len(runs)} runs in {comparison.out}, of which {len(runs) - len(queues)} are finished")
+        say(f"{len(runs)} runs in {comparison.out}, of which {len(runs) - len(queues)} are finished")
+        jobs = comparison.grid.jobs
+        environment = _environment(jobs)
+        threads = comparison.train.threads or environment["OMP_NUM_THREADS"]
+        if queues:
+            say(f"{min(jobs, len(queues))} at a time, trained with {threads} threads each")
         began, done = time.monotonic(), len(runs) - len(queues)
         with bar(2 * len(runs), f"{done}/{len(runs)} runs", initial=2 * len(runs) - left, mininterval=1) as shown:
             ended = done
@@ -79,17 +80,17 @@ def run_comparison(comparison: Comparison, command: str) -> None:
                 shown.update(2 if outcome.code != 0 and step.kind == "training" else 1)
                 if outcome.code != 0 or step.kind == "attack":
                     ended += 1
-                    _say(f"[{ended}/{len(runs)}] {step.run.name}: {_result(comparison, outcome)}")
+                    say(f"[{ended}/{len(runs)}] {step.run.name}: {_result(comparison, outcome)}")
                     shown.set_description_str(f"{ended}/{len(runs)} runs")
                     left = (time.monotonic() - began) / (ended - done) * (len(runs) - ended)
                     if left > _WORTH_A_FORECAST:
-                        _say(f"the other {len(runs) - ended} take about {about(left)}")
+                        say(f"the other {len(runs) - ended} take about {about(left)}")
 
             def watch(steps: Sequence[Step]) -> None:
                 shown.set_postfix_str(", ".join(f"{step.kind} {step.run.name}" for step in steps), refresh=False)
                 shown.update(0)
 
-            run_queues(queues, comparison.grid.jobs, _environment(comparison.grid.jobs), report, watch, lock=lock)
+            run_queues(queues, jobs, environment, report, watch, lock=lock.descriptor)
 
 
 def run_queues(
@@ -164,8 +165,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def read_failures(out: Path) -> dict[str, dict[str, Any]]:
     """By name of the run: ``step``, ``exit_code`` and ``reason`` of the step that failed last."""
-    path = out / FAILURES
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(out / FAILURES) or {}
 
 
 def note_failure(out: Path, outcome: Outcome) -> None:
@@ -191,8 +191,9 @@ def _result(comparison: Comparison, outcome: Outcome) -> str:
     """A finished or failed run in one line."""
     if outcome.code != 0:
         return f"{outcome.step.kind} failed (exit code {outcome.code}): {_reason(outcome)}"
-    path = attack_dir(comparison, outcome.step.run) / "attack.json"
-    attack = json.loads(path.read_text(encoding="utf-8"))
+    attack = read_json(attack_dir(comparison, outcome.step.run) / "attack.json")
+    if attack is None:
+        return "attacked, but there is no attack.json"
     return (
         f"test accuracy {attack['run']['test_accuracy']:.1%}, strongest attack on unseen images: MSE "
         f"{attack['test_target']['mse']:.4g} ({attack['strongest']})"
@@ -202,31 +203,3 @@ def _result(comparison: Comparison, outcome: Outcome) -> str:
 def _environment(jobs: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[int | None]:
-    """Keep a second comparison out of this folder, also while processes of a killed one live on.
-
-    Yields:
-        A file descriptor; who holds it open keeps the folder locked. ``None`` where there are no such locks.
-
-    Raises:
-        UsageError: the folder is locked.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another comparison, or a run that it left behind, is at work in {out}") from None
-        yield file.fileno()
-
-
-def _say(line: str) -> None:
-    """Print above the progress bar."""
-    tqdm.write(line, file=sys.stderr)

@@ -20,6 +20,9 @@ from cem.terms import Family
 from cem_kernels import backends
 
 PENALTY = "penalty"
+LARGEST = torch.finfo(torch.float32).max
+"""What is computed with in fp32 cannot be beyond it."""
+
 _data = partial(option, group="data")
 _model = partial(option, group="model")
 _penalty = partial(option, group=PENALTY)
@@ -61,7 +64,8 @@ class TrainConfig(Composed):
             at rates below 4.1e-4. constant: λ, in proportion to classification all the time. A good λ for one is a
             bad one for the other. Without it: the surrogate's own. See the column lambda_eff of metrics.csv.
         penalty_from: First epoch with the penalty. Before it, classification has the encoder to itself: under a penalty
-            from the first step on, an untrained encoder may learn to send the same for every class.
+            from the first step on, an untrained encoder may learn to send the same for every class. Without it: 2, or
+            1 where there is but one epoch.
         injection: How the penalty's gradient reaches the encoder; both give the same gradient. combined: one backward
             from the cut. two_pass: the original's two, for comparison; it costs more.
         backend: Implementation of the surrogate's operators. auto: triton on CUDA where it applies, otherwise eager.
@@ -81,6 +85,8 @@ class TrainConfig(Composed):
             To continue an interrupted run, use --resume instead.
         seed: Seed of initial weights, order of samples, noise, and everything else that is random.
         device: Where to train: auto (CUDA if there is one), cpu, cuda, cuda:1, ...
+        threads: Threads that PyTorch computes with on the CPU; with another number of them, last digits differ. Without
+            it: as many as PyTorch takes by itself, see OMP_NUM_THREADS.
         out: Run directory; one that is not empty is refused. Without it: runs/ and a name made of what tells runs
             apart, or, where that is taken, the first free one of NAME-2, NAME-3, ...
         profile_steps: Trace this many steps, after a short warm-up in the first epoch with the penalty (with --resume,
@@ -109,27 +115,28 @@ class TrainConfig(Composed):
     centralized: bool = _model(False)
 
     surrogate: str = _penalty(RECOMMENDED)
-    lambd: float | None = _penalty(None, least=0)
+    lambd: float | None = _penalty(None, least=0, most=LARGEST)
     lambd_schedule: Literal["rising", "constant"] | None = _penalty(None)
-    penalty_from: int = _penalty(2, least=1)
+    penalty_from: int | None = _penalty(None, least=1)
     injection: Literal["combined", "two_pass"] = _penalty("combined")
     backend: Literal["auto", "triton", "eager", "reference"] = _penalty("auto", harmless=True)
     capture: bool = _penalty(False, harmless=True)
 
-    noise_std: float = _defense(0.1, least=0)
+    noise_std: float = _defense(0.1, least=0, most=LARGEST)
     defenses: tuple[str, ...] = _defense(())
 
     epochs: int = _training(20, least=1)
     batch_size: int = _training(128, least=1)
-    lr: float = _training(0.05, above=0)
+    lr: float = _training(0.05, above=0, most=LARGEST)
     sgd_momentum: float = _training(0.9, least=0, below=1)
-    weight_decay: float = _training(0.0005, least=0)
+    weight_decay: float = _training(0.0005, least=0, most=LARGEST)
     warmup_epochs: float = _training(1.0, least=0)
     amp: bool = _training(False)
     init_from: Path | None = _training(None)
 
     seed: int = _run(0, least=0, below=2**32)
     device: str = _run("auto", harmless=True)
+    threads: int | None = _run(None, least=1, harmless=True)
     out: Path | None = _run(None, harmless=True)
     profile_steps: int = _run(0, least=0, harmless=True)
 
@@ -149,10 +156,15 @@ class TrainConfig(Composed):
         name: str = SURROGATES[self.surrogate].name
         return name
 
+    @property
+    def first_penalized(self) -> int:
+        """``penalty_from``, or what it is where nobody says."""
+        return (1 if self.epochs == 1 else 2) if self.penalty_from is None else self.penalty_from
+
     def resolved(self) -> TrainConfig:
-        """The same options, with the surrogate's own where ``lambd`` and ``lambd_schedule`` are left to it."""
+        """The same options, with what holds where ``lambd``, ``lambd_schedule``, ``penalty_from`` are left out."""
         schedule = self.lambd_schedule or SURROGATES[self.surrogate].schedule
-        return replace(self, lambd=self.weight, lambd_schedule=schedule)
+        return replace(self, lambd=self.weight, lambd_schedule=schedule, penalty_from=self.first_penalized)
 
     @property
     def run_dir(self) -> Path:
@@ -176,7 +188,7 @@ class TrainConfig(Composed):
         """What no option can say alone. Architectures, cut layers and bottlenecks are checked where they are built."""
         if not self.warmup_epochs <= self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs:g}")
-        if self.penalized and self.penalty_from > self.epochs:
+        if self.penalized and self.first_penalized > self.epochs:
             raise UsageError(
                 f"--penalty-from must be at most --epochs {self.epochs}, or no epoch has the penalty; "
                 f"got {self.penalty_from}"

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from cem.files import replacing
-from cem.progress import busy
+from cem.errors import CemError, MachineError
+from cem.files import replacing, writing
+from cem.progress import busy, say
 
 COLUMNS = (
     "epoch", "lr", "lambda_eff", "train_loss", "cross_entropy", "rob_loss", "intra_mse", "train_accuracy",
@@ -27,7 +26,15 @@ class _ProgressBarHandler(logging.Handler):
     """Writes to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        say(self.format(record))
+
+
+class _FileHandler(logging.FileHandler):
+    """Stays silent on a disk that takes no more: stderr has the line too, and whatever matters more says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 @contextmanager
@@ -44,7 +51,8 @@ def run_log(run_dir: Path, name: str = "train.log") -> Iterator[logging.Logger]:
         return
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    file = logging.FileHandler(run_dir / name, encoding="utf-8")
+    with writing(run_dir / name):
+        file = _FileHandler(run_dir / name, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
     logger.addHandler(_ProgressBarHandler())
@@ -60,11 +68,19 @@ def run_log(run_dir: Path, name: str = "train.log") -> Iterator[logging.Logger]:
             handler.close()
 
 
+def log_refusal(log: logging.Logger, error: CemError, advice: str = "") -> None:
+    """Tell what a user can mend, once: commands do not repeat what a log, and so stderr, has."""
+    log.error("%s%s", error, advice)
+    error.logged = True
+
+
 def draw_or_log(log: logging.Logger, path: Path, draw: Callable[[Path], None]) -> None:
     """Draw a picture to ``path``; whatever goes wrong goes to the log: it must not cost the run that it shows."""
     try:
-        with busy(f"drawing {path.name}"):
+        with busy(f"drawing {path.name}"), writing(path):
             draw(path)
+    except MachineError as error:
+        log.error("%s; the rest of the run is complete", error)
     except Exception:
         log.exception("cannot draw %s; the rest of the run is complete", path.name)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 
 from cem.data import DataSplits
 from cem.defenses import DEFENSES, NOISE, Chain
-from cem.errors import CheckpointError, UsageError
+from cem.errors import CheckpointError, MachineError, UsageError
+from cem.files import LOCK, Lock, appear, is_unfinished, read_json, remove_unfinished, writing
 from cem.models.split import SplitModel, build_split_model
 from cem.options import FORMAT, read_yaml, resolve_device
 from cem.terms import Context
@@ -26,29 +27,75 @@ from cem.training.config import TrainConfig, changed_options
 from cem.training.evaluation import isolated_random
 
 
-def new_run_dir(config: TrainConfig) -> Path:
-    """Where a new run under ``config`` will lie: ``config.run_dir``, numbered if nobody asked for that name.
+def check_place(config: TrainConfig) -> None:
+    """Refuse what :func:`new_run` would refuse, before anything takes time.
 
     Raises:
-        UsageError: ``config.out`` is not empty, so the run would overwrite something.
+        UsageError: ``config.out`` is not empty, so the run would overwrite something, or cannot be a directory.
+        MachineError: nothing may be written there.
     """
     run_dir = config.run_dir
-    if config.out is None:
-        numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in count(2))
-        return next(filter(_is_free, chain([run_dir], numbered)))
-    if _is_free(run_dir):
-        return run_dir
+    with writing(run_dir):
+        if config.out is not None and os.path.lexists(run_dir):
+            if not run_dir.is_dir():
+                raise UsageError(f"--out {run_dir}: it exists and is no directory")
+            if not _is_free(run_dir):
+                raise _taken(run_dir)
+        above = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
+        if not above.is_dir():
+            raise UsageError(f"run directory {run_dir} cannot be made: {above} is no directory")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise MachineError(f"run directory {run_dir} cannot be made: {above} may not be written to")
+
+
+def new_run(config: TrainConfig, fill: Callable[[Path], None]) -> tuple[Path, Lock]:
+    """The directory of a new run: ``config.run_dir``, numbered if that is taken and nobody asked for it.
+
+    It appears complete, so that a run that is killed at any moment can be resumed or has left nothing.
+
+    Args:
+        config: the run's options.
+        fill: writes what a run begins with: ``last.pt`` first, which alone is enough to resume it.
+
+    Returns:
+        The directory, and the lock that keeps others out of it.
+
+    Raises:
+        UsageError: ``config.out`` is taken.
+        MachineError: it cannot be written.
+    """
+    run_dir = config.run_dir
+    if config.out is not None and run_dir.is_dir():
+        # Somebody's working directory perhaps, or where another disk is mounted: it stays the one that it is.
+        lock = Lock(run_dir)
+        try:
+            if not _is_free(run_dir):
+                raise _taken(run_dir)
+            remove_unfinished(run_dir)
+            fill(run_dir)
+        except BaseException:
+            lock.release()
+            raise
+        return run_dir, lock
+    numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in count(2))
+    made = appear(chain([run_dir], numbered if config.out is None else ()), fill)
+    if made is None:
+        raise _taken(run_dir)
+    return made
+
+
+def _is_free(run_dir: Path) -> bool:
+    return all(path.name == LOCK or is_unfinished(path) for path in run_dir.iterdir())
+
+
+def _taken(run_dir: Path) -> UsageError:
     if (run_dir / "summary.json").exists():
         hint = "a finished run lies there; choose another --out, or another --seed"
     elif (run_dir / "last.pt").exists():
         hint = f"to continue the run that lies there: {resume_command(run_dir)}"
     else:
         hint = "choose another --out"
-    raise UsageError(f"run directory {run_dir} exists and is not empty: {hint}")
-
-
-def _is_free(run_dir: Path) -> bool:
-    return not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    return UsageError(f"run directory {run_dir} exists and is not empty: {hint}")
 
 
 def data_fingerprint(data: DataSplits) -> dict[str, int]:
@@ -73,7 +120,15 @@ def check_same(before: TrainConfig, after: TrainConfig, run_dir: Path) -> None:
     """Raise :class:`UsageError` if ``after`` cannot continue what ``before`` began in ``run_dir``."""
     changed = changed_options(before, after)
     if changed:
-        raise UsageError(f"the run in {run_dir} cannot be continued with other options: {', '.join(changed)}")
+        hint = ""
+        if before.epochs != after.epochs:
+            path = shlex.quote(str(run_dir))
+            more = f"--config {path}/config.yaml --init-from {path} --epochs {after.epochs}"
+            hint = (
+                "; the learning rate falls with each quarter of --epochs, so a run of another length is another run: "
+                f"python -m cem.train {more} begins one with the weights of this one"
+            )
+        raise UsageError(f"the run in {run_dir} cannot be continued with other options: {', '.join(changed)}{hint}")
 
 
 def resume_command(run_dir: Path) -> str:
@@ -138,7 +193,11 @@ def read_config(run_dir: Path) -> TrainConfig:
         UsageError: it is no run directory.
         CheckpointError: it is one of another version.
     """
-    path = run_dir / "config.yaml"
+    path, last = run_dir / "config.yaml", run_dir / "last.pt"
+    if not path.exists():
+        if not last.exists():
+            raise UsageError(f"{run_dir} holds no run: there is no {path}")
+        return TrainConfig.from_dict(checkpoint.load(last)["config"])  # it was killed before it could write the other
     found = read_yaml(path).get("format")
     if found != FORMAT:
         raise CheckpointError(f"{run_dir} was made by another version: its format is {found}, this one reads {FORMAT}")
@@ -164,9 +223,12 @@ def load_run(run_dir: Path | str, device: str = "auto") -> tuple[TrainConfig, Sp
 
 
 def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
-    """The ``summary.json`` of a finished run, or ``None``: it is the last file that a run writes."""
-    path = Path(run_dir).expanduser() / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The ``summary.json`` of a finished run, or ``None``: it is the last file that a run writes.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return read_json(Path(run_dir).expanduser() / "summary.json", "test_accuracy")
 
 
 def versions() -> dict[str, str | None]:
@@ -201,5 +263,6 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """What figures come from: ``peak_memory_bytes``, ``device``, ``versions``."""
-    return {"peak_memory_bytes": peak_memory(device), "device": device_name(device), "versions": versions()}
+    """What figures come from: ``peak_memory_bytes``, ``device``, ``threads`` (of PyTorch, on the CPU), ``versions``."""
+    facts = {"peak_memory_bytes": peak_memory(device), "device": device_name(device)}
+    return {**facts, "threads": torch.get_num_threads(), "versions": versions()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -109,6 +110,12 @@ class TrainState:
             before = TrainConfig.from_dict(content["config"])
         runs.check_same(before, self.config, path.parent)
         runs.check_same_data(content["data_fingerprint"], self.data_fingerprint, path.parent)
+        if before.threads not in (None, self.config.threads):
+            warnings.warn(
+                f"{before.threads} threads so far, {self.config.threads} from here on: last digits may differ from "
+                f"those of a run without a break; --threads {before.threads} keeps them",
+                stacklevel=2,
+            )
         for name, part in self.parts().items():
             checkpoint.load_state(part, content, name, path)
         for name, optimizer in self.optimizers.items():
@@ -160,7 +167,7 @@ class TrainState:
             # Runs of one seed under different surrogates begin with the same weights, order of samples and noise.
             with isolated_random(config.seed, self.device):
                 surrogate = SURROGATES.build(config.surrogate, context, config.options_of(name))
-            first = config.penalty_from - 1
+            first = config.first_penalized - 1
             found.append(WeightedTerm(SURROGATE, name, surrogate.to(self.device), share, first, self.device, _COLUMNS))
         for name, term in self.defenses.terms.items():
             weight = partial(_constant, self.defenses.weights[name])

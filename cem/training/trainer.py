@@ -13,23 +13,32 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import record_function
 
-from cem.errors import DivergedError
-from cem.files import write_json
+from cem.errors import CemError, DivergedError, MachineError
+from cem.files import Lock, remove_unfinished, write_json, writing
+from cem.machine import enough
 from cem.progress import about, bar, busy, over
 from cem.report.curves import draw_curves
 from cem.report.tsne import MAX_SAMPLES, draw_tsne
 from cem.training import checkpoint, runs
 from cem.training.capture import CapturedTerm
 from cem.training.config import TrainConfig
-from cem.training.evaluation import accuracy, collect_features, first_not_finite, isolated_random
+from cem.training.evaluation import accuracy, collect_features, first_broken, isolated_random
 from cem.training.injection import INJECTIONS
 from cem.training.meter import EpochMeter
-from cem.training.runlog import COLUMNS, draw_or_log, epoch_line, run_log, write_metrics
+from cem.training.runlog import COLUMNS, draw_or_log, epoch_line, log_refusal, run_log, write_metrics
 from cem.training.schedule import epoch_lr, lambda_eff
 from cem.training.state import SURROGATE, TrainState
 from cem.training.tracing import traced_steps
+
+BIG = "--batch-size, --bottleneck, --image-size or --train-size"
+"""Options that decide how much memory a run takes."""
+
+HOPELESS = 1.0
+"""Nats above the cross-entropy of the uniform guess. An untrained network, much noise or a penalty that makes all
+classes the same cost up to half of it; weights that grow without end soon cost many."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -42,8 +51,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 class Trainer:
     """Trains one split model and leaves a run directory behind.
 
-    Construction loads the data and builds everything, so what is wrong with the options is known before
-    anything is written. :meth:`fit` then trains.
+    Construction loads the data and builds everything, so what is wrong with the options is known before anything is
+    written. :meth:`fit` then trains. While a run is trained, or constructed to be resumed, nobody else can work in its
+    directory: it is locked.
 
     Args:
         config: the options. When resuming, those of the run, with ``out`` naming the directory.
@@ -52,32 +62,37 @@ class Trainer:
 
     Attributes:
         run_dir: where the run's files lie. Without ``config.out``: ``config.run_dir``, or, for a new run whose
-            name is taken, the first free one of ``NAME-2``, ``NAME-3``, ...
+            name is taken when :meth:`fit` begins, the first free one of ``NAME-2``, ``NAME-3``, ...
         finished: content of ``summary.json`` if the run to resume had reached its end, else ``None``.
         state: data, model, terms and optimizers.
 
     Raises:
         UsageError: an option cannot be used, ``config.out`` is taken, a term cannot be captured, or, when resuming, an
-            option or the data differ; or architecture, surrogate or a defense refuse their options.
+            option or the data differ, or another process is at work there; or architecture, surrogate or a defense
+            refuse their options.
         DataError: the data set is not there or cannot be read.
         CheckpointError: ``last.pt`` or, for a new run, ``init_from`` is missing, damaged or another model's.
         BackendError: the surrogate does not have ``config.backend``.
+        MachineError: the run directory may not be written to, or memory is too small.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
-        self.config = config = config.checked().resolved()
-        self.run_dir = config.run_dir if resume else runs.new_run_dir(config)
+        config = config.checked().resolved()
+        self.config = config = replace(config, threads=config.threads or torch.get_num_threads())
+        self.run_dir = config.run_dir
         self.finished = runs.read_summary(self.run_dir) if resume else None
-        # There is no log to put warnings into before it is certain that there will be a run.
-        with warnings.catch_warnings(record=True) as self._warnings:
-            self.state = TrainState(config, self._weight)
-        if resume:
-            self.state.restore(self.run_dir / "last.pt")
-        elif config.init_from is not None:
-            self.state.warm_start(config.init_from)
-        if config.capture:
-            self._capture()
-        self._resumed = resume
+        self._resumed, self._lock = resume, None
+        if not resume:
+            runs.check_place(config)
+        try:
+            # There is no log to put warnings into before it is certain that there will be a run.
+            with enough("the model and its data", BIG), warnings.catch_warnings(record=True) as self._warnings:
+                if resume and self.finished is None:
+                    self._lock = Lock(self.run_dir)
+                self._build()
+        except BaseException:
+            self._release()
+            raise
 
     def fit(self) -> dict[str, Any]:
         """Train until the last epoch, score the best one on the test set, draw the pictures.
@@ -91,37 +106,84 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: the log says how to resume.
-            DivergedError: the cross-entropy of an epoch, the model after it, or its features for a refit are
-                not finite; the epoch before it stays in ``last.pt``.
+            DivergedError: the cross-entropy of an epoch, the model after it, or its features for a refit are not
+                finite; a weight is beyond 1e6; or the cross-entropy of two epochs running, not counting those of the
+                warm-up, is :data:`HOPELESS`. The last good epoch stays in ``last.pt``.
+            MachineError: a file cannot be written, memory ran out, or a process that loads images was killed; the log
+                says how to go on.
+            UsageError: ``config.out`` was taken meanwhile.
         """
         if self.finished is not None:
             return self.finished
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with run_log(self.run_dir) as self._log:
-            try:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads or threads)
+        try:
+            self.state.rewind_random()
+            if not self._resumed:
+                with warnings.catch_warnings(record=True) as more:
+                    self.run_dir, self._lock = runs.new_run(self.config, self._first_files)
+                self._warnings += more
+            self._saved = len(self.state.history)
+            with run_log(self.run_dir) as self._log:
+                return self._logged()
+        finally:
+            self._release()
+            torch.set_num_threads(threads)
+
+    def _logged(self) -> dict[str, Any]:
+        """The training, with whatever ends it early in the log."""
+        try:
+            with writing(self.run_dir), enough("training", BIG):
                 self._start()
                 self._train()
                 return self._finish()
-            except KeyboardInterrupt:
-                saved = f"{len(self.state.history)} of {self.config.epochs} epochs are saved"
-                self._log.warning(f"interrupted; {saved}. Resume with: {runs.resume_command(self.run_dir)}")
-                raise
-            except DivergedError as error:
-                self._log.error("%s", error)
-                raise
-            except Exception:
-                self._log.exception("training failed")
-                raise
+        except KeyboardInterrupt:
+            self._log.warning(f"interrupted; {self._how_to_go_on()}")
+            raise
+        except MachineError as error:
+            log_refusal(self._log, error, f"; {self._how_to_go_on()}")
+            raise
+        except CemError as error:
+            log_refusal(self._log, error)
+            raise
+        except Exception:
+            self._log.exception("training failed")
+            raise
+
+    def _how_to_go_on(self) -> str:
+        saved = f"{self._saved} of {self.config.epochs} epochs are saved"
+        return f"{saved}. Resume with: {runs.resume_command(self.run_dir)}"
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _build(self) -> None:
+        """Data, model, terms and optimizers, as they were when the run to resume was saved."""
+        config = self.config
+        self.state = TrainState(config, self._weight)
+        if self._resumed:
+            self.state.restore(self.run_dir / "last.pt")
+        elif config.init_from is not None:
+            self.state.warm_start(config.init_from)
+        if config.capture:
+            self._capture()
+
+    def _first_files(self, run_dir: Path) -> None:
+        """What makes a run resumable from its very beginning."""
+        self.state.save(run_dir / "last.pt")
+        # Without ``out``: the directory may be moved, and another run under these options needs another one.
+        replace(self.config, out=None).to_yaml(run_dir / "config.yaml")
 
     def _capture(self) -> None:
-        """Terms as graphs for full batches. That draws random numbers, which ``_start`` takes back."""
+        """Terms as graphs for full batches. That draws random numbers, which ``fit`` takes back."""
         state, batch_size = self.state, min(self.config.batch_size, len(self.state.data.train))
         features, images = (batch_size, *state.model.feature_shape), (batch_size, *state.data.image_shape)
         for each in state.terms:
             each.answer = CapturedTerm(each.term, features, images, state.device)
 
     def _start(self) -> None:
-        """The first lines of the log, and the files that make a run resumable from its very beginning."""
+        """The first lines of the log, and the table as it was."""
         config, state, data = self.config, self.state, self.state.data
         shape = "×".join(map(str, state.model.feature_shape))
         terms = ", ".join(each.name for each in state.terms) or "no penalty"
@@ -136,13 +198,9 @@ class Trainer:
             self._log.info(note)
         for warning in self._warnings:
             self._log.warning("%s: %s", warning.category.__name__, warning.message)
-        state.rewind_random()
         if self._resumed:
             self._log.info("resuming after epoch %d of %d", len(state.history), config.epochs)
-        else:
-            # Without ``out``: the directory may be moved, and another run under these options needs another one.
-            replace(config, out=None).to_yaml(self.run_dir / "config.yaml")
-            state.save(self.run_dir / "last.pt")
+            remove_unfinished(self.run_dir)
         write_metrics(self.run_dir / "metrics.csv", state.history)
 
     def _train(self) -> None:
@@ -154,7 +212,8 @@ class Trainer:
         board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
         epochs, steps = self.config.epochs, len(state.train)
         # The first epoch that tells how long the others take: before the penalty is on, they take less.
-        telling = max(done, self.config.penalty_from - 1 if self.config.penalized else 0)
+        telling = max(done, self.config.first_penalized - 1 if self.config.penalized else 0)
+        hopeless = False
         with (
             board,
             self._trace() as self._end_of_step,
@@ -163,16 +222,27 @@ class Trainer:
             for epoch in range(done, epochs):
                 began = time.perf_counter()
                 row = self._epoch(epoch)
+                before, hopeless = hopeless, self._is_hopeless(row)
+                if before and hopeless:
+                    means = f"{state.history[-1]['cross_entropy']:.3g} and {row['cross_entropy']:.3g}"
+                    raise self._diverged(
+                        f"the cross-entropy of epochs {epoch} and {epoch + 1} is {means}, where guessing has "
+                        f"{math.log(state.data.num_classes):.3g}"
+                    )
                 # Validation accuracy alone would choose an early epoch, which the penalty has hardly shaped. The
                 # original's rule for its weight says which are late, whatever is trained, so that all runs choose
                 # among the same epochs.
                 key = (self._rising_share(epoch), row["val_accuracy"])
-                best = key > state.best
                 state.history.append(row)
+                # What may have diverged must not take the place of what has not, unless there is nothing to come.
+                good, last = not hopeless, epoch + 1 == epochs
+                best = key > state.best and (good or (last and state.best_epoch == 0))
                 if best:
                     state.best, state.best_epoch = key, epoch + 1
                     state.save(run_dir / "best.pt")
-                state.save(run_dir / "last.pt")
+                if good or last:
+                    state.save(run_dir / "last.pt")
+                    self._saved = epoch + 1
                 write_metrics(run_dir / "metrics.csv", state.history)
                 for name in row.keys() - {"epoch"}:
                     board.add_scalar(name, row[name], epoch + 1)
@@ -185,7 +255,7 @@ class Trainer:
         """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
         config, state = self.config, self.state
         done, per_epoch = len(state.history), len(state.train)
-        first = max(done, config.penalty_from - 1) if config.penalized else done
+        first = max(done, config.first_penalized - 1) if config.penalized else done
         return traced_steps(
             self.run_dir / "trace.json.gz", self._log, state.device, steps=config.profile_steps,
             begin=(first - done) * per_epoch, total=(config.epochs - done) * per_epoch,
@@ -202,9 +272,9 @@ class Trainer:
         # Before anything is made of the model: neither a refit nor best.pt can do with what is not a number.
         if not math.isfinite(means["cross_entropy"]):
             raise self._diverged(f"the cross-entropy of epoch {epoch + 1} is {means['cross_entropy']}")
-        broken = first_not_finite(state.model)
+        broken = first_broken(state.model)
         if broken is not None:
-            raise self._diverged(f"after epoch {epoch + 1} the model's {broken} is not finite")
+            raise self._diverged(f"after epoch {epoch + 1} the model's {broken}")
         fitted = self._after_epoch(epoch)
         row = dict.fromkeys(COLUMNS, 0.0) | means | {"train_loss": means["cross_entropy"]}
         row |= {"epoch": epoch + 1, "lr": epoch_lr(config.lr, epoch, config.epochs)}
@@ -227,13 +297,18 @@ class Trainer:
 
     def _rising_share(self, epoch: int) -> float:
         """Weight of the penalty in an epoch, counted from 0, relative to λ, where it rises; 0 before there is one."""
-        if epoch + 1 < self.config.penalty_from:
+        if epoch + 1 < self.config.first_penalized:
             return 0.0
         return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self.config.init_from is not None)
 
     def _diverged(self, what: str) -> DivergedError:
-        lr, lambd = self.config.lr, self.config.weight
-        return DivergedError(f"{what}: training diverged; lower --lr ({lr:g}) or --lambd ({lambd:g})")
+        lambd = f" or --lambd ({self.config.weight:g})" if self.config.penalized else ""
+        return DivergedError(f"{what}: training diverged; lower --lr ({self.config.lr:g}){lambd}")
+
+    def _is_hopeless(self, row: dict[str, float]) -> bool:
+        """Whether an epoch, once the rate has risen, ends far above the cross-entropy of guessing."""
+        guess = math.log(self.state.data.num_classes)
+        return row["epoch"] > self.config.warmup_epochs and row["cross_entropy"] > guess + HOPELESS
 
     def _steps(self, epoch: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The training steps of an epoch, and what they measured; see :meth:`EpochMeter.read`."""
@@ -303,15 +378,17 @@ class Trainer:
         state, path = self.state, self.run_dir / "best.pt"
         runs.load_weights(state.model, checkpoint.load(path), path)
         best = state.history[state.best_epoch - 1]
+        penalized = sum(row["lambda_eff"] > 0 for row in state.history) * len(state.train)
+        applied = best["lambda_eff"] > 0 and state.skipped < penalized
         summary: dict[str, Any] = {
             "test_accuracy": accuracy(state.model, over(state.test, "test"), state.device, self.config.seed),
             "best_epoch": state.best_epoch,
             "epochs": len(state.history),
             "train_seconds": sum(row["seconds"] for row in state.history),
             "surrogate_seconds": sum(row["surrogate_seconds"] for row in state.history),
-            "rob_loss": best["rob_loss"],
+            "rob_loss": best["rob_loss"] if applied else None,
             # A monitor that overflowed is no reason to skip a step, and JSON has no word for infinity.
-            "intra_mse": best["intra_mse"] if math.isfinite(best["intra_mse"]) else None,
+            "intra_mse": best["intra_mse"] if applied and math.isfinite(best["intra_mse"]) else None,
             "parameters": {SURROGATE: 0}
             | {name: sum(each.numel() for each in part.parameters()) for name, part in state.parts().items()},
             "skipped_steps": state.skipped,

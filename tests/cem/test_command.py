@@ -16,7 +16,7 @@ from cem import attack, compare, train
 from cem.attacks.config import AttackConfig
 from cem.command import Parser, overridden, parse_options, read, read_first, run_command
 from cem.data import synthetic
-from cem.errors import BackendError, CheckpointError, DataError, DivergedError, UsageError
+from cem.errors import BackendError, CheckpointError, DataError, DivergedError, MachineError, UsageError
 from cem.options import hints
 from cem.training import TrainConfig
 
@@ -173,11 +173,18 @@ def test_help_explains_every_option_in_80_columns_by_examples_too_and_in_ascii(c
         command.parse(shlex.split(line))
 
 
+def logged(error):
+    error.logged = True
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         *((kind("no file"), 2, "error: no file\n") for kind in (UsageError, DataError, CheckpointError, BackendError)),
-        (DivergedError("lower --lr"), 1, ""),  # the log has said so
+        (DivergedError("lower --lr"), 1, "error: lower --lr\n"),
+        (logged(DivergedError("lower --lr")), 1, ""),
+        (logged(MachineError("the disk is full")), 2, ""),
         (KeyboardInterrupt(), 130, ""),
         *((bug, None, "") for bug in (ValueError("a bug"), RuntimeError("a bug"), SystemExit(0))),
     ],

@@ -76,7 +76,7 @@ def test_run_of_a_device_that_is_not_here_may_be_resumed_on_another():
         ("--surrogate none --lambd 4", "--surrogate none has no penalty to weigh"),
         ("--centroid.momentum 1", "--centroid.momentum must be above 0 and below 1, got 1.0"),
         ("--arch resnet21", "arch must be one of"),
-        ("--resume absent", "cannot read options from absent/config.yaml"),
+        ("--resume absent", "absent holds no run: there is no absent/config.yaml"),
         ("--resume run --config b", "--resume takes its options from the run; leave out --config"),
         ("--resume run --centroid.momentum 0.9", "--centroid.momentum (was 0.99, got 0.9)"),
         ("--resume run --out b", "a run continues where it is, in run"),

@@ -78,6 +78,6 @@ def test_file_that_cannot_be_used_is_refused_by_name(tmp_path, text, message):
 
 def test_options_of_every_run_and_of_the_attack_are_checked():
     with pytest.raises(UsageError, match="--penalty-from must be at most --epochs 1"):
-        Comparison(train=TrainConfig(epochs=1)).checked()
+        Comparison(train=TrainConfig(epochs=1, penalty_from=2)).checked()
     with pytest.raises(UsageError, match=r"--attack\.queries must be at least 1"):
         Comparison(attack=AttackConfig(queries=0)).checked()

@@ -65,17 +65,6 @@ def test_interrupted_training_is_resumed_where_the_command_says(comparison, inte
         assert remaining_steps(each, RUN)[0].command[2:] == resume + flags
 
 
-def test_training_that_stopped_before_its_first_checkpoint_begins_anew(comparison, interrupted):
-    for path in interrupted.iterdir():
-        if path.name != "config.yaml":
-            path.unlink()
-    (interrupted / "train.log").touch()
-    (interrupted / ".last.pt.123.tmp").touch()
-    check_options(comparison, RUN)
-    assert "--config" in remaining_steps(comparison, RUN)[0].command
-    assert not interrupted.exists()
-
-
 def test_directory_with_something_else_is_refused_and_kept(comparison):
     foreign = comparison.run_dir(RUN) / "thesis.tex"
     foreign.parent.mkdir(parents=True)

@@ -14,8 +14,9 @@ from cem.comparison.config import Comparison
 from cem.comparison.grid import GridOptions, Run, Setting
 from cem.comparison.plan import Step, remaining_steps
 from cem.comparison.results import read_results
-from cem.comparison.runner import locked, read_failures, run_comparison, run_queues
+from cem.comparison.runner import read_failures, run_comparison, run_queues
 from cem.errors import UsageError
+from cem.files import Lock
 from cem.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell commands")
@@ -101,12 +102,13 @@ def statuses(comparison):
     return [result.status for result in read_results(comparison)]
 
 
-def test_every_run_is_trained_and_attacked_gets_a_line_and_is_left_alone_from_then_on(comparison, capsys):
+def test_every_run_is_trained_and_attacked_gets_a_line_and_is_left_alone_from_then_on(comparison, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     run_comparison(comparison, "command")
     assert statuses(comparison) == ["finished", "finished"]
     found = "test accuracy 90.0%, strongest attack on unseen images: MSE 0.03 (res_normN8C64:mse)"
-    first = f"2 runs in {comparison.out}, of which 0 are finished"
-    assert capsys.readouterr().err.splitlines() == [first, f"[1/2] {NONE}: {found}", f"[2/2] {MIXTURE}: {found}"]
+    first = [f"2 runs in {comparison.out}, of which 0 are finished", "1 at a time, trained with 7 threads each"]
+    assert capsys.readouterr().err.splitlines() == [*first, f"[1/2] {NONE}: {found}", f"[2/2] {MIXTURE}: {found}"]
     before = {path: path.stat().st_mtime_ns for path in comparison.out.glob("*/*")}
     run_comparison(comparison, "command")
     assert {path: path.stat().st_mtime_ns for path in comparison.out.glob("*/*")} == before
@@ -147,12 +149,12 @@ def test_nothing_is_run_if_one_run_has_other_options(comparison):
 
 def test_second_comparison_in_the_same_folder_is_refused_also_while_a_step_of_a_killed_one_lives(comparison, tmp_path):
     comparison.out.mkdir()
-    with locked(comparison.out) as lock:
-        assert run([[shell(tmp_path, f"[ -e /dev/fd/{lock} ]")]], lock=lock)[0].code == 0
-        step = subprocess.Popen(["/bin/sleep", "60"], pass_fds=(lock,))
-        with pytest.raises(UsageError, match="another comparison, or a run that it left behind, is at work"):
-            run_comparison(comparison, "command")
-    with pytest.raises(UsageError, match="at work"):
+    held = Lock(comparison.out)
+    lock = held.descriptor
+    assert run([[shell(tmp_path, f"[ -e /dev/fd/{lock} ]")]], lock=lock)[0].code == 0
+    step = subprocess.Popen(["/bin/sleep", "60"], pass_fds=(lock,))
+    held.close()  # as a kill would
+    with pytest.raises(UsageError, match=f"at work in {comparison.out}: process {os.getpid()} on .*, or one that it"):
         run_comparison(comparison, "command")
     step.kill()
     step.wait()

@@ -8,7 +8,8 @@ from itertools import count
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 import cem
 from cem.training import TrainConfig, Trainer, read_config, train
@@ -95,6 +96,15 @@ def weights(run_dir, *parts):
     """All tensors of parts of ``last.pt``, of the network if none is named."""
     content = checkpoints.load(run_dir / "last.pt")
     return [tensor for part in parts or ("encoder", "server") for tensor in content[part].values()]
+
+
+def content(run_dir):
+    """All of a run's ``last.pt`` that must repeat: everything but the times, in plain values and their structure."""
+    whole = checkpoints.load(run_dir / "last.pt")
+    whole["history"] = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in whole["history"]]
+    del whole["config"]["out"], whole["config"]["threads"]
+    leaves, structure = tree_flatten(whole)
+    return structure, [(each.dtype, each.tolist()) if isinstance(each, Tensor) else each for each in leaves]
 
 
 def log(run_dir):

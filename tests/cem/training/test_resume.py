@@ -4,10 +4,8 @@ import shutil
 
 import pytest
 import torch
-from small_runs import STEPS, attention, board, interrupt, log, resume, rows, small
+from small_runs import STEPS, attention, board, content, interrupt, log, resume, rows, small
 from small_terms import GAIN, OwnScale, surrogate
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from cem.data.synthetic import write_test_images
 from cem.errors import CheckpointError, UsageError
@@ -31,15 +29,6 @@ def folder(root, seed=0):
     """Options of a run on color images, of which it makes three batches as well."""
     write_test_images(root, num_classes=2, train_per_class=12, test_per_class=2, seed=seed)
     return {"data": "folder", "data_root": root, "image_size": 32, "train_size": None, "batch_size": 8}
-
-
-def content(run_dir):
-    """All of a run's ``last.pt`` that must repeat: everything but the times, in plain values and their structure."""
-    whole = checkpoints.load(run_dir / "last.pt")
-    whole["history"] = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in whole["history"]]
-    del whole["config"]["out"]
-    leaves, structure = tree_flatten(whole)
-    return structure, [(each.dtype, each.tolist()) if isinstance(each, Tensor) else each for each in leaves]
 
 
 def check_resumed(broken, whole):

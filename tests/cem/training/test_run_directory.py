@@ -12,7 +12,7 @@ from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
 from cem.training.evaluation import accuracy
 from cem.training.runlog import COLUMNS
-from cem.training.runs import new_run_dir, peak_memory
+from cem.training.runs import new_run, peak_memory
 
 CPU = torch.device("cpu")
 OPTIONS = {"surrogate": surrogate(Scale), "epochs": 4, "lambd": 0.5, "penalty_from": 2}
@@ -47,7 +47,8 @@ def test_metrics_follow_the_schedule_of_the_rate_and_time_the_surrogate(run_dir)
 def test_summary_has_exactly_the_named_keys(run_dir):
     summary = read_summary(run_dir)
     figures = {"test_accuracy", "best_epoch", "epochs", "train_seconds", "surrogate_seconds", "rob_loss", "intra_mse"}
-    assert set(summary) == figures | {"parameters", "skipped_steps", "peak_memory_bytes", "device", "versions"}
+    of_machine = {"peak_memory_bytes", "device", "threads", "versions"}
+    assert set(summary) == figures | of_machine | {"parameters", "skipped_steps"}
     assert {"python", "torch", "triton", "numpy", "scikit-learn", "cem"} == set(summary["versions"])
 
 
@@ -86,16 +87,20 @@ def test_run_directory_that_is_not_empty_is_refused_with_what_to_do(make, found,
     assert [path.name for path in config.run_dir.iterdir()] == [found]
 
 
-def test_automatic_run_directory_takes_the_first_free_number(tmp_path, monkeypatch):
+def test_automatic_run_directory_takes_the_first_free_number_and_is_complete_when_it_appears(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = TrainConfig().run_dir
-    assert new_run_dir(TrainConfig()) == first
-    first.mkdir(parents=True)
-    assert new_run_dir(TrainConfig()) == first  # it is empty
-    for taken in (first, first.with_name(f"{first.name}-2"), first.with_name(f"{first.name}-4")):
-        taken.mkdir(exist_ok=True)
-        (taken / "last.pt").touch()
-    assert new_run_dir(TrainConfig()) == first.with_name(f"{first.name}-3")
+    names = [first.name, *(f"{first.name}-{number}" for number in range(2, 6))]
+    (first.parent / names[1]).mkdir(parents=True)
+    (first.parent / names[1] / "notes").touch()
+    (first.parent / names[2]).symlink_to("nowhere")
+    (first.parent / names[3]).touch()
+    for name in (names[0], names[4]):
+        run_dir, lock = new_run(TrainConfig(), lambda folder: (folder / "last.pt").touch())
+        assert run_dir == first.parent / name
+        assert {path.name for path in run_dir.iterdir()} == {"last.pt", ".lock"}
+        lock.release()
+    assert {path.name for path in first.parent.iterdir()} == set(names)
 
 
 def test_failed_picture_is_logged_with_its_traceback_and_costs_nothing_else(make, monkeypatch):

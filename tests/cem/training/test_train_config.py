@@ -50,7 +50,10 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA d
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 1}, "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2"),
+        (
+            {"epochs": 1, "penalty_from": 2},
+            "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2",
+        ),
         ({"warmup_epochs": 21.0}, "--warmup-epochs must be at most --epochs 20, got 21"),
         ({"centralized": True, "defenses": (GAIN,)}, f"--centralized has no cut for --defenses {GAIN}"),
         (CAPTURED | {"surrogate": "none"}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
@@ -79,7 +82,8 @@ def test_triton_on_the_cpu_is_refused_before_anything_is_built(name, monkeypatch
 def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
     resolved, member = TrainConfig(surrogate=name).resolved(), SURROGATES[name]
     assert (resolved.lambd, resolved.lambd_schedule) == (member.Options.weight, member.schedule)
-    given = TrainConfig(surrogate=name, lambd=3.0, lambd_schedule="rising")
+    assert [TrainConfig(epochs=epochs).resolved().penalty_from for epochs in (1, 2, 3)] == [1, 2, 2]
+    given = TrainConfig(surrogate=name, lambd=3.0, lambd_schedule="rising", penalty_from=3)
     assert given.resolved() == given
 
 
@@ -117,13 +121,14 @@ FOLDER = TrainConfig(data="folder", augment=True)
         (TrainConfig(surrogate="gmm"), OWN, []),
         # Before it no epoch is the best one, whatever is penalized.
         (GAINED, replace(GAINED, penalty_from=3), ["--penalty-from (was 2, got 3)"]),
+        (TrainConfig(threads=1), TrainConfig(threads=2, penalty_from=2), []),
         (
             FOLDER,
             replace(FOLDER, num_workers=2),
             ["--num-workers (was 0, got 2; with --augment, worker processes draw other random numbers)"],
         ),
     ],
-    ids=["where it runs", "rate", "surrogate", "defense", "another name", "first epoch", "workers that augment"],
+    ids=["where", "rate", "surrogate", "defense", "another name", "first epoch", "threads", "workers that augment"],
 )
 def test_changed_options_name_what_would_change_the_numbers(before, after, lines):
     assert changed_options(before, after) == lines

@@ -1,0 +1,42 @@
+"""What a machine cannot give, in words of its user's: memory, and processes that live on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cem.errors import MachineError
+
+_WANTED = re.compile(r"tried to allocate (\d+) bytes|(?:tried|unable) to allocate ([\d.]+ ?[KMGTPE]i?B)", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|unable to allocate|Storage size calculation overflowed"
+    r"|Overflow when unpacking long",
+    re.IGNORECASE,
+)
+_LOST = re.compile(r"DataLoader worker \(pid.*")
+
+
+@contextmanager
+def enough(what: str, turn: str) -> Iterator[None]:
+    """Around what takes much of a machine, such as ``what``; ``turn`` are the options that it takes less with.
+
+    Raises:
+        MachineError: memory ran out, on the CPU or on a GPU, or a process that loads images was killed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, TypeError) as error:
+        message = str(error)
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
+            found = _WANTED.search(message)
+            wanted = "more than there is"
+            if found is not None:
+                wanted = f"{int(found[1]) / 1e9:,.1f} GB" if found[1] else found[2]
+            raise MachineError(f"out of memory: {what} wanted {wanted} at once; lower {turn}") from error
+        if lost := _LOST.search(message):
+            raise MachineError(
+                f"a process that loads images is gone ({lost[0].strip(' .')}), as a rule for want of memory; "
+                "lower --num-workers"
+            ) from error
+        raise
