@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cem.errors import BackendError
+from cem.errors import BackendError, UsageError
 from cem.options import Options as BaseOptions
 from cem.options import option
 from cem.surrogates.base import Surrogate
@@ -236,6 +236,7 @@ class GaussianMixtureCEM(Surrogate):
 
         Raises:
             ValueError: wrong rank, width, shape, device, label out of range, or features that are not finite.
+            UsageError: ``fit="full"``, and scikit-learn refuses the features.
             TypeError: features not floating, or labels not integer.
         """
         with self.together(Batch(None, labels, features, features), refit=True) as whole:
@@ -372,7 +373,11 @@ def _fit_gaussian_mixture(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the cap on EM steps is asked for
-        mixture.fit(pca.fit_transform(rows))
+        try:
+            mixture.fit(pca.fit_transform(rows))
+        except ValueError as error:  # features of 1e10, of which a covariance loses its digits
+            reason = str(error).partition(".")[0]
+            raise UsageError(f"fit 'full' fails on a class of {len(rows)} samples ({reason}); take 'kmeans'") from error
     parts = (pca.mean_, pca.components_, mixture.means_, mixture.covariances_, mixture.weights_)
     mean, directions, means, covariances, weights = (torch.from_numpy(part) for part in parts)
     return mean, directions, means, covariances, weights

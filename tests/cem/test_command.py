@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,23 @@ def test_what_a_user_can_mend_is_an_exit_code_and_anything_else_passes_through(e
     else:
         assert run_command(work) == code
     assert capsys.readouterr().err == said
+
+
+def test_command_runs_in_a_thread_and_leaves_signals_as_they_were():
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: codes.append(run_command(lambda: 7)))
+    thread.start()
+    thread.join()
+    assert (codes, run_command(lambda: 8), signal.getsignal(signal.SIGTERM)) == ([7], 8, before)
+
+
+def test_reader_who_had_enough_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run_command(lambda: print("more") or 0) == 141
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

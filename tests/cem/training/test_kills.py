@@ -38,7 +38,7 @@ def trains(line, folder, begin):
 def start():
     """Starts processes that have imported everything already, together."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.utils.tensorboard", "cem.training.trainer", "small_runs", __name__])
+    context.set_forkserver_preload(["torch.utils.tensorboard", "sklearn.datasets", "cem.training.trainer"])
 
     def start(folder, *lines):
         folder.mkdir(exist_ok=True)
@@ -57,7 +57,7 @@ def names(run_dir):
 
 
 def test_runs_that_are_killed_twenty_times_are_the_undisturbed_run_and_leave_nothing_else(tmp_path, start):
-    line = f"{TINY} --surrogate=mixture --epochs=6"
+    line = f"{TINY} --surrogate=mixture --epochs=40"
     folder, moments = tmp_path / "killed", random.Random(0)
     (process,) = start(tmp_path / "whole", f"{line} --out=run")
     began = time.monotonic()
@@ -68,7 +68,7 @@ def test_runs_that_are_killed_twenty_times_are_the_undisturbed_run_and_leave_not
     while kills < 20 or not finished:
         begun = (folder / "run").exists()
         (process,) = start(folder, "--resume=run" if begun else f"{line} --out=run")
-        process.join(moments.uniform(0, duration / 2) if kills < 20 else None)
+        process.join(moments.uniform(0, duration) if kills < 20 else None)
         if process.is_alive():
             process.kill()
             process.join()

@@ -1,6 +1,10 @@
 """A run that was interrupted and resumed has the numbers of one that never stopped."""
 
+import errno
+import os
 import shutil
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -8,9 +12,9 @@ from small_runs import STEPS, attention, board, content, interrupt, log, resume,
 from small_terms import GAIN, OwnScale, surrogate
 
 from cem.data.synthetic import write_test_images
-from cem.errors import CheckpointError, UsageError
+from cem.errors import CheckpointError, MachineError, UsageError
 from cem.training import checkpoint as checkpoints
-from cem.training import load_run, read_summary, train
+from cem.training import load_run, read_config, read_summary, train
 from cem.training import trainer as trainer_module
 
 RUNS = {
@@ -82,6 +86,43 @@ def test_run_interrupted_after_its_last_epoch_is_only_finished(make, monkeypatch
     resume(config.run_dir)
     assert (config.run_dir / "last.pt").read_bytes() == before
     assert read_summary(config.run_dir) is not None
+
+
+@pytest.mark.parametrize("written", [0, 6, 9, 14], ids=["first", "middle", "end of an epoch", "last"])
+def test_full_disk_says_where_and_how_to_go_on_and_a_resumed_run_is_the_undisturbed_one(make, monkeypatch, written):
+    whole, broken, left = train(make("whole", surrogate="none")), make("broken", surrogate="none"), count(-written)
+
+    def full(_):
+        if next(left) >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(MachineError, match=f"cannot write {broken.run_dir}.*: the disk is full"):
+            train(broken)
+    if written == 0:
+        assert not broken.run_dir.exists()
+        train(broken)
+    else:
+        assert f"epochs are saved. Resume with: python -m cem.train --resume {broken.run_dir}" in log(broken.run_dir)
+        resume(broken.run_dir)
+    assert content(broken.run_dir) == content(whole)
+
+
+def test_other_number_of_threads_is_warned_about_and_left_to_the_run_where_nobody_says(make):
+    run_dir = interrupt(make("run", surrogate="none", threads=1), STEPS)
+    interrupt(replace(read_config(run_dir), out=run_dir), 1, resume=True)
+    assert "threads" not in log(run_dir)
+    before = torch.get_num_threads()
+    assert resume(run_dir, threads=2)["threads"] == 2
+    assert "1 threads so far, 2 from here on: last digits may differ" in log(run_dir)
+    assert torch.get_num_threads() == before
+
+
+def test_run_without_its_options_takes_them_from_the_checkpoint(make):
+    run_dir = interrupt(make("run", surrogate="none"), STEPS)
+    (run_dir / "config.yaml").unlink()
+    assert resume(run_dir)["epochs"] == 3
 
 
 def test_interruption_logs_the_command_that_resumes(make):
