@@ -6,7 +6,7 @@ the cross-entropy, training minimizes a surrogate of how much z varies inside ea
 what an attacker can reconstruct.
 
 Everything about a run lies in its directory: config.yaml, metrics.csv, summary.json, curves.png,
-tsne.png, train.log, TensorBoard events, last.pt and best.pt. Ctrl-C leaves a run that --resume continues.
+tsne.png, train.log, TensorBoard events, last.pt and best.pt. Whatever ends a run early, --resume continues it.
 
 Examples:
 
@@ -14,7 +14,8 @@ Examples:
   python -m cem.train --surrogate none --noise-std 0.3    noise, but no penalty
   python -m cem.train --resume runs/first                 after an interruption
 
-Exit code: 0; 1 if training diverged; 2 for bad options; 130 if it was interrupted.
+Exit code: 0; 1 if training diverged; 2 for what a user can mend, such as bad options or a full disk; 130 if it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sources(Options):
         config: Take options from this YAML file, such as the config.yaml of another run; other options override it.
         resume: Continue the run in this directory, with the numbers it would have had without the interruption. Its
             options hold; only those that say where or how to compute may be given besides: --device, --backend,
-            --capture, --num-workers (not with --augment), --data-root, --download, --profile-steps.
+            --capture, --num-workers (not with --augment), --threads, --data-root, --download, --profile-steps.
     """
 
     config: Path | None = option(None, group="options from a file")

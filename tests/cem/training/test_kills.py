@@ -57,7 +57,7 @@ def names(run_dir):
 
 
 def test_runs_that_are_killed_twenty_times_are_the_undisturbed_run_and_leave_nothing_else(tmp_path, start):
-    line = f"{TINY} --surrogate=mixture --epochs=40"
+    line = f"{TINY} --surrogate=mixture --epochs=12"
     folder, moments = tmp_path / "killed", random.Random(0)
     (process,) = start(tmp_path / "whole", f"{line} --out=run")
     began = time.monotonic()
