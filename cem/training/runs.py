@@ -197,7 +197,8 @@ def read_config(run_dir: Path) -> TrainConfig:
     if not path.exists():
         if not last.exists():
             raise UsageError(f"{run_dir} holds no run: there is no {path}")
-        return TrainConfig.from_dict(checkpoint.load(last)["config"])  # it was killed before it could write the other
+        with checkpoint.fitting(last, "config"):  # it was killed before it could write the other
+            return TrainConfig.from_dict(checkpoint.load(last, checkpoint.RUN)["config"])
     found = read_yaml(path).get("format")
     if found != FORMAT:
         raise CheckpointError(f"{run_dir} was made by another version: its format is {found}, this one reads {FORMAT}")
