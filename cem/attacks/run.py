@@ -24,7 +24,8 @@ from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
 from cem.data import ImageSet
 from cem.errors import CemError, CheckpointError, UsageError
-from cem.files import Lock, read_json, remove_unfinished, replacing, write_json, writing
+from cem.files import read_json, replacing, write_json, writing
+from cem.folders import Lock, remove_unfinished
 from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves

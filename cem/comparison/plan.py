@@ -10,7 +10,8 @@ from cem.attacks.config import AttackConfig
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
 from cem.errors import UsageError
-from cem.files import LOCK, is_unfinished, writing
+from cem.files import is_unfinished, writing
+from cem.folders import LOCK
 from cem.options import flag
 from cem.training.config import HARMLESS_ON_RESUME, TrainConfig, changed_options
 from cem.training.runs import read_config

@@ -14,7 +14,8 @@ from typing import Any
 
 from cem.comparison.config import Comparison
 from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
-from cem.files import Lock, read_json, remove_unfinished, write_json, writing
+from cem.files import read_json, write_json, writing
+from cem.folders import Lock, remove_unfinished
 from cem.progress import about, bar, say
 
 FAILURES = "failures.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -31,26 +30,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-LARGEST_WEIGHT = 1e6
-"""Beyond it a training has diverged, also where no number is infinite yet."""
-
-
-@torch.no_grad()
-def first_broken(model: nn.Module) -> str | None:
-    """What is wrong with the first parameter or buffer of ``model`` that holds a NaN or an infinity, or with the first
-    parameter that is beyond :data:`LARGEST_WEIGHT`; or ``None``."""
-    weights, others = dict(model.named_parameters()), dict(model.named_buffers())
-    tensors = {name: tensor for name, tensor in (weights | others).items() if tensor.numel() > 0}
-    # One transfer for all of them: on a GPU every question of its own would wait for the device.
-    largest = torch.stack([tensor.abs().max().double() for tensor in tensors.values()]).tolist()
-    for name, value in zip(tensors, largest, strict=True):
-        if not math.isfinite(value):
-            return f"{name} is not finite"
-        if name in weights and value > LARGEST_WEIGHT:
-            return f"{name} has a weight of {value:.2g}, beyond {LARGEST_WEIGHT:.0e}"
-    return None
 
 
 @torch.no_grad()

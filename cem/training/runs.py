@@ -18,7 +18,8 @@ import torch
 from cem.data import DataSplits
 from cem.defenses import DEFENSES, NOISE, Chain
 from cem.errors import CheckpointError, MachineError, UsageError
-from cem.files import LOCK, Lock, appear, is_unfinished, read_json, remove_unfinished, writing
+from cem.files import is_unfinished, read_json, writing
+from cem.folders import LOCK, Lock, appear, remove_unfinished
 from cem.models.split import SplitModel, build_split_model
 from cem.options import FORMAT, read_yaml, resolve_device
 from cem.terms import Context

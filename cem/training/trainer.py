@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from cem.errors import CemError, DivergedError, MachineError
-from cem.files import Lock, remove_unfinished, write_json, writing
+from cem.errors import CemError, MachineError
+from cem.files import write_json, writing
+from cem.folders import Lock, remove_unfinished
 from cem.machine import enough
 from cem.progress import about, bar, busy, over
 from cem.report.curves import draw_curves
@@ -25,7 +26,8 @@ from cem.report.tsne import MAX_SAMPLES, draw_tsne
 from cem.training import checkpoint, runs
 from cem.training.capture import CapturedTerm
 from cem.training.config import TrainConfig
-from cem.training.evaluation import accuracy, collect_features, first_broken, isolated_random
+from cem.training.divergence import Divergence
+from cem.training.evaluation import accuracy, collect_features, isolated_random
 from cem.training.injection import INJECTIONS
 from cem.training.meter import EpochMeter
 from cem.training.runlog import COLUMNS, draw_or_log, epoch_line, log_refusal, run_log, write_metrics
@@ -35,10 +37,6 @@ from cem.training.tracing import traced_steps
 
 BIG = "--batch-size, --bottleneck, --image-size or --train-size"
 """Options that decide how much memory a run takes."""
-
-HOPELESS = 1.0
-"""Nats above the cross-entropy of the uniform guess. An untrained network, much noise or a penalty that makes all
-classes the same cost up to half of it; weights that grow without end soon cost many."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -106,9 +104,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: the log says how to resume.
-            DivergedError: the cross-entropy of an epoch, the model after it, or its features for a refit are not
-                finite; a weight is beyond 1e6; or the cross-entropy of two epochs running, not counting those of the
-                warm-up, is :data:`HOPELESS`. The last good epoch stays in ``last.pt``.
+            DivergedError: training has diverged, see :mod:`cem.training.divergence`. The last good epoch stays in
+                ``last.pt``.
             MachineError: a file cannot be written, memory ran out, or a process that loads images was killed; the log
                 says how to go on.
             UsageError: ``config.out`` was taken meanwhile.
@@ -124,6 +121,7 @@ class Trainer:
                     self.run_dir, self._lock = runs.new_run(self.config, self._first_files)
                 self._warnings += more
             self._saved = len(self.state.history)
+            self._divergence = Divergence(self.config, self.state.data.num_classes)
             with run_log(self.run_dir) as self._log:
                 return self._logged()
         finally:
@@ -213,7 +211,6 @@ class Trainer:
         epochs, steps = self.config.epochs, len(state.train)
         # The first epoch that tells how long the others take: before the penalty is on, they take less.
         telling = max(done, self.config.first_penalized - 1 if self.config.penalized else 0)
-        hopeless = False
         with (
             board,
             self._trace() as self._end_of_step,
@@ -222,20 +219,13 @@ class Trainer:
             for epoch in range(done, epochs):
                 began = time.perf_counter()
                 row = self._epoch(epoch)
-                before, hopeless = hopeless, self._is_hopeless(row)
-                if before and hopeless:
-                    means = f"{state.history[-1]['cross_entropy']:.3g} and {row['cross_entropy']:.3g}"
-                    raise self._diverged(
-                        f"the cross-entropy of epochs {epoch} and {epoch + 1} is {means}, where guessing has "
-                        f"{math.log(state.data.num_classes):.3g}"
-                    )
                 # Validation accuracy alone would choose an early epoch, which the penalty has hardly shaped. The
                 # original's rule for its weight says which are late, whatever is trained, so that all runs choose
                 # among the same epochs.
                 key = (self._rising_share(epoch), row["val_accuracy"])
                 state.history.append(row)
                 # What may have diverged must not take the place of what has not, unless there is nothing to come.
-                good, last = not hopeless, epoch + 1 == epochs
+                good, last = not self._divergence.suspected, epoch + 1 == epochs
                 best = key > state.best and (good or (last and state.best_epoch == 0))
                 if best:
                     state.best, state.best_epoch = key, epoch + 1
@@ -269,12 +259,8 @@ class Trainer:
         for each in state.terms:
             each.before_epoch(epoch, config.epochs)
         means, measured = self._steps(epoch)
-        # Before anything is made of the model: neither a refit nor best.pt can do with what is not a number.
-        if not math.isfinite(means["cross_entropy"]):
-            raise self._diverged(f"the cross-entropy of epoch {epoch + 1} is {means['cross_entropy']}")
-        broken = first_broken(state.model)
-        if broken is not None:
-            raise self._diverged(f"after epoch {epoch + 1} the model's {broken}")
+        # Neither a refit nor best.pt can do with what is not a number.
+        self._divergence.check_epoch(epoch + 1, means["cross_entropy"], state.model)
         fitted = self._after_epoch(epoch)
         row = dict.fromkeys(COLUMNS, 0.0) | means | {"train_loss": means["cross_entropy"]}
         row |= {"epoch": epoch + 1, "lr": epoch_lr(config.lr, epoch, config.epochs)}
@@ -300,15 +286,6 @@ class Trainer:
         if epoch + 1 < self.config.first_penalized:
             return 0.0
         return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self.config.init_from is not None)
-
-    def _diverged(self, what: str) -> DivergedError:
-        lambd = f" or --lambd ({self.config.weight:g})" if self.config.penalized else ""
-        return DivergedError(f"{what}: training diverged; lower --lr ({self.config.lr:g}){lambd}")
-
-    def _is_hopeless(self, row: dict[str, float]) -> bool:
-        """Whether an epoch, once the rate has risen, ends far above the cross-entropy of guessing."""
-        guess = math.log(self.state.data.num_classes)
-        return row["epoch"] > self.config.warmup_epochs and row["cross_entropy"] > guess + HOPELESS
 
     def _steps(self, epoch: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The training steps of an epoch, and what they measured; see :meth:`EpochMeter.read`."""
@@ -348,9 +325,7 @@ class Trainer:
         with wanted[0].watch:
             images = over(state.plain_train, "features for a refit")
             features, labels = collect_features(state.model, images, state.device, seed, noisy=False)
-        # Weights that are finite can be so large that features are not.
-        if not features.isfinite().all():
-            raise self._diverged(f"after epoch {epoch + 1} features are not finite")
+        self._divergence.check_features(epoch + 1, features)
         found = {}
         for each in wanted:
             with busy(f"refit of {each.name}"), each.watch, isolated_random(seed, state.device):
@@ -399,6 +374,8 @@ class Trainer:
         draw_or_log(self._log, self.run_dir / "tsne.png", self._draw_features)
         write_json(self.run_dir / "summary.json", summary)
         self._log.info("test accuracy %.1f %%, of epoch %d", 100 * summary["test_accuracy"], state.best_epoch)
+        if self._divergence.guesses(best["cross_entropy"]):
+            self._log.warning("the model is no better than guessing: more --epochs, or a lower --lambd or --noise-std")
         return summary
 
     def _draw_features(self, file: Path) -> None:

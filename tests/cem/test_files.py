@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from cem import files
+from cem import files, folders
 from cem.errors import CheckpointError, MachineError, UsageError
-from cem.files import Lock, appear, read_json, remove_unfinished, replacing, write_json, write_text
+from cem.files import read_json, replacing, write_json, write_text
+from cem.folders import Lock, appear, remove_unfinished
 
 posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX systems")
 DEAD = f".a.{'0' * 16}.tmp"
@@ -51,8 +52,8 @@ def test_a_file_is_written_under_another_name_each_time_and_never_through_a_link
             names.add(temporary.name)
     assert len(names) == 3
     (tmp_path / "other.txt").write_text("another's")
-    monkeypatch.setattr(files, "_unfinished", lambda _: tmp_path / DEAD)  # as if it could be foreseen
-    for planted in (DEAD, files.LOCK):
+    monkeypatch.setattr(files, "unfinished", lambda _: tmp_path / DEAD)  # as if it could be foreseen
+    for planted in (DEAD, folders.LOCK):
         (tmp_path / planted).symlink_to("other.txt")
     with pytest.raises(MachineError, match=r"cannot write .*a\.txt: File exists"):
         write_text(tmp_path / "a.txt", "mine")
@@ -109,7 +110,7 @@ def test_folder_is_locked_for_one_until_it_is_released_and_says_by_whom(tmp_path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from cem.files import Lock
+from cem.folders import Lock
 lock = Lock(Path(sys.argv[1]))
 if os.fork() == 0:
     time.sleep(60)

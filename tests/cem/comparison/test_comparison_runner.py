@@ -16,7 +16,7 @@ from cem.comparison.plan import Step, remaining_steps
 from cem.comparison.results import read_results
 from cem.comparison.runner import read_failures, run_comparison, run_queues
 from cem.errors import UsageError
-from cem.files import Lock
+from cem.folders import Lock
 from cem.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell commands")

@@ -55,6 +55,13 @@ def test_run_that_diverges_in_an_epoch_says_so_and_keeps_the_one_before(make, br
     assert "Traceback" not in log(trainer.run_dir)
 
 
+@pytest.mark.parametrize("cross_entropy", [2.2, 2.4])
+def test_a_model_that_has_learned_nothing_is_told_in_the_log(make, cross_entropy):
+    with in_each_step(lambda number, measured: replace(measured, cross_entropy=torch.tensor(cross_entropy))):
+        run_dir = train(make(surrogate="none"))
+    assert ("the model is no better than guessing" in log(run_dir)) == (cross_entropy > 2.303)
+
+
 @pytest.mark.parametrize(("bad", "kept"), [((2, 3), 1), ((3, 4), 2), ((2, 4), None), ((1, 3), None), ((4,), None)])
 def test_two_epochs_running_far_above_guessing_end_a_run_which_keeps_what_was_before_them(make, bad, kept):
     """The first, in which the rate rises, does not count; one alone may recover, and is not the best."""
