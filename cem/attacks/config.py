@@ -78,8 +78,10 @@ class AttackConfig(Options):
         """What no option can say alone."""
         if not self.attackers:
             raise UsageError("--attackers needs at least one DECODER or DECODER:LOSS")
-        for name in self.attackers:
-            parse_attacker(name)
+        parsed = [parse_attacker(name) for name in self.attackers]
+        twice = next((each for each in parsed if parsed.count(each) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--attackers takes every decoder and loss once, got {':'.join(twice)} twice")
         resolve_device(self.device)
 
     @property
@@ -98,14 +100,14 @@ def parse_attacker(name: str) -> tuple[str, str]:
     Raises:
         UsageError: there is no such decoder or loss.
     """
-    from cem.attacks.decoders import DECODER_NAMES, build_decoder
+    from cem.attacks.decoders import DECODER_NAMES, parse_decoder
 
     decoder, _, loss = name.partition(":")
     loss = loss or "mse"
     if loss not in LOSS_NAMES:
         raise UsageError(f"--attackers {name}: the loss must be one of {', '.join(LOSS_NAMES)}, got {loss!r}")
     try:
-        build_decoder(decoder, (1,), (1, 1, 1))
+        parse_decoder(decoder)
     except ValueError:
         raise UsageError(f"--attackers {name}: decoders are named like {DECODER_NAMES}") from None
     return decoder, loss

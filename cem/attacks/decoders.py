@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,13 +37,23 @@ def build_decoder(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     """
     check_sample_shape("feature_shape", feature_shape, ("CHW", "D"))
     check_sample_shape("image_shape", image_shape, ("CHW",))
+    channels, body = parse_decoder(name)
+    return _Decoder(feature_shape, image_shape, channels, body())
+
+
+def parse_decoder(name: str) -> tuple[int, Callable[[], list[nn.Module]]]:
+    """The channels of the decoder ``name``, and what builds the layers that set it apart.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     for pattern, body in _BODIES.items():
         match = re.fullmatch(pattern, name)
         if match:
             numbers = {key: int(value) for key, value in match.groupdict().items()}
             if numbers["channels"] < 1:
                 break
-            return _Decoder(feature_shape, image_shape, numbers["channels"], body(**numbers))
+            return numbers["channels"], partial(body, **numbers)
     raise ValueError(f"decoder must be one of {DECODER_NAMES}, got {name!r}")
 
 

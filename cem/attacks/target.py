@@ -69,7 +69,10 @@ class Target:
         for images in vars(self.splits).values():
             for tensor in (images.images, images.labels):
                 self.data_checksum = zlib.crc32(tensor.contiguous().numpy().data, self.data_checksum)
-        size = min(len(self.splits.test), len(self.splits.target_train), config.score_size or len(self.splits.test))
+        available = min(len(self.splits.test), len(self.splits.target_train))
+        size = available if config.score_size is None else config.score_size
+        if size > available:
+            raise UsageError(f"--score-size must be in 1..{available} for this run, got {size}")
         self.judged = {
             "train_target": pick(self.splits.target_train, size),
             "test_target": pick(self.splits.test, size),

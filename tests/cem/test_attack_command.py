@@ -51,6 +51,7 @@ def test_options_of_another_attack_can_be_taken_over(tmp_path):
     [
         ("RUN --attackers resnet", "decoders are named like res_normN8C64"),
         ("RUN --aux-size 1000000", "--aux-size must be in 1.."),
+        ("RUN --score-size 65", "--score-size must be in 1..64 for this run, got 65"),
         ("RUN --control nowhere", "--control nowhere has no finished attack"),
         ("nowhere", "nowhere holds no finished run"),
         ("", "which run? python -m cem.attack RUN [options]; RUN comes first"),

@@ -254,6 +254,7 @@ def test_what_changed_since_the_target_was_trained_or_attacked_is_refused_by_nam
         ({"attackers": ("res_normN8",)}, "--attackers res_normN8: decoders are named like res_normN8C64"),
         ({"attackers": ("deconvC8:huber",)}, "the loss must be one of mse, l1, ssim, got 'huber'"),
         ({"attackers": ()}, "--attackers needs at least one"),
+        ({"attackers": ("deconvC8", "deconvC8:mse")}, "--attackers takes .* once, got deconvC8:mse twice"),
         ({"queries": 0}, "--queries must be at least 1, got 0"),
     ],
     ids=str,
