@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,8 +66,11 @@ class Comparison:
         Raises:
             UsageError: naming the option, what it takes and what it got.
         """
-        attack, out = self.attack.checked("attack."), self.out.expanduser()
-        checked = replace(self, grid=self.grid.checked(), attack=attack, out=out)
+        try:
+            attack = self.attack.checked("attack.")
+        except UsageError as error:  # what options do not say alone, they say of cem.attack's
+            raise UsageError(re.sub(r"--(?!attack\.)", "--attack.", str(error), count=1)) from error
+        checked = replace(self, grid=self.grid.checked(), attack=attack, out=self.out.expanduser())
         for run in checked.grid.runs():
             checked.train_config(run).checked()
         return checked

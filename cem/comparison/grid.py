@@ -199,7 +199,7 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--variants takes YAML {_FORM}, got {text!r}: {error}") from error
+        raise UsageError(f"--variants takes YAML {_FORM}, got {text!r}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or len(content) != 1 or not isinstance(next(iter(content.values())), dict):
         raise UsageError(f"--variants takes a name and its options, {_FORM}, got {text!r}")
     ((name, options),) = content.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -126,14 +128,17 @@ def _reconstruction_section(results: Sequence[RunResult], out: Path) -> Section:
         path, name = result.attack_dir / "images.npz", str(result.run.setting).replace(", ", "\n")
         if result.status != "finished" or name in rows or not path.exists():
             continue
-        with np.load(path) as content:
-            if originals is None:
-                originals = content["originals"]
-            if not np.array_equal(originals, content["originals"]):
-                section.paragraphs.append(f"{result.run.name} is left out: it was attacked on other images.")
-                continue
-            ssim = content["ssim"]  # NaN where images are too small for one
-            rows[name] = (content["reconstructions"], ssim if np.isfinite(ssim).all() else None)
+        try:
+            with np.load(path) as content:
+                own, guesses, ssim = (content[each] for each in ("originals", "reconstructions", "ssim"))
+        except (OSError, EOFError, LookupError, ValueError, BadZipFile, zlib.error):
+            section.paragraphs.append(f"{result.run.name} is left out: {path.name} cannot be read.")
+            continue
+        originals = own if originals is None else originals
+        if not np.array_equal(originals, own):
+            section.paragraphs.append(f"{result.run.name} is left out: it was attacked on other images.")
+            continue
+        rows[name] = (guesses, ssim if np.isfinite(ssim).all() else None)  # NaN where images are too small for one
         seeds.add(result.run.seed)
     if originals is None:
         return section

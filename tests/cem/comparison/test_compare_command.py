@@ -88,6 +88,7 @@ def test_missing_images_for_the_attackers_are_noted_and_an_interrupt_says_how_to
     ("argv", "message"),
     [
         (["--epochs", "0"], "error: --epochs must be at least 1, got 0"),
+        (["--attack.attackers", "resnet"], "error: --attack.attackers resnet: decoders are named like"),
         *(([f"--{name}", "1"], f"no option --{name}") for name in ("lambd", "noise-std", "seed", "attack.control")),
         (["--attention.num-slots", "4"], "attention, which is not chosen; give --surrogates attention with it"),
         (["--quick", "--config", "a.yaml"], "error: --quick and --config both set all options"),

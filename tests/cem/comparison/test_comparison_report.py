@@ -153,6 +153,8 @@ def test_reconstructions_are_those_of_the_first_seed_that_has_them_and_of_the_sa
     text = text_of(comparison)
     assert "of their features; seed 0, 1." in text
     assert "mixture-lambd16-noise0.2-seed0 is left out: it was attacked on other images." in text
+    (attacks[1] / "images.npz").write_bytes(b"no images")
+    assert "mixture-lambd16-noise0.2-seed0 is left out: images.npz cannot be read." in text_of(comparison)
 
 
 def test_report_before_the_first_run_is_finished(tmp_path):
