@@ -82,9 +82,8 @@ def parse_bottleneck(text: str) -> Bottleneck | None:
             f"bottleneck must be 'none' or [noRELU_][Kk]CcSs (kernel k, channels c, stride s), "
             f"such as C8S1 or noRELU_K5C8S2, got {text!r}"
         )
-    return Bottleneck(
-        channels=int(match["channels"]),
-        stride=int(match["stride"]),
-        kernel_size=int(match["kernel"] or 3),
-        relu=match["linear"] is None,
-    )
+    channels, stride, kernel = int(match["channels"]), int(match["stride"]), int(match["kernel"] or 3)
+    try:
+        return Bottleneck(channels, stride, kernel, relu=match["linear"] is None)
+    except UsageError as error:
+        raise UsageError(f"bottleneck {text!r}: {error}") from error
