@@ -287,7 +287,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    # PyTorch counts devices in a byte: to it cuda:256 is cuda:0.
+    if device.type not in ("cpu", "cuda") or str(device) != name:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")

@@ -157,7 +157,7 @@ def test_differences_name_options_and_those_of_members_with_both_values():
     assert differences(Pizza(), Pizza(sauce="plain")) == gone
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "", "cuda:256", "cuda:99"])
 def test_device_that_cannot_be_used_is_refused_and_auto_is_cuda_where_there_is_one(device):
     known = f"--device cuda:99: PyTorch sees {torch.cuda.device_count()} CUDA"
     message = known if device == "cuda:99" else "--device must be auto, cpu, cuda or cuda:N, got"
