@@ -24,8 +24,8 @@ from cem.attacks.target import Target
 from cem.attacks.white_box import run_white_box
 from cem.data import ImageSet
 from cem.errors import CemError, CheckpointError, UsageError
-from cem.files import read_json, replacing, write_json, writing
-from cem.folders import Lock, remove_unfinished
+from cem.files import is_unfinished, read_json, replacing, write_json, writing
+from cem.folders import LOCK, Lock, remove_unfinished
 from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
@@ -36,6 +36,7 @@ from cem.training.runlog import draw_or_log, log_refusal, run_log
 
 BIG = "--batch-size, --aux-size or the widths of --attackers"  # what decides how much memory an attack takes
 PICTURES = 10  # images in the grid
+LOG = "attack.log"
 FEW_IMAGES = 500  # with fewer to learn from, a failed attack says little
 
 _SCORES = {"mse": float, "psnr": None, "ssim": None}
@@ -108,7 +109,7 @@ class Attack:
         self._passes, self._costs = _most_passes(self.config), self._costs_of_a_pass()
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-        with Lock(self.out), run_log(self.out, "attack.log") as self._log:
+        with Lock(self.out), run_log(self.out, LOG) as self._log:
             self.finished = self._check_out()  # another process may have finished it meanwhile
             if self.finished is not None:
                 return self.finished
@@ -190,6 +191,10 @@ class Attack:
                 raise UsageError(
                     f"{self.out} holds an attack under other options: {', '.join(changed)}; choose another --out"
                 )
+        elif self.out.is_dir():
+            found = [each.name for each in self.out.iterdir() if not is_unfinished(each)]
+            if foreign := sorted({*found} - {LOCK, LOG}):
+                raise UsageError(f"{self.out} holds {foreign[0]}, but no attack; choose another --out")
         path = self.out / "attack.json"
         result = read_json(path, "attackers", "strongest", "config", "sizes")
         if result is None:
