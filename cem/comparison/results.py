@@ -42,6 +42,7 @@ from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
 from cem.comparison.plan import attack_dir, check_options
 from cem.comparison.runner import read_failures
+from cem.errors import CheckpointError
 from cem.files import read_json, replacing
 from cem.training.runs import read_summary
 
@@ -185,6 +186,9 @@ def _median(run_dir: Path, column: str) -> float | None:
     path = run_dir / "metrics.csv"
     if not path.exists():
         return None
-    with open(path, newline="", encoding="utf-8") as file:
-        values = [float(row[column]) for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            values = [float(row[column]) for row in csv.DictReader(file)]
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{path} is damaged: expected a number of {column} in every line") from error
     return median(values) if values else None
