@@ -28,6 +28,7 @@ Self = TypeVar("Self", bound="Options")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 _COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_LONGEST = 255  # bytes of a name, on any usual file system
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -329,7 +330,9 @@ def converted(name: str, hint: Any, value: Any, *, spoken: bool = False) -> Any:
             if isinstance(value, str) and value in get_args(kind):
                 return value
         elif kind is Path:
-            if isinstance(value, Path) or (isinstance(value, str) and value.strip() and "\0" not in value):
+            text = str(value) if isinstance(value, str | Path) else ""
+            fits = all(len(name.encode(errors="replace")) <= _LONGEST for name in Path(text).parts)
+            if fits and text.strip() and "\0" not in text:
                 with suppress(RuntimeError):  # there is no such home
                     return Path(value).expanduser()
         elif kind is float or (spoken and kind is int):
