@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from cem.data import ImageSet, load_data, make_loader
 from cem.data.images import Batch
 from cem.defenses import Chain
-from cem.errors import CheckpointError
+from cem.errors import CheckpointError, UsageError
 from cem.options import resolve_device
 from cem.surrogates import SURROGATES
 from cem.training import checkpoint, runs
@@ -68,6 +69,7 @@ class TrainState:
         self.model = runs.build_model(config, self.data_facts).to(self.device)
         if config.amp:  # the layout for which processors have fast bfloat16 convolutions
             self.model = self.model.to(memory_format=torch.channels_last)
+        self._check_lone_sample()
         assert isinstance(self.model.defense, Chain)
         self.defenses = self.model.defense
         # Before the optimizers and the first checkpoint: a term that appears later is in neither.
@@ -158,6 +160,21 @@ class TrainState:
         facts = ("num_classes", "image_shape", "mean", "std")
         self.data_facts = {name: getattr(self.data, name) for name in facts} | {"train_size": len(self.data.train)}
         self.data_fingerprint = runs.data_fingerprint(self.data)
+
+    def _check_lone_sample(self) -> None:
+        """Batch normalization cannot train on one value a channel, as one sample is where its map is a single pixel."""
+        config = self.config
+        if min(config.batch_size, len(self.data.train)) > 1:
+            return
+        twin = copy.deepcopy(self.model).train()
+        try:
+            with isolated_random(config.seed, self.device), torch.no_grad():
+                twin(torch.zeros(1, *self.data.image_shape, device=self.device))
+        except ValueError as error:
+            name = "--batch-size" if config.batch_size == 1 else "--train-size"
+            raise UsageError(
+                f"{name} 1: {config.arch} normalizes over batches, for which images of this size must be at least 2"
+            ) from error
 
     def _build_terms(self, share: Callable[[int], float]) -> list[WeightedTerm]:
         config, found = self.config, []
