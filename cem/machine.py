@@ -11,7 +11,7 @@ from cem.errors import MachineError
 _WANTED = re.compile(r"tried to allocate (\d+) bytes|(?:tried|unable) to allocate ([\d.]+ ?[KMGTPE]i?B)", re.IGNORECASE)
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|unable to allocate|Storage size calculation overflowed"
-    r"|Overflow when unpacking long",
+    r"|Overflow when unpacking long|array is too big",
     re.IGNORECASE,
 )
 _LOST = re.compile(r"DataLoader worker \(pid.*")
@@ -26,7 +26,7 @@ def enough(what: str, turn: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError, TypeError) as error:
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
         message = str(error)
         if isinstance(error, MemoryError) or _NO_MEMORY.search(message):
             found = _WANTED.search(message)

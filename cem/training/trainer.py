@@ -35,7 +35,7 @@ from cem.training.schedule import epoch_lr, lambda_eff
 from cem.training.state import SURROGATE, TrainState
 from cem.training.tracing import traced_steps
 
-BIG = "--batch-size, --bottleneck, --image-size or --train-size"
+BIG = "--batch-size, --bottleneck, --image-size, --train-size or the sizes of the surrogate"
 """Options that decide how much memory a run takes."""
 
 
