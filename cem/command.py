@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import io
 import os
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from cem.errors import CemError, DivergedError, UsageError
+from cem.errors import CemError, DivergedError, MachineError, UsageError
 from cem.options import Composed, Options, converted, flag, helps, hints, kinds, nearest
 
 C = TypeVar("C", bound=Options)
@@ -172,8 +173,12 @@ def run_command(work: Callable[[], int]) -> int:
     Whoever sends SIGTERM (a scheduler, a container) or closes the terminal gets what Ctrl-C gets: a run that can be
     continued. In a thread, as a notebook's server has them, no signal comes. Errors that no user can mend are not
     caught: they are bugs, and their tracebacks say where. What stdout or stderr cannot encode is spelled out, see
-    :data:`PLAIN`. Where nobody reads stdout to its end (``| head``) the code is 141, as of any command in a shell.
+    :data:`PLAIN`. Where nobody reads stdout to its end (``| head``) the code is 141, as of any command in a shell; a
+    stream that was closed takes what it is given.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for good
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and takes everything
             stream.reconfigure(errors="cem.plain")
@@ -202,8 +207,13 @@ def _read_to_the_end(work: Callable[[], int]) -> int:
             return work()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        full = error.errno == errno.ENOSPC and error.filename is None
+        if not (full or isinstance(error, BrokenPipeError)):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if full:
+            raise MachineError("what goes to stdout cannot be written: the disk is full") from error
         return 128 + 13
 
 
