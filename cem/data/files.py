@@ -85,7 +85,11 @@ def read_mnist(name: str, root: Path, download: bool) -> Files:
             dataset(str(root), download=True)
         except (OSError, RuntimeError) as error:
             raise _missing(root, error) from error
-    return Files(read("train"), read("t10k"), tuple(dataset.classes))
+    train, test = read("train"), read("t10k")
+    if train[0].shape[1:] != test[0].shape[1:]:
+        sizes = " and ".join("x".join(map(str, images.shape[2:])) for images, _ in (train, test))
+        raise DataError(f"{root}: expected train-* and t10k-* to hold images of one size, got {sizes} pixels")
+    return Files(train, test, tuple(dataset.classes))
 
 
 def read_cifar(name: str, root: Path, download: bool) -> Files:

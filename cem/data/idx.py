@@ -47,6 +47,8 @@ def read_idx(path: Path, ndim: int) -> Tensor:
             f"got {content[:header].hex() or 'an empty file'}"
         )
     shape = [int(size) for size in np.frombuffer(content, dtype=">u4", count=ndim, offset=4)]
+    if 0 in shape[1:]:
+        raise DataError(f"{path}: expected images of at least one pixel, got the shape {shape}")
     if len(content) != header + math.prod(shape):
         raise DataError(
             f"{path}: the header promises {math.prod(shape)} bytes (shape {shape}), "
