@@ -63,16 +63,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
     ``torch.load`` overlooks that line, and so reads the file too.
 
     Raises:
-        OSError: the file cannot be written; a disk may be full.
+        MachineError: the file cannot be written; a disk may be full.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         summed = _Summed(file)
-        try:
-            torch.save({"format": FORMAT, **content}, summed)  # type: ignore[arg-type]
-        except RuntimeError as error:  # PyTorch has words of its own for what the disk said
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        torch.save({"format": FORMAT, **content}, summed)  # type: ignore[arg-type]
         file.write(_seal(summed.checksum))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cem.errors import CheckpointError
+from cem.errors import CheckpointError, MachineError
 from cem.training import checkpoint
 from cem.training.checkpoint import load, load_state, save, seed_everything
 
@@ -79,13 +79,13 @@ def test_what_is_no_whole_checkpoint_of_ours_is_refused_by_name_and_runs_no_code
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_full_disk_is_the_systems_error(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_in_the_users_words(tmp_path, monkeypatch):
     class Full(io.BytesIO):
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(MachineError, match=r"^cannot write .*a\.pt: the disk is full$"):
         save(tmp_path / "a.pt", {"weights": torch.zeros(1000)})
 
 
