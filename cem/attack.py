@@ -18,7 +18,7 @@ Examples:
   python -m cem.attack runs/first --queries 10      averages noise away
   python -m cem.attack runs/first --max-epochs 15   a first look, sooner done
 
-Exit code: 0; 1 if a decoder diverged; 2 for bad options; 130 if it was interrupted.
+Exit code: 0; 2 for what a user can mend, such as bad options; 3 if a decoder diverged; 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, AttackConfig, Path | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, 1 (diverged), 2 (bad options) or 130 (interrupted, resumable)."""
+    """Run the command; exit code 0, 2 (bad options), 3 (diverged) or 130 (interrupted, resumable)."""
     return run_command(lambda: _attack(sys.argv[1:] if argv is None else argv))
 
 

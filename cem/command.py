@@ -168,7 +168,7 @@ def read_first(options: C, argv: Sequence[str]) -> C:
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """Do ``work`` and return its exit code; 1 if numbers diverged, 2 for what a user can mend, 130 if interrupted.
+    """Do ``work`` and return its exit code; 2 for what a user can mend, 3 if numbers diverged, 130 if interrupted.
 
     Whoever sends SIGTERM (a scheduler, a container) or closes the terminal gets what Ctrl-C gets: a run that can be
     continued. In a thread, as a notebook's server has them, no signal comes. Errors that no user can mend are not
@@ -192,7 +192,7 @@ def run_command(work: Callable[[], int]) -> int:
     except CemError as error:
         if not error.logged:
             print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DivergedError) else 2
+        return 3 if isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
         return 130
     finally:

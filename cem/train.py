@@ -14,7 +14,7 @@ Examples:
   python -m cem.train --surrogate none --noise-std 0.3    noise, but no penalty
   python -m cem.train --resume runs/first                 after an interruption
 
-Exit code: 0; 1 if training diverged; 2 for what a user can mend, such as bad options or a full disk; 130 if it was
+Exit code: 0; 2 for what a user can mend, such as bad options or a full disk; 3 if training diverged; 130 if it was
 interrupted.
 """
 
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit code 0, 1 (diverged), 2 (bad options) or 130 (interrupted, resumable)."""
+    """Run the command; exit code 0, 2 (bad options), 3 (diverged) or 130 (interrupted, resumable)."""
     return run_command(lambda: _train(sys.argv[1:] if argv is None else argv))
 
 

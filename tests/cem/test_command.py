@@ -183,8 +183,8 @@ def logged(error):
     ("error", "code", "said"),
     [
         *((kind("no file"), 2, "error: no file\n") for kind in (UsageError, DataError, CheckpointError, BackendError)),
-        (DivergedError("lower --lr"), 1, "error: lower --lr\n"),
-        (logged(DivergedError("lower --lr")), 1, ""),
+        (DivergedError("lower --lr"), 3, "error: lower --lr\n"),
+        (logged(DivergedError("lower --lr")), 3, ""),
         (logged(MachineError("the disk is full")), 2, ""),
         (KeyboardInterrupt(), 130, ""),
         *((bug, None, "") for bug in (ValueError("a bug"), RuntimeError("a bug"), SystemExit(0))),
