@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from cem.errors import MachineError
 
@@ -15,6 +18,25 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _LOST = re.compile(r"DataLoader worker \(pid.*")
+
+
+def check_fits(wanted: int, device: torch.device, what: str, turn: str) -> None:
+    """Raise :class:`MachineError` if ``what`` takes more bytes than ``device`` has; where that is known."""
+    there = total_memory(device)
+    if there is not None and wanted > there:
+        raise MachineError(
+            f"out of memory: {what} takes at least {wanted / 1e9:,.1f} GB of {there / 1e9:,.1f} GB; lower {turn}"
+        )
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has, or the machine; ``None`` where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 @contextmanager

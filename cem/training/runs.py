@@ -153,15 +153,20 @@ def build_model(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitMode
         config: the run's options.
         data_facts: ``num_classes``, ``image_shape``, ``mean``, ``std`` and ``train_size`` of its data.
     """
+    model = build_undefended(config, data_facts)
+    model.defense = Chain({}) if config.centralized else build_defenses(config, context_of(config, model, data_facts))
+    return model
+
+
+def build_undefended(config: TrainConfig, data_facts: Mapping[str, Any]) -> SplitModel:
+    """The same without defenses; see :func:`build_model`."""
     facts = {name: data_facts[name] for name in ("num_classes", "mean", "std")}
     shape, whole = tuple(data_facts["image_shape"]), config.centralized
     # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the penalty.
     bottleneck = "none" if whole else config.bottleneck
-    model = build_split_model(
+    return build_split_model(
         config.arch, image_shape=shape, cut_layer=config.cut_layer, bottleneck=bottleneck, centralized=whole, **facts
     )
-    model.defense = Chain({}) if config.centralized else build_defenses(config, context_of(config, model, data_facts))
-    return model
 
 
 def build_defenses(config: TrainConfig, context: Context) -> Chain:

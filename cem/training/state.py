@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from cem.data import ImageSet, load_data, make_loader
 from cem.data.images import Batch
 from cem.defenses import Chain
 from cem.errors import CheckpointError, UsageError
+from cem.machine import check_fits
 from cem.options import resolve_device
 from cem.surrogates import SURROGATES
 from cem.training import checkpoint, runs
@@ -66,6 +68,7 @@ class TrainState:
         self.best_epoch = 0
         checkpoint.seed_everything(config.seed)
         self._load_data()
+        self._check_memory()
         self.model = runs.build_model(config, self.data_facts).to(self.device)
         if config.amp:  # the layout for which processors have fast bfloat16 convolutions
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -175,6 +178,15 @@ class TrainState:
             raise UsageError(
                 f"{name} 1: {config.arch} normalizes over batches, for which images of this size must be at least 2"
             ) from error
+
+    def _check_memory(self) -> None:
+        """Refuse what cannot fit: systems that promise more memory than they have kill whoever believes them."""
+        with torch.device("meta"), isolated_random(self.config.seed, torch.device("cpu")):
+            model = runs.build_undefended(self.config, self.data_facts)
+        samples = min(self.config.batch_size, len(self.data.train))
+        # Weights, their gradients and momenta; features, what is sent of them, and the gradients of both.
+        numbers = 3 * sum(each.numel() for each in model.parameters()) + 4 * samples * math.prod(model.feature_shape)
+        check_fits(4 * numbers, self.device, "the model", "--bottleneck or --batch-size")
 
     def _build_terms(self, share: Callable[[int], float]) -> list[WeightedTerm]:
         config, found = self.config, []

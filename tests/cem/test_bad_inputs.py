@@ -76,6 +76,7 @@ TRAIN_OPTIONS = [
     ("--cut-layer 99", "cut … 1..10 … got 99"),
     ("--bottleneck K4C8S1", "bottleneck … kernel … odd … got 4"),
     (f"--bottleneck C{HUGE}S1", f"bottleneck … C{HUGE}S1"),
+    ("--bottleneck C4000000S1", "out of memory: the model takes at least 538 … GB … --bottleneck"),
     (f"--image-size {HUGE}", "out of memory … --image-size"),
     ("--arch vgg11_bn --train-size 1", "--train-size 1: vgg11_bn"),
     ("--arch vgg11_bn --batch-size 1", "--batch-size 1: vgg11_bn"),
