@@ -82,7 +82,7 @@ def test_run_of_a_device_that_is_not_here_may_be_resumed_on_another():
         ("--resume run --out b", "a run continues where it is, in run"),
         ("--resume run --epochs 40", "--init-from run --epochs 40 begins one with the weights of this one"),
         ("--lr 1e300", "--lr must be above 0 and at most 3.4"),
-        ("--bottleneck K200001C8S1", "out of memory: the model and its data wanted 20,480.2 GB at once; lower"),
+        ("--bottleneck K200001C8S1", "out of memory: the model takes at least 122,881.2 GB of"),
         ("--out old/config.yaml", "--out old/config.yaml: it exists and is no directory"),
         ("--out old/config.yaml/run", "run directory old/config.yaml/run cannot be made: "),
         ("--resume old", "error: old was made by another version: its format is None, this one reads 2\n"),
