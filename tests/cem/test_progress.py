@@ -40,6 +40,7 @@ def test_no_bar_is_drawn_where_output_is_no_terminal(trained):
 
 
 def test_map_of_features_shows_its_progress_and_prints_nothing(capsys, tmp_path, monkeypatch):
+    torch.manual_seed(0)
     monkeypatch.setattr(sys, "stderr", Terminal())
     draw_tsne(torch.randn(8, 3), torch.arange(8) % 2, ["a", "b"], tmp_path / "tsne.png")
     assert "t-SNE 100%|" in sys.stderr.getvalue()
