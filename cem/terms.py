@@ -257,6 +257,7 @@ class Family(Generic[M]):
         kind: what its members are, and the option that chooses among them.
         base: class that every member derives from.
         aliases: other names of members.
+        weighted: whether ``Options`` has a ``weight``.
 
     Example::
 
@@ -265,8 +266,8 @@ class Family(Generic[M]):
         'mixture'
     """
 
-    def __init__(self, kind: str, base: type, aliases: Mapping[str, str] = {}) -> None:
-        self.kind, self._base, self._aliases = kind, base, aliases
+    def __init__(self, kind: str, base: type, aliases: Mapping[str, str] = {}, *, weighted: bool = True) -> None:
+        self.kind, self._base, self._aliases, self._weighted = kind, base, aliases, weighted
         self._members: dict[str, M] = {}
 
     def register(self, member: M) -> M:
@@ -329,10 +330,11 @@ class Family(Generic[M]):
         except (ImportError, AttributeError) as error:
             raise UsageError(f"--{self.kind} {name}: {error}") from error
         fits = isinstance(member, type) and issubclass(member, self._base) and hasattr(member, "name")
-        if not (fits and is_dataclass(member.Options) and hasattr(member.Options, "weight")):
+        weighed = fits and (hasattr(member.Options, "weight") or not self._weighted)
+        if not (fits and weighed and is_dataclass(member.Options)):
             raise UsageError(
                 f"--{self.kind} {name} must be a class derived from {self._base.__module__}.{self._base.__name__}, "
-                f"with a name and Options, a dataclass that has a weight, got {member!r}"
+                f"with a name and Options, a dataclass{' that has a weight' if self._weighted else ''}, got {member!r}"
             )
         found: M = member
         if self._members.get(found.name, found) is not found:

@@ -1,1 +1,14 @@
-"""Model inversion: decoders and pixels against features, metrics, controls, and an information bound."""
+"""Reconstructing images from what a client sends. A file each."""
+
+from cem.attacks.base import Attack
+from cem.attacks.decoder import Decoder
+from cem.terms import Family
+
+ATTACKS: Family[type[Attack]] = Family("attacks", Attack, weighted=False)
+"""The attacks by the names that ``--attacks`` takes."""
+for _member in (Decoder,):
+    ATTACKS.register(_member)
+
+DEFAULT = (Decoder.name,)
+
+__all__ = ["ATTACKS", "DEFAULT", "Attack"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cem.attacks.observe import observe
 from cem.data import ImageSet
@@ -93,13 +93,14 @@ class Record:
         guesses: by candidate. Where there are several, each has guesses of :data:`VAL` too, and for every metric the one
             that does best on those counts.
         facts: plain values for ``attack.json``; ``converged`` (``None`` where nothing converges) and ``note`` (what
-            the figures should be read with, or empty) among them.
-        decode: for attacks that start from this one: features on the model's device to images. Not kept on disk.
+            the figures should be read with, or empty) among them; ``curves``, where networks were trained: of each
+            ``name``, ``curve`` (rows with ``epoch`` and ``val_mse``), ``best_epoch``, ``converged``.
+        network: for attacks that start from this one: features on the model's device to images, in evaluation mode.
     """
 
     guesses: dict[str, Guesses]
     facts: dict[str, Any] = field(default_factory=dict)
-    decode: Callable[[Tensor], Tensor] | None = None
+    network: nn.Module | None = None
 
     @property
     def checksum(self) -> int:

@@ -1,123 +1,230 @@
-"""Train one decoder until more training no longer helps it."""
+"""Train one network from features back to images until more training no longer helps it."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from cem.attacks.config import AttackConfig
+from cem.attacks.base import Own, Progress
 from cem.attacks.losses import LOSSES
-from cem.attacks.metrics import ImageScores, score_images
 from cem.attacks.observe import clean_features, defended, observe
-from cem.attacks.splits import AttackSplits
 from cem.data import ImageSet, make_loader
 from cem.errors import DivergedError
 from cem.models import SplitModel
-from cem.progress import over
 from cem.training.evaluation import eval_mode, isolated_random
 
-SCORE_BATCH = 500  # images
-LAST_LR = 0.01  # of the first in each cycle
+BATCH = 500  # images, where nothing is learned
+MOST_HOPE = 0.9
+"""At most, what a cycle is taken to gain relative to the cycle before it, in extrapolation."""
+
+_KEPT = {
+    "network": dict,
+    "best": dict,
+    "optimizer": dict,
+    "random": dict,
+    "curve": ({str: float}, ...),
+    "cycles": (float, ...),
+    "best_epoch": int,
+    "seconds": float,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained: Adam under cosine cycles with warm restarts (Loshchilov & Hutter 2017).
+
+    Each cycle is twice as long as the one before. Training has *converged* after the first cycle that lowered the
+    validation MSE by less than ``tolerance`` of it, and is cut off before the one that would exceed ``max_epochs``. A
+    plateau at a constant rate would prove nothing: errors fall again when the rate does.
+
+    Attributes:
+        cycle_epochs: passes in the first cycle.
+        max_epochs: bound on the passes.
+        tolerance: see above; ``None``: a single cycle, after which nobody can say.
+        batch_size: images in a step.
+        lr: rate at the start of every cycle.
+        last_lr: rate at its end.
+        weight_decay: L2 penalty.
+        amp: bfloat16 autocast.
+    """
+
+    cycle_epochs: int = 5
+    max_epochs: int = 155
+    tolerance: float | None = 0.03
+    batch_size: int = 64
+    lr: float = 2e-3
+    last_lr: float = 2e-5
+    weight_decay: float = 0.0
+    amp: bool = False
+
+    def cycles(self) -> Iterator[int]:
+        """Lengths of the cycles that the bound leaves room for; a tiny bound still ends its cosine."""
+        length, done = min(self.cycle_epochs, self.max_epochs), 0
+        while done + length <= self.max_epochs:
+            yield length
+            if self.tolerance is None:
+                return
+            done, length = done + length, 2 * length
+
+    def epochs(self) -> int:
+        """All of them together."""
+        return sum(self.cycles())
+
+
+PUBLISHED = Schedule(50, 50, None, batch_size=256, lr=1e-3, last_lr=1e-5, weight_decay=1e-4)
+"""Of the attack of arXiv:2503.00383."""
 
 
 @dataclass
-class FittedDecoder:
-    """What came of a decoder's training.
+class Fitted:
+    """What came of a training.
 
     Attributes:
-        decoder: with the weights of ``best_epoch``, in evaluation mode.
+        network: with the weights of ``best_epoch``, in evaluation mode.
         curve: per epoch ``epoch``, ``lr`` (of its last step), ``train_loss`` and ``val_mse``.
+        cycles: the smallest ``val_mse`` until the end of each cycle.
         best_epoch: with the smallest ``val_mse``, from 1.
-        converged: the last cycle, twice as long as the one before, gained less than the tolerance.
+        converged: see :class:`Schedule`; ``None`` where it has a single cycle.
         seconds: of training and validation.
     """
 
-    decoder: nn.Module
+    network: nn.Module
     curve: list[dict[str, float]]
+    cycles: list[float]
     best_epoch: int
-    converged: bool
+    converged: bool | None
     seconds: float
 
+    @property
+    def gains(self) -> list[float]:
+        """By how much each cycle but the first lowered the validation MSE, as a fraction of it."""
+        return [1 - after / before for before, after in zip(self.cycles, self.cycles[1:], strict=False)]
 
-def fit_decoder(
+    @property
+    def extrapolated_gain(self) -> float | None:
+        """What endless training might gain still, as a fraction: as if cycles went on to gain as the last two did.
+
+        ``None`` with fewer than three cycles.
+        """
+        if len(self.gains) < 2:
+            return None
+        before, last = self.gains[-2:]
+        ratio = min(MOST_HOPE, last / before) if before > 0 else 0.0
+        return 1 - math.exp(math.log1p(-last) * ratio / (1 - ratio)) if last > 0 else 0.0
+
+
+def fit_network(
     model: SplitModel,
-    decoder: nn.Module,
+    network: nn.Module,
     loss: str,
-    splits: AttackSplits,
-    config: AttackConfig,
-    report: Callable[[Mapping[str, float]], None] = lambda row: None,
-) -> FittedDecoder:
-    """Train ``decoder`` to invert what crosses the cut of ``model``.
+    own: Own,
+    val_sent: Tensor,
+    schedule: Schedule,
+    *,
+    queries: int,
+    seed: int,
+    progress: Progress,
+    name: str,
+    report: Callable[[int], object] = lambda epoch: None,
+) -> Fitted:
+    """Train ``network`` to invert what crosses the cut of ``model``, and keep it after every cycle.
 
-    Adam under cosine cycles with warm restarts (Loshchilov & Hutter 2017), each twice as long as the one
-    before: ``config.cycle_epochs``, twice that, and so on. Training ends after the first cycle that lowered the
-    validation MSE by less than ``config.tolerance`` of it, or before the one that would exceed
-    ``config.max_epochs``. A plateau at a constant rate would prove nothing: errors fall again when the rate does.
-
-    Every pass sees new draws of the defense. Images of ``splits.test`` and ``splits.target_train`` are not
-    touched.
+    Every pass sees new draws of the defense. Where an earlier call was cut off, or had a smaller bound, training goes on
+    after its last whole cycle, to the numbers of a call that was never cut off.
 
     Args:
-        model: the target, in evaluation mode, on its device.
-        decoder: untrained, on that device; trained in place.
+        model: in evaluation mode, on its device; the target, or an attacker's shadow of it.
+        network: untrained, on that device; trained in place.
         loss: a name in :data:`~cem.attacks.losses.LOSSES`.
-        splits: trains on ``attacker_train``, validates on ``attacker_val``.
-        config: lengths, rates, ``queries``, ``seed``.
-        report: called with the new row of the curve after every epoch.
+        own: trains on ``train``, validates on ``val``.
+        val_sent: features of ``own.val`` as they crossed the cut.
+        schedule: lengths and rates.
+        queries: how often each image is seen, and averaged.
+        seed: of order and noise.
+        progress: keeps the network under ``name``.
+        report: called with the number of epochs so far after each.
 
     Raises:
         DivergedError: the loss of an epoch is not finite.
     """
-    device = next(decoder.parameters()).device
-    start = time.perf_counter()
-    with isolated_random(config.seed, device):
-        view, val = (_View(model, images, config.queries) for images in (splits.attacker_train, splits.attacker_val))
-    train = make_loader(
+    device = next(network.parameters()).device
+    view = _View(model, own.train, queries)
+    batches = make_loader(
         view.images,
-        min(config.batch_size, len(splits.attacker_train)),
+        min(schedule.batch_size, len(own.train)),
         shuffle=True,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator().manual_seed(seed),
     )
-    if config.amp:  # the layout for which processors have fast bfloat16 convolutions
-        decoder = decoder.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=config.lr)
-    # Never longer than the bound, so that a tiny one still ends its cosine.
-    first = min(config.cycle_epochs, config.max_epochs)
-    scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=first * len(train), T_mult=2, eta_min=LAST_LR * config.lr)
-    curve: list[dict[str, float]] = []
-    best: dict[str, Tensor] = {}
-    best_epoch, best_mse, before, length, converged = 0, math.inf, math.inf, first, False
-    with isolated_random(config.seed, device):
-        while not converged and len(curve) + length <= config.max_epochs:
-            for _ in range(length):
-                train_loss, lr = _epoch(view, decoder, loss, train, optimizer, scheduler, config, len(curve) + 1)
-                row: dict[str, float] = {
-                    "epoch": len(curve) + 1,
-                    "lr": lr,
-                    "train_loss": train_loss,
-                    "val_mse": _mse(decoder, val, config.seed),
-                }
-                if not math.isfinite(row["val_mse"]):
-                    raise DivergedError(f"the validation MSE of epoch {row['epoch']} is not finite; lower --lr")
-                curve.append(row)
-                report(row)
-                if row["val_mse"] < best_mse:
-                    best_mse, best_epoch = row["val_mse"], len(curve)
-                    best = copy.deepcopy(decoder.state_dict())
-            # From infinity the first cycle always gains: one alone says nothing of convergence.
-            converged = best_mse > (1 - config.tolerance) * before
-            before, length = best_mse, 2 * length
-    decoder.load_state_dict(best)
-    return FittedDecoder(decoder.eval(), curve, best_epoch, converged, time.perf_counter() - start)
+    if schedule.amp:  # the layout for which processors have fast bfloat16 convolutions
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    lengths, curve, cycles, best = list(schedule.cycles()), [], [], {}
+    best_epoch, best_mse, before = 0, math.inf, 0.0
+    with isolated_random(seed, device):
+        kept = progress.kept(name, _KEPT)
+        if kept is not None and sum(lengths[: len(kept["cycles"])]) == len(kept["curve"]):
+            curve, cycles, best = kept["curve"], kept["cycles"], kept["best"]
+            best_epoch, best_mse, before = kept["best_epoch"], cycles[-1], kept["seconds"]
+            network.load_state_dict(kept["network"])
+            optimizer.load_state_dict(kept["optimizer"])
+            _restore(kept["random"], batches.generator, device)
+        began = time.perf_counter()
+        for length in lengths[len(cycles) :]:
+            if _converged(cycles, schedule):
+                break
+            for number in range(length):
+                rates = _cosine(schedule, length * len(batches), number * len(batches))
+                train_loss, lr = _epoch(view, network, loss, batches, optimizer, rates, schedule.amp, len(curve) + 1)
+                val_mse = mse(network, val_sent, own.val)
+                if not math.isfinite(val_mse):
+                    raise DivergedError(
+                        f"the validation MSE of {name} in epoch {len(curve) + 1} is not finite; lower lr"
+                    )
+                curve.append({"epoch": len(curve) + 1, "lr": lr, "train_loss": train_loss, "val_mse": val_mse})
+                report(len(curve))
+                if val_mse < best_mse:
+                    best_mse, best_epoch, best = val_mse, len(curve), copy.deepcopy(network.state_dict())
+            cycles.append(best_mse)
+            seconds = before + time.perf_counter() - began
+            state = {"network": network.state_dict(), "best": best, "optimizer": optimizer.state_dict()}
+            state["random"] = _random_state(batches.generator, device)
+            facts = {"curve": curve, "cycles": cycles, "best_epoch": best_epoch, "seconds": seconds}
+            progress.keep(name, {**state, **facts})
+    network.load_state_dict(best)
+    converged = None if schedule.tolerance is None else _converged(cycles, schedule)
+    return Fitted(network.eval(), curve, cycles, best_epoch, converged, before + time.perf_counter() - began)
+
+
+def _converged(cycles: list[float], schedule: Schedule) -> bool:
+    """Whether the last cycle gained less than the tolerance; one alone says nothing."""
+    return schedule.tolerance is not None and len(cycles) > 1 and cycles[-1] > (1 - schedule.tolerance) * cycles[-2]
+
+
+def _random_state(order: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    own = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": torch.get_rng_state(), "order": order.get_state(), **own}
+
+
+def _restore(state: Mapping[str, Tensor], order: torch.Generator, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    order.set_state(state["order"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _cosine(schedule: Schedule, steps: int, first: int) -> Iterator[float]:
+    """Rates of a cycle's steps, from ``first`` on."""
+    for step in range(first, steps):
+        height = (1 + math.cos(math.pi * step / steps)) / 2
+        yield schedule.last_lr + (schedule.lr - schedule.last_lr) * height
 
 
 class _View:
@@ -140,58 +247,75 @@ class _View:
 
 
 def _epoch(
-    view: _View, decoder: nn.Module, loss: str, batches: Any, optimizer: torch.optim.Optimizer,
-    scheduler: CosineAnnealingWarmRestarts, config: AttackConfig, number: int,
+    view: _View, network: nn.Module, loss: str, batches: Any, optimizer: torch.optim.Optimizer,
+    rates: Iterator[float], amp: bool, number: int,
 ) -> tuple[float, float]:  # fmt: skip
     """One pass over the attacker's images: the mean loss, and the learning rate of the last step."""
-    decoder.train()
-    device = next(decoder.parameters()).device
+    network.train()
+    device, lr = next(network.parameters()).device, 0.0
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for images, positions in over(batches, f"epoch {number}"):
+    for images, positions in batches:
         images = images.to(device, non_blocking=True)
         z = view(images, positions)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
-            reconstructions = decoder(z)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            reconstructions = network(z)
         value = LOSSES[loss](reconstructions.float(), images)
         value.backward()
+        lr = optimizer.param_groups[0]["lr"] = next(rates)
         optimizer.step()
-        lr = float(scheduler.get_last_lr()[0])
-        scheduler.step()
         total += value.detach().double() * len(images)
         count += len(images)
     mean = total.item() / count
     if not math.isfinite(mean):
-        raise DivergedError(f"the decoder's loss in epoch {number} is {mean}; lower --lr ({config.lr:g})")
+        raise DivergedError(f"the network's loss in epoch {number} is {mean}; lower lr")
     return mean, lr
 
 
 @torch.no_grad()
-def _mse(decoder: nn.Module, view: _View, seed: int) -> float:
-    """Mean squared error over all images of ``view``; the same seed sees the same noise."""
-    device, total = next(decoder.parameters()).device, 0.0
-    with eval_mode(decoder), isolated_random(seed, device):
-        for images, positions in over(make_loader(view.images, SCORE_BATCH, shuffle=False), "validation"):
-            images = images.to(device)
-            total += F.mse_loss(decoder(view(images, positions)), images).item() * len(images)
-    return total / len(view.images)
+def decode(network: nn.Module, sent: Tensor) -> Tensor:
+    """What ``network`` makes of features ``[N, *feature_shape]``: float32 ``[N, C, H, W]``, on the CPU."""
+    device = next(network.parameters()).device
+    with eval_mode(network):
+        return torch.cat([network(z.to(device)).float().cpu() for z in sent.split(BATCH)])
 
 
-@torch.no_grad()
-def reconstruct(model: SplitModel, decoder: nn.Module, images: ImageSet, queries: int, seed: int) -> Tensor:
-    """What ``decoder`` makes of images after the defense: float32 ``[N, C, H, W]`` in [0, 1], on the CPU.
-
-    The same ``seed`` draws the same noise, whatever was drawn before; the caller's random state stays.
-    """
-    device = next(decoder.parameters()).device
-    with eval_mode(decoder), eval_mode(model), isolated_random(seed, device):
-        batches = over(make_loader(images, SCORE_BATCH, shuffle=False), "reconstructing")
-        return torch.cat([decoder(observe(model, batch.to(device), queries)).cpu() for batch, _ in batches])
+def mse(network: nn.Module, sent: Tensor, images: ImageSet) -> float:
+    """Mean squared error of what ``network`` makes of the features of ``images``."""
+    pieces = zip(sent.split(BATCH), images.images.split(BATCH), strict=True)
+    errors = [F.mse_loss(decode(network, z), x.float() / 255).item() * len(x) for z, x in pieces]
+    return sum(errors) / len(images)
 
 
-def score_decoder(model: SplitModel, decoder: nn.Module, images: ImageSet, queries: int, seed: int) -> ImageScores:
-    """Compare :func:`reconstruct` with the originals, image by image."""
-    originals = images.images.float() / 255
-    reconstructions = reconstruct(model, decoder, images, queries, seed)
-    parts = list(zip(reconstructions.split(SCORE_BATCH), originals.split(SCORE_BATCH), strict=True))
-    return ImageScores.concatenate([score_images(one, other) for one, other in over(parts, "scoring")])
+def steps_of(images: ImageSet, schedule: Schedule) -> int:
+    """Steps of a training at most."""
+    return schedule.epochs() * math.ceil(len(images) / min(schedule.batch_size, len(images)))
+
+
+def seconds_of_training(own: Own, schedule: Schedule, step: float) -> float:
+    """Seconds that a training takes at most where a step takes ``step``; validation costs a third of it an image."""
+    share = len(own.val) / (3 * len(own.train))
+    return steps_of(own.train, schedule) * step * (1 + share)
+
+
+def one_step(
+    model: SplitModel, network: nn.Module, loss: str, images: ImageSet, schedule: Schedule, queries: int
+) -> Callable[[], Mapping[str, Tensor]]:
+    """A step of such a training, for timing; it spoils ``network``."""
+    device = next(network.parameters()).device
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
+    x = images.images[: schedule.batch_size].to(device).float() / 255
+    with torch.no_grad():
+        clean = model.encoder(x)
+
+    def step() -> Mapping[str, Tensor]:
+        network.train()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=schedule.amp):
+            guess = network(defended(model, clean, queries))
+        value = LOSSES[loss](guess.float(), x)
+        value.backward()
+        optimizer.step()
+        return {"loss": value.detach()}
+
+    return step

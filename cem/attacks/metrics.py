@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,18 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.functional.regression import mean_squared_error
 
+from cem.data import ImageSet
+from cem.progress import over
+
 SSIM_WINDOW = 11  # pixels; Wang et al. 2004
 SSIM_SIGMA = 1.5  # pixels
+TIED = 1e-9  # squared pixels; what rounds differently for two equal candidates
+PIECE = 500  # images scored at a time
 SMALLEST_MSE = 1e-10  # an exact reconstruction has 100 dB, not infinitely many
+
+
+METRICS = {"mse": -1, "mse_p05": -1, "psnr": 1, "ssim": 1, "identified": 1}
+"""What attacks are judged by, and which way an attacker wants it."""
 
 
 class ImageScores(NamedTuple):
@@ -102,9 +111,67 @@ def score_images(reconstructions: Tensor, originals: Tensor) -> ImageScores:
     return ImageScores(mse.reshape(count), psnr.reshape(count), similar)
 
 
-def mean_scores(scores: ImageScores) -> dict[str, float | None]:
-    """Means over images by name, ready for JSON: ``mse``, ``psnr``, ``ssim``; ``None`` where not a number."""
-    means = {
-        name: None if values is None else values.double().mean().item() for name, values in scores._asdict().items()
+@torch.no_grad()
+def ranks(reconstructions: Tensor, candidates: ImageSet) -> tuple[Tensor, Tensor]:
+    """Whether a reconstruction points at its original: how many images of its class lie nearer to it.
+
+    Args:
+        reconstructions: float ``[N, C, H, W]`` in [0, 1], of the first ``N`` images of ``candidates``.
+        candidates: among these the original is looked for.
+
+    Returns:
+        ``[N]`` ranks, 1 where no image of the class is nearer (squared error) than the original; ``[N]`` how many
+        candidates there were, the original among them.
+    """
+    rank, number = torch.zeros(2, len(reconstructions), dtype=torch.int64)
+    labels = candidates.labels[: len(reconstructions)]
+    for label in over(labels.unique().tolist(), "looking originals up"):
+        mine, among = (labels == label).nonzero().flatten(), (candidates.labels == label).nonzero().flatten()
+        # fp64: squares and products of pixels cancel where a reconstruction is nearly exact.
+        guess, images = (each.flatten(1).double() for each in (reconstructions[mine], candidates.images[among]))
+        images = images / 255
+        distance = images.square().sum(1) - 2 * guess @ images.T  # but for what is the same for all candidates
+        own = distance.gather(1, torch.searchsorted(among, mine)[:, None])
+        rank[mine] = 1 + (distance < own - TIED).sum(1)
+        number[mine] = len(among)
+    return rank, number
+
+
+def judged(reconstructions: Tensor, images: ImageSet) -> dict[str, float | None]:
+    """What reconstructions are worth, ready for JSON; ``None`` where not a number.
+
+    Args:
+        reconstructions: float ``[N, C, H, W]`` in [0, 1], of the first ``N`` of ``images``.
+        images: the originals; among all of them, of the same class, ``identified`` looks for the original.
+
+    Returns:
+        ``mse``, ``psnr``, ``ssim``: means over images, see :class:`ImageScores`. ``mse_p05``: the 5th percentile of
+        the images' MSE, what the worst protected have. ``identified``: the share of reconstructions to which no other
+        image of the class is nearer than the original; ``chance``: the share that a guess without features would
+        have; ``candidates``: images of a class, mean over reconstructions; ``median_rank`` of the original. ``images``:
+        ``N``.
+    """
+    originals = images.images[: len(reconstructions)].float() / 255
+    parts = list(zip(reconstructions.split(PIECE), originals.split(PIECE), strict=True))
+    scores = ImageScores.concatenate([score_images(one, other) for one, other in over(parts, "scoring")])
+    rank, number = ranks(reconstructions, images)
+    means = {name: None if each is None else each.double().mean() for name, each in scores._asdict().items()} | {
+        "mse_p05": scores.mse.double().quantile(0.05),
+        "identified": (rank == 1).double().mean(),
+        "chance": (1 / number.double()).mean(),
+        "candidates": number.double().mean(),
+        "median_rank": rank.double().median(),
     }
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in means.items()}
+    found = {name: None if value is None else value.item() for name, value in means.items()}
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+    return {**finite, "images": len(reconstructions)}
+
+
+def best(metric: str, scores: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Of several scores, the name of those with which an attacker does best by ``metric``; the first among equals."""
+
+    def success(name: str) -> float:
+        value = scores[name][metric]
+        return -math.inf if value is None else METRICS[metric] * value
+
+    return max(scores, key=success)

@@ -1,4 +1,4 @@
-"""Which images an attacker owns, and which the attack is judged on."""
+"""Which images an attacker has, and which the attack is judged on."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ VAL_SHARE = 5  # a fifth of what the attacker has, if that is less
 
 @dataclass(frozen=True)
 class AttackSplits:
-    """Four disjoint sets of images.
+    """Disjoint sets of images.
 
     Attributes:
-        target_train: the target was trained on these; the attacker never sees them, and is scored on them.
-        attacker_train: the attacker's own images, of the same kind, on which decoders are trained.
-        attacker_val: the attacker's own as well; they end a decoder's training and choose among decoders.
-        test: neither target nor attacker ever sees these; scored once.
+        attacker_train: the attacker's own images, to learn from.
+        attacker_val: the attacker's own as well; everything inside an attack is chosen on them.
+        test: neither target nor attacker ever sees these; reconstructions of the first ones are scored, once, and all are
+            candidates for whose reconstruction one is.
+        trained: images that the target was trained on and the attacker never sees, scored apart; none where the attacker
+            learns from such images itself.
+        intercepted: images of which an attacker sees the features and nothing else.
 
     Raises:
         ValueError: two of the sets share an image.
     """
 
-    target_train: ImageSet
     attacker_train: ImageSet
     attacker_val: ImageSet
     test: ImageSet
+    trained: ImageSet
+    intercepted: ImageSet
 
     def __post_init__(self) -> None:
         for (first, ones), (second, others) in combinations(vars(self).items(), 2):
@@ -51,39 +55,51 @@ def identities(images: ImageSet) -> set[tuple[str, int]]:
     return {(images.origin, index) for index in images.indices.tolist()}
 
 
-def attack_splits(target: DataSplits, everything: DataSplits, *, aux_size: int | None = None) -> AttackSplits:
+def attack_splits(
+    target: DataSplits,
+    everything: DataSplits,
+    *,
+    knowledge: str = "auxiliary",
+    aux_size: int | None = None,
+    trained_size: int = 0,
+) -> AttackSplits:
     """Share out a data set between target, attacker and judge.
 
-    The attacker gets what the target did not train on: training images that ``train_size`` left unused, and
-    the target's validation images, which chose its epoch and touched no weight. A fifth of them, but no more
-    than 1000, is for the attacker's validation.
+    What the target did not train on is the attacker's: training images that ``train_size`` left unused, and the
+    target's validation images, which chose its epoch and touched no weight. A fifth of them, but no more than
+    1000, is for the attacker's validation. With ``knowledge="training"`` it learns from the target's training images
+    instead of the rest, as published tables assume.
 
     Args:
         target: the data as the target saw it, ``train_size`` applied.
         everything: the same data without ``train_size``.
-        aux_size: train decoders on this many images; all there are if left out.
+        knowledge: ``"auxiliary"`` or ``"training"``.
+        aux_size: learn from this many images; all there are if left out.
+        trained_size: images that the target was trained on to score; fewer if it had fewer.
 
     Raises:
         UsageError: the attacker is left with fewer than ten images, or with fewer than ``aux_size``.
     """
-    trained = target.train.indices
-    unused = everything.train.subset((~torch.isin(everything.train.indices, trained)).nonzero().flatten())
+    unused = everything.train.subset((~torch.isin(everything.train.indices, target.train.indices)).nonzero().flatten())
     pool = _joined(unused, target.val)
     if len(pool) < 10:
         raise UsageError(
             f"the target left {len(pool)} images for an attacker; train it on fewer (--train-size) to leave more"
         )
-    order = _shuffled(len(pool))
+    mixed = pick(pool, len(pool))
     val_size = min(MAX_VAL, len(pool) // VAL_SHARE)
-    available = len(pool) - val_size
-    if aux_size is not None and not 1 <= aux_size <= available:
-        raise UsageError(f"--aux-size must be in 1..{available} for this run, got {aux_size}")
-    train_size = available if aux_size is None else aux_size
+    rest = mixed.subset(range(val_size, len(mixed)))
+    trained = pick(replace(target.train, augment=None), len(target.train))
+    own, others = (rest, trained) if knowledge == "auxiliary" else (trained, rest)
+    if aux_size is not None and not 1 <= aux_size <= len(own):
+        raise UsageError(f"--aux-size must be in 1..{len(own)} for this run, got {aux_size}")
+    scored = min(trained_size, len(trained) - 1) if knowledge == "auxiliary" else 0
     return AttackSplits(
-        target_train=replace(target.train, augment=None),
-        attacker_train=pool.subset(order[val_size : val_size + train_size]),
-        attacker_val=pool.subset(order[:val_size]),
-        test=target.test,
+        attacker_train=own.subset(range(len(own) if aux_size is None else aux_size)),
+        attacker_val=mixed.subset(range(val_size)),
+        test=pick(target.test, len(target.test)),
+        trained=others.subset(range(scored)),
+        intercepted=others.subset(range(scored, len(others))),
     )
 
 

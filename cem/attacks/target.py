@@ -9,17 +9,24 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cem.attacks.base import TRAINED, UNSEEN, VAL, Exposed, Own
 from cem.attacks.config import AttackConfig
 from cem.attacks.information import information_report
+from cem.attacks.observe import observe
 from cem.attacks.splits import attack_splits, pick
 from cem.data import DataSplits, load_data, make_loader
 from cem.defenses import Chain
 from cem.errors import DataError, UsageError
 from cem.progress import over
 from cem.training import checkpoint, runs
-from cem.training.evaluation import collect_features
+from cem.training.evaluation import collect_features, isolated_random
 
 INFORMATION_IMAGES = 12_000  # at most, for the information report
+INTERCEPTED = 10_000  # images at most of which an attacker sees the features alone
+TRAINED_SHARE = 4  # as many times fewer images of the target's training set are scored as unseen ones
+BATCH = 500  # images
 
 
 class Target:
@@ -27,7 +34,7 @@ class Target:
 
     Args:
         run_dir: a finished run of ``python -m cem.train``.
-        config: of the attack: how many images, and where data and device are.
+        config: of the attack, with one kind of knowledge: how many images, and where data and device are.
 
     Attributes:
         run_dir: as given.
@@ -37,11 +44,10 @@ class Target:
         num_classes: of the data.
         image_shape: ``(C, H, W)``.
         notes: what there is to say of the data.
-        splits: the four disjoint sets of images.
-        judged: ``train_target`` and ``test_target``, the images that attacks are scored on, equally many: such
-            as the target was trained on, and such as nobody has seen.
+        splits: whose images are whose.
+        judged: by set, how many of its images are reconstructed, and all that they are looked for among.
         checksum: of ``best.pt``.
-        data_checksum: of the images and labels of all four sets.
+        data_checksum: of the images and labels of all sets.
 
     Raises:
         UsageError: ``run_dir`` holds no finished run, its data are others now, or are not found.
@@ -64,19 +70,40 @@ class Target:
         self.checksum = zlib.crc32((run_dir / "best.pt").read_bytes())
         data, everything = self._load_data(config.data_root or self.config.data_root)
         self.num_classes, self.image_shape, self.notes = data.num_classes, data.image_shape, data.notes
-        self.splits = attack_splits(data, everything, aux_size=config.aux_size)
+        (knowledge,) = config.knowledge
+        self._trained = data.train
+        trained_size = max(1, config.score_size // TRAINED_SHARE)
+        self.splits = attack_splits(
+            data, everything, knowledge=knowledge, aux_size=config.aux_size, trained_size=trained_size
+        )
         self.data_checksum = 0
         for images in vars(self.splits).values():
             for tensor in (images.images, images.labels):
                 self.data_checksum = zlib.crc32(tensor.contiguous().numpy().data, self.data_checksum)
-        available = min(len(self.splits.test), len(self.splits.target_train))
-        size = available if config.score_size is None else config.score_size
-        if size > available:
-            raise UsageError(f"--score-size must be in 1..{available} for this run, got {size}")
-        self.judged = {
-            "train_target": pick(self.splits.target_train, size),
-            "test_target": pick(self.splits.test, size),
-        }
+        self.judged = {UNSEEN: (min(config.score_size, len(self.splits.test)), self.splits.test)}
+        if len(self.splits.trained):
+            self.judged[TRAINED] = (len(self.splits.trained), self.splits.trained)
+
+    @torch.no_grad()
+    def exposed(self, queries: int, seed: int) -> tuple[Exposed, Own]:
+        """What attackers get of it."""
+        splits, shown = self.splits, {name: images.subset(range(n)) for name, (n, images) in self.judged.items()}
+        shown[VAL] = splits.attacker_val
+        intercepted = splits.intercepted.subset(range(min(INTERCEPTED, len(splits.intercepted))))
+        with isolated_random(seed, self.device):
+            sent = {
+                name: torch.cat(
+                    [
+                        observe(self.model, batch.to(self.device), queries).cpu()
+                        for batch, _ in over(make_loader(images, BATCH, shuffle=False), "features")
+                    ]
+                    or [torch.empty(0, *self.model.feature_shape)]
+                )
+                for name, images in (*shown.items(), ("", intercepted))
+            }
+        others = sent.pop("")
+        own = Own(splits.attacker_train, splits.attacker_val)
+        return Exposed(self.model, sent, others, self.num_classes, self.image_shape, queries, seed), own
 
     @property
     def noise_std(self) -> float:
@@ -106,8 +133,8 @@ class Target:
     def information(self, config: AttackConfig) -> dict[str, Any]:
         """What its features say of the images that it was trained on, without an attack: see
         :func:`~cem.attacks.information.information_report`."""
-        images = pick(self.splits.target_train, min(INFORMATION_IMAGES, len(self.splits.target_train)))
-        loader = make_loader(images, config.batch_size, shuffle=False)
+        images = pick(replace(self._trained, augment=None), min(INFORMATION_IMAGES, len(self._trained)))
+        loader = make_loader(images, BATCH, shuffle=False)
         batches = over(loader, "features")
         features, labels = collect_features(self.model, batches, self.device, config.seed, noisy=False)
         context = runs.context_of(self.config, self.model, self._facts)

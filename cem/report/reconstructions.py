@@ -15,7 +15,9 @@ Images = npt.NDArray[np.uint8]
 
 
 def draw_reconstructions(
-    originals: Images, rows: Mapping[str, tuple[Images, npt.NDArray[np.floating] | None]], path: Path
+    originals: Images,
+    rows: Mapping[str, tuple[Images, npt.NDArray[np.floating] | None, npt.NDArray[np.floating] | None]],
+    path: Path,
 ) -> None:
     """Draw a grid: the originals, and under them a row of reconstructions for every name.
 
@@ -31,7 +33,7 @@ def draw_reconstructions(
     for axes, image in zip(grid[0], originals, strict=True):
         _show(axes, image)
     _name(grid[0, 0], "original")
-    for line, (name, (images, ssim)) in zip(grid[1:], rows.items(), strict=True):
+    for line, (name, (images, ssim, _)) in zip(grid[1:], rows.items(), strict=True):
         for number, axes in enumerate(line):
             _show(axes, images[number])
             if ssim is not None:
