@@ -147,7 +147,8 @@ def _cells(unseen: dict[str, Any] | None, trained: dict[str, Any] | None) -> str
     found = ""
     if unseen:
         ssim = "    -" if unseen["ssim"] is None else f"{unseen['ssim']:5.3f}"
-        found += f"   {unseen['mse']:.5f}  {unseen['mse_p05']:.5f}   {unseen['psnr']:5.2f}  {ssim}  {unseen['identified']:6.1%}"
+        errors = f"   {unseen['mse']:.5f}  {unseen['mse_p05']:.5f}   {unseen['psnr']:5.2f}"
+        found = f"{errors}  {ssim}  {unseen['identified']:6.1%}"
     if trained:
         ssim = "    -" if trained["ssim"] is None else f"{trained['ssim']:5.3f}"
         found = f"{found:48}   {trained['mse']:.5f}  {ssim}"

@@ -39,9 +39,10 @@ class Exposed:
     Attributes:
         model: the target, in evaluation mode, its parameters frozen, on its device. An attack that claims to know less
             leaves ``encoder`` alone.
-        sent: by set, features ``[N, *feature_shape]`` of the images to be reconstructed as they crossed the cut, the mean
-            over ``queries``, on the CPU: :data:`UNSEEN`, :data:`TRAINED` (not where the attacker was trained on such
-            images), and :data:`VAL`, the attacker's own validation images. Drawn once: all attacks see the same noise.
+        sent: by set, features ``[N, *feature_shape]`` of the images to be reconstructed as they crossed the cut, the
+            mean over ``queries``, on the CPU: :data:`UNSEEN`, :data:`TRAINED` (not where the attacker was trained on
+            such images), and :data:`VAL`, the attacker's own validation images. Drawn once: all attacks see the same
+            noise.
         intercepted: ``[M, *feature_shape]``, features of other images, of which the attacker has nothing else; disjoint
             from all sets above.
         num_classes: labels are below this.
@@ -90,8 +91,8 @@ class Record:
     """What came of an attack.
 
     Attributes:
-        guesses: by candidate. Where there are several, each has guesses of :data:`VAL` too, and for every metric the one
-            that does best on those counts.
+        guesses: by candidate. Where there are several, each has guesses of :data:`VAL` too, and for every metric the
+            one that does best on those counts.
         facts: plain values for ``attack.json``; ``converged`` (``None`` where nothing converges) and ``note`` (what
             the figures should be read with, or empty) among them; ``curves``, where networks were trained: of each
             ``name``, ``curve`` (rows with ``epoch`` and ``val_mse``), ``best_epoch``, ``converged``.

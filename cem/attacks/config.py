@@ -25,14 +25,15 @@ class AttackConfig(Composed):
     Constructing one checks nothing; :meth:`checked` does.
 
     Attributes:
-        attacks: Attacks to try; the worst case over them counts, metric by metric. Or package.module:Class, one of yours.
-        knowledge: Which images attackers learn from: auxiliary, images of the same kind that the target never trained on;
-            training, the target's own training images, as published tables assume. With both, each has a directory.
+        attacks: Attacks to try; the worst case over them counts, metric by metric. Or package.module:Class, one of
+            yours.
+        knowledge: Which images attackers learn from: auxiliary, images of the same kind that the target never trained
+            on; training, the target's own training images, as published tables assume. With both, each has a directory.
         queries: The attacker sees every image this many times and averages: independent noise falls to σ²/QUERIES. A
             defense that is noise alone gives way; one that keeps little of the image does not.
         aux_size: Learn from this many images; without it, from all that there are.
-        score_size: Every attack reconstructs and is scored on this many unseen images, and on a quarter as many that the
-            target was trained on; all, if there are fewer.
+        score_size: Every attack reconstructs and is scored on this many unseen images, and on a quarter as many that
+            the target was trained on; all, if there are fewer.
         control: A run without a penalty under the same noise, attacked before in the same way, whose figures stand
             beside this one's, and to which the information is related. Without it: one beside this run, if there is
             any.

@@ -21,8 +21,9 @@ def control_guesses(target: Exposed, own: Own, labels: dict[str, Tensor]) -> dic
     """By name of the control, its guesses for every set but the attacker's own.
 
     ``mean_image``: the mean of the attacker's images for all. ``class_mean``: the mean of the true class, which is what
-    features that tell the class and nothing else would give away; a class that the attacker has no image of gets the mean
-    image. ``nearest_neighbor``: of the attacker's images the one whose features, sent once more, are nearest to those seen.
+    features that tell the class and nothing else would give away; a class that the attacker has no image of gets the
+    mean image. ``nearest_neighbor``: of the attacker's images the one whose features, sent once more, are nearest to
+    those seen.
 
     Args:
         target: what lies open.

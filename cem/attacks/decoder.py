@@ -6,12 +6,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, seconds_of
 from cem.attacks.fit import (
-    PUBLISHED, Fitted, Schedule, decode, fit_network, one_step, seconds_of_training,
+    PUBLISHED,
+    Fitted,
+    Schedule,
+    decode,
+    fit_network,
+    one_step,
+    seconds_of_training,
 )  # fmt: skip
 from cem.attacks.losses import LOSSES
 from cem.attacks.metrics import ssim_window
@@ -25,8 +30,8 @@ from cem.training.evaluation import isolated_random
 class Decoder(Attack["Decoder.Options"]):
     """Trains networks on pairs of image and features, and takes the one that does best on validation images.
 
-    Under the squared error a decoder estimates the posterior mean, which no attacker who sees the same features can beat
-    in that error; what it lacks is training and capacity.
+    Under the squared error a decoder estimates the posterior mean, which no attacker who sees the same features can
+    beat in that error; what it lacks is training and capacity.
     """
 
     name = "decoder"
@@ -40,10 +45,11 @@ class Decoder(Attack["Decoder.Options"]):
         Attributes:
             networks: Networks to train, as NETWORK or NETWORK:LOSS. preactN8C64 has 8 pre-activation residual blocks of
                 64 channels, other numbers make smaller and larger ones; res_normN8C64 is the published one, layer for
-                layer, deconvC64 has transposed convolutions only. Losses: mse (without LOSS), l1, ssim (1 - SSIM + MSE).
-            schedule: How they are trained. cycles: Adam under cosine cycles, each twice as long as the one before, until
-                one gains next to nothing. published: as in the CEM paper's code, 50 epochs of Adam from 1e-3 to 1e-5,
-                weight decay 1e-4, batch 256; the other options of decoders are not used.
+                layer, deconvC64 has transposed convolutions only. Losses: mse (without LOSS), l1, ssim (1 - SSIM +
+                MSE).
+            schedule: How they are trained. cycles: Adam under cosine cycles, each twice as long as the one before,
+                until one gains next to nothing. published: as in the CEM paper's code, 50 epochs of Adam from 1e-3 to
+                1e-5, weight decay 1e-4, batch 256; the other options of decoders are not used.
             cycle_epochs: Passes over the attacker's images in the first cycle.
             max_epochs: Bound on the passes; only whole cycles are run, 5, 15, 35, 75, 155, ... epochs with
                 --decoder.cycle-epochs 5. A network whose error was falling when the bound came is reported as not

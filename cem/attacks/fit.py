@@ -137,8 +137,8 @@ def fit_network(
 ) -> Fitted:
     """Train ``network`` to invert what crosses the cut of ``model``, and keep it after every cycle.
 
-    Every pass sees new draws of the defense. Where an earlier call was cut off, or had a smaller bound, training goes on
-    after its last whole cycle, to the numbers of a call that was never cut off.
+    Every pass sees new draws of the defense. Where an earlier call was cut off, or had a smaller bound, training goes
+    on after its last whole cycle, to the numbers of a call that was never cut off.
 
     Args:
         model: in evaluation mode, on its device; the target, or an attacker's shadow of it.
@@ -156,7 +156,8 @@ def fit_network(
         DivergedError: the loss of an epoch is not finite.
     """
     device = next(network.parameters()).device
-    view = _View(model, own.train, queries)
+    with isolated_random(seed, device):  # even a loader that does not shuffle draws
+        view = _View(model, own.train, queries)
     batches = make_loader(
         view.images,
         min(schedule.batch_size, len(own.train)),
@@ -186,7 +187,7 @@ def fit_network(
                 val_mse = mse(network, val_sent, own.val)
                 if not math.isfinite(val_mse):
                     raise DivergedError(
-                        f"the validation MSE of {name} in epoch {len(curve) + 1} is not finite; lower lr"
+                        f"the validation MSE of {name} in epoch {len(curve) + 1} is not finite; lower the rate"
                     )
                 curve.append({"epoch": len(curve) + 1, "lr": lr, "train_loss": train_loss, "val_mse": val_mse})
                 report(len(curve))
@@ -268,7 +269,7 @@ def _epoch(
         count += len(images)
     mean = total.item() / count
     if not math.isfinite(mean):
-        raise DivergedError(f"the network's loss in epoch {number} is {mean}; lower lr")
+        raise DivergedError(f"the network's loss in epoch {number} is {mean}; lower the rate")
     return mean, lr
 
 

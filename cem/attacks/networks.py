@@ -131,8 +131,8 @@ def _preactivation(channels_in: int, blocks: int, channels: int, doublings: int,
 
 
 def _published(channels_in: int, blocks: int, channels: int, doublings: int, colors: int) -> list[nn.Module]:
-    """``res_normN_AE`` of the published code: one block into ``channels``, ``blocks`` more, two that double the side (or
-    are plain blocks where no doubling is needed), and one out of them; ReLU behind each but the last."""
+    """``res_normN_AE`` of the published code: one block into ``channels``, ``blocks`` more, two that double the side
+    (or are plain blocks where no doubling is needed), and one out of them; ReLU behind each but the last."""
     block = lambda a, b: ResidualBlock(a, b, published=True)  # noqa: E731
     layers: list[nn.Module] = [block(channels_in, channels), nn.ReLU()]
     for _ in range(blocks):

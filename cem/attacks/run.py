@@ -44,9 +44,9 @@ class AttackRun:
     Args:
         run_dir: a finished run of ``python -m cem.train``.
         config: the options, with one kind of knowledge.
-        out: directory for the results; ``run_dir/attack`` if left out, with the knowledge and the number of queries in its
-            name where they are not the usual ones. One that holds the beginning of the same attack is continued, as is
-            one with fewer attacks or smaller bounds.
+        out: directory for the results; ``run_dir/attack`` if left out, with the knowledge and the number of queries in
+            its name where they are not the usual ones. One that holds the beginning of the same attack is continued, as
+            is one with fewer attacks or smaller bounds.
 
     Attributes:
         out: where the results lie.
@@ -162,8 +162,8 @@ class AttackRun:
             for name, (n, _) in target.judged.items()
         )
         self._log.info(
-            f"attack on {target.run_dir}: {', '.join(config.chosen())}; knowledge {config.knowledge[0]}: {known} images to "
-            f"learn from, {chosen} to choose with; scored on {scored}; queries an image: {config.queries}; "
+            f"attack on {target.run_dir}: {', '.join(config.chosen())}; knowledge {config.knowledge[0]}: {known} images "
+            f"to learn from, {chosen} to choose with; scored on {scored}; queries an image: {config.queries}; "
             f"{runs.device_name(target.device)}"
         )
         for note in target.notes:

@@ -23,10 +23,10 @@ class AttackSplits:
     Attributes:
         attacker_train: the attacker's own images, to learn from.
         attacker_val: the attacker's own as well; everything inside an attack is chosen on them.
-        test: neither target nor attacker ever sees these; reconstructions of the first ones are scored, once, and all are
-            candidates for whose reconstruction one is.
-        trained: images that the target was trained on and the attacker never sees, scored apart; none where the attacker
-            learns from such images itself.
+        test: neither target nor attacker ever sees these; reconstructions of the first ones are scored, once, and all
+            are candidates for whose reconstruction one is.
+        trained: images that the target was trained on and the attacker never sees, scored apart; none where the
+            attacker learns from such images itself.
         intercepted: images of which an attacker sees the features and nothing else.
 
     Raises:

@@ -63,7 +63,7 @@ class ImageSet(Dataset[Batch]):
 
     def subset(self, positions: Sequence[int] | Tensor) -> ImageSet:
         """The images at ``positions``, in that order, with their indices in the original file."""
-        chosen = torch.as_tensor(positions)
+        chosen = torch.as_tensor(positions, dtype=torch.int64)
         return replace(self, images=self.images[chosen], labels=self.labels[chosen], indices=self.indices[chosen])
 
 

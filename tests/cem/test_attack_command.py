@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from cem import attack as command
-from cem.attacks.config import AttackConfig
 
-FAST = ["--attackers=deconvC4", "--cycle-epochs=1", "--max-epochs=1", "--aux-size=64", "--score-size=20"]
-FAST += ["--white-box-images=0"]
+FAST = ["--attacks", "decoder", "--decoder.networks=deconvC4", "--decoder.cycle-epochs=1", "--decoder.max-epochs=1"]
+FAST += ["--aux-size=64", "--score-size=20"]
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +18,22 @@ def attacked(trained, run, tmp_path_factory):
 
 def test_attack_says_what_it_does_what_was_found_and_what_comes_next(trained, attacked):
     result = json.loads((attacked.path / "attack.json").read_text())
-    assert attacked.err.startswith(f"attack on {trained.path}: 64 images to train decoders on, ")
-    assert "; deconvC4, at most 1 epochs each; white box on 0 images; queries an image: 1; cpu\n" in attacked.err
-    assert "decoders take about 0 s, less where they converge early\n" in attacked.err
-    assert "strongest decoder, deconvC4" in attacked.out
-    assert f"{result['test_target']['mse']:.5f}" in attacked.out
-    assert f"{result['controls']['class_mean']['train_target']['mse']:.5f}" in attacked.out
-    assert "white box" not in attacked.out
+    said = f"attack on {trained.path}: decoder; knowledge auxiliary: 64 images to learn from, "
+    assert attacked.err.startswith(said)
+    assert "scored on 20 unseen images and 5 that it was trained on; queries an image: 1; cpu\n" in attacked.err
+    assert "takes about 0 s, less where attacks end early\n" in attacked.err
+    assert attacked.err.count("\n") <= 12
+    worst = result["worst"]["mse"]
+    assert worst["attack"] == "decoder"
+    lines = {line[:23].strip(): line.split() for line in attacked.out.splitlines()}
+    assert f"{worst['value']:.5f}" in lines["worst"]
+    for name, control in result["controls"].items():
+        line = lines[f"guess: {name.replace('_', ' ')}"]
+        assert {f"{control[part]['mse']:.5f}" for part in ("metrics", "train_target")} < {*line}
     assert f"\nresults   {attacked.path}: attack.json" in attacked.out
     assert attacked.out.splitlines()[-1].startswith("next      python -m cem.compare --quick ")
-    assert result["converged"] is result["attackers"][0]["converged"] is False
-    assert "not converged: deconvC4; --max-epochs 3 would give it another cycle" in attacked.out
-    assert "deconvC4 had not converged" in attacked.err
+    assert result["attacks"]["decoder"]["converged"] is False
+    assert "not converged: --decoder.max-epochs 3 would give it another cycle" in attacked.out
 
 
 def test_the_same_command_again_changes_nothing(trained, attacked, run):
@@ -41,17 +44,21 @@ def test_the_same_command_again_changes_nothing(trained, attacked, run):
 
 
 def test_options_of_another_attack_can_be_taken_over(tmp_path):
-    AttackConfig(attackers=("deconvC8:l1",), queries=3).to_yaml(tmp_path / "mine.yaml")
-    path, config, out = command.parse(["RUN", "--config", str(tmp_path / "mine.yaml"), "--queries", "2"])
-    assert (path, config.attackers, config.queries, out) == (Path("RUN"), ("deconvC8:l1",), 2, None)
+    path = tmp_path / "mine.yaml"
+    path.write_text("attacks: [decoder]\nqueries: 3\ndecoder: {networks: ['deconvC8:l1'], lr: 0.1}\n")
+    run, config, out = command.parse(["RUN", "--config", str(path), "--queries", "2", "--decoder.lr", "0.2"])
+    own = config.options_of("decoder")
+    assert (run, own.networks, own.lr, config.queries, out) == (Path("RUN"), ("deconvC8:l1",), 0.2, 2, None)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("RUN --attackers resnet", "decoders are named like res_normN8C64"),
+        ("RUN --decoder.networks resnet", "networks are named like preactN8C64"),
+        ("RUN --attacks decoder --oracle.depth 3", "there is no option --oracle.depth"),
         ("RUN --aux-size 1000000", "--aux-size must be in 1.."),
-        ("RUN --score-size 65", "--score-size must be in 1..64 for this run, got 65"),
+        ("RUN --score-size 0", "--score-size must be at least 1, got 0"),
+        ("RUN --knowledge training auxiliary", "--out is for one attack"),
         ("RUN --control nowhere", "--control nowhere has no finished attack"),
         ("nowhere", "nowhere holds no finished run"),
         ("", "which run? python -m cem.attack RUN [options]; RUN comes first"),

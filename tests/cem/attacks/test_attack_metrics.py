@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cem.attacks.metrics import mean_scores, score_images, ssim, ssim_window
+from cem.attacks.metrics import best, score_images, ssim, ssim_window
 
 
 def pair(*shape, noise=0.1):
@@ -19,8 +19,10 @@ def test_mse_and_psnr_are_those_of_each_image():
     expected = (guess - truth).square().mean((1, 2, 3))
     torch.testing.assert_close(scores.mse, expected)
     torch.testing.assert_close(scores.psnr, -10 * expected.log10())
-    best = {"mse": 0.0, "psnr": pytest.approx(100.0), "ssim": pytest.approx(1.0)}
-    assert mean_scores(score_images(truth, truth)) == best
+    exact = score_images(truth, truth)
+    assert exact.mse.tolist() == [0.0] * 5
+    torch.testing.assert_close(exact.psnr, torch.full((5,), 100.0))
+    torch.testing.assert_close(exact.ssim, torch.ones(5))
 
 
 def test_ssim_is_wang_et_al_with_mirrored_borders():
@@ -55,3 +57,9 @@ def test_shapes_that_differ_and_images_without_a_window_are_refused():
         score_images(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 9))
     with pytest.raises(ValueError, match="3x3 pixels or more"):
         ssim(torch.rand(2, 1, 2, 2), torch.rand(2, 1, 2, 2))
+
+
+def test_the_worst_case_is_the_smallest_error_and_the_largest_likeness_and_what_has_no_value_never_is_it():
+    scores = {"a": {"mse": 0.2, "ssim": 0.9}, "b": {"mse": 0.1, "ssim": 0.8}, "c": {"mse": None, "ssim": None}}
+    assert [best(metric, scores) for metric in ("mse", "ssim")] == ["b", "a"]
+    assert best("mse", {name: {"mse": None} for name in "ab"}) == "a"

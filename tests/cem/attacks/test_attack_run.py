@@ -1,26 +1,67 @@
-"""An attack on a run: what it reads, what it leaves behind, and what it refuses."""
+"""Attacks on a run: what they read, what they leave behind, and what is refused."""
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cem.attacks import fit
+from cem.attacks import ATTACKS
 from cem.attacks import run as run_module
+from cem.attacks.base import TRAINED, UNSEEN, VAL, Attack, Record
 from cem.attacks.config import AttackConfig
-from cem.attacks.run import Attack
-from cem.attacks.splits import identities, pick
+from cem.attacks.decoder import Decoder
+from cem.attacks.fit import decode
+from cem.attacks.metrics import METRICS, judged
+from cem.attacks.networks import build_network
+from cem.attacks.run import AttackRun
+from cem.attacks.splits import identities
 from cem.data import ImageSet, load_data
 from cem.errors import CheckpointError, DataError, UsageError
+from cem.options import Options, option
 from cem.training import TrainConfig, checkpoint, train
 
-TINY = AttackConfig(attackers=("deconvC4", "deconvC8:l1"), aux_size=200, score_size=50, cycle_epochs=1, max_epochs=3)
-TINY = replace(TINY, white_box_images=4, white_box_steps=5, device="cpu")
+SMALL = Decoder.Options(networks=("deconvC4", "deconvC8:l1"), cycle_epochs=1, max_epochs=3)
+TINY = AttackConfig(attacks=("decoder",), members={"decoder": SMALL}, aux_size=200, score_size=50, device="cpu")
 TARGET = TrainConfig(train_size=200, epochs=1, surrogate="none", arch="resnet20", cut_layer=2, device="cpu")
+
+
+class Copier(Attack):
+    """Returns an image of its own whatever was sent, after the decoder, if that is asked for."""
+
+    name = "copier"
+    summary = "for tests"
+    needs = ("decoder",)
+    bounds = ("most",)
+
+    @dataclass(frozen=True)
+    class Options(Options):
+        """Of it.
+
+        Attributes:
+            most: Nothing.
+            place: Of the image.
+        """
+
+        most: int = option(1, least=1)
+        place: int = option(0, least=0)
+
+    def forecast(self, target, own, options):
+        return 1.0
+
+    def run(self, target, own, options, progress):
+        image = own.train.images[options.place].float() / 255
+        progress.show(0.5, "half")
+        guesses = {name: image.expand(len(sent), *image.shape).contiguous() for name, sent in target.sent.items()}
+        return Record({"image": guesses}, {"converged": None, "note": "", "after": sorted(progress.earlier)})
+
+
+@pytest.fixture
+def copier(monkeypatch):
+    monkeypatch.setitem(ATTACKS._members, "copier", Copier)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +72,7 @@ def attacked(tmp_path_factory):
         patch.setattr("cem.training.trainer.draw_tsne", lambda *_, **__: None)
         train(replace(TARGET, out=folder / "none"))
         train(replace(TARGET, surrogate="centroid", lambd=0.5, penalty_from=1, out=folder / "centroid"))
-    Attack(folder / "none", TINY).run()
+    AttackRun(folder / "none", TINY).run()
     return folder
 
 
@@ -52,77 +93,129 @@ def result_of(run_dir):
     return json.loads((run_dir / "attack" / "attack.json").read_text())
 
 
-def test_the_strongest_on_validation_images_is_reported_and_everything_is_kept(attacked):
+def test_everything_is_kept_and_says_what_it_was_measured_on(attacked):
     files = {"attack.json", "attack.log", "config.yaml", "curves.png", "reconstructions.png", "images.npz"}
     found = {path.name for path in (attacked / "none" / "attack").iterdir()}
-    assert found == files | {"deconvC4.pt", "deconvC8-l1.pt"}
+    assert found == files | {"decoder-deconvC4.pt", "decoder-deconvC8-l1.pt"}
     result = result_of(attacked / "none")
-    attackers = {record["name"]: record for record in result["attackers"]}
-    best = min(attackers.values(), key=lambda record: record["val"]["mse"])
-    assert set(attackers) == {"deconvC4", "deconvC8:l1"}
-    assert [result[key] for key in ("strongest", "test_target", "train_target")] == [
-        best[key] for key in ("name", "test_target", "train_target")
-    ]
     facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.1, "defenses": [], "train_size": 200}
     assert result["run"].items() >= facts.items()
-    sizes = {"target_train": 200, "attacker_train": 200, "attacker_val": 247, "test": 359}
-    assert result["sizes"] == sizes | {"scored_train_target": 50, "scored_test_target": 50}
+    sizes = {"attacker_train": 200, "attacker_val": 247, "test": 359, "trained": 12, "intercepted": 188}
+    assert result["sizes"] == sizes | {"scored_test_target": 50, "scored_train_target": 12}
+    assert result["knowledge"] == "auxiliary"
+    assert len((attacked / "none" / "attack" / "attack.log").read_text().splitlines()) <= 12
 
 
-def test_controls_guess_the_mean_of_the_attackers_images_or_of_the_class(attacked):
-    target, controls = Attack(attacked / "none", TINY).target, result_of(attacked / "none")["controls"]
-    known, judged = target.splits.attacker_train, target.judged["test_target"]
-    pixels, truth = known.images.double() / 255, judged.images.double() / 255
-    of_class = torch.stack([pixels[known.labels == label].mean(0) for label in judged.labels])
+def test_inside_an_attack_validation_images_choose_metric_by_metric(attacked):
+    found = result_of(attacked / "none")["attacks"]["decoder"]
+    candidates = found["candidates"]
+    assert set(candidates) == {"deconvC4", "deconvC8:l1"}
+    for metric, sign in METRICS.items():
+        best = max(candidates, key=lambda name: sign * candidates[name][VAL][metric])
+        assert found["chosen"][metric] == best
+        assert found["metrics"][metric] == candidates[best]["metrics"][metric]
+        assert found[TRAINED][metric] == candidates[best][TRAINED][metric]
+
+
+def test_over_attacks_the_worst_case_counts_metric_by_metric_on_the_same_images(copy, copier):
+    result = AttackRun(copy / "none", replace(TINY, attacks=("copier", "decoder"))).run()
+    attacks = result["attacks"]
+    assert [*attacks] == ["copier", "decoder"]
+    assert attacks["copier"]["after"] == ["decoder"]
+    for part, worst in (("metrics", result["worst"]), (TRAINED, result[f"worst_{TRAINED}"])):
+        assert attacks["copier"][part]["images"] == attacks["decoder"][part]["images"]
+        for metric, sign in METRICS.items():
+            values = {name: each[part][metric] for name, each in attacks.items()}
+            name = max(values, key=lambda name: sign * values[name])
+            assert worst[metric] == {"attack": name, "value": values[name]}
+    assert result["worst"]["mse"]["attack"] == "decoder"
+
+
+def test_controls_guess_a_mean_or_the_image_with_the_nearest_features(attacked):
+    run = AttackRun(attacked / "none", replace(TINY, seed=1), attacked / "elsewhere")
+    controls = result_of(attacked / "none")["controls"]
+    (count, images), known = run.target.judged[UNSEEN], run.target.splits.attacker_train
+    pixels, truth = known.images.double() / 255, images.images[:count].double() / 255
+    of_class = torch.stack([pixels[known.labels == label].mean(0) for label in images.labels[:count]])
     for name, guess in (("mean_image", pixels.mean(0)), ("class_mean", of_class)):
         expected = (truth - guess).square().mean().item()
-        assert controls[name]["test_target"]["mse"] == pytest.approx(expected)
+        assert controls[name]["metrics"]["mse"] == pytest.approx(expected)
+        assert controls[name]["metrics"]["identified"] <= 0.1
+    # The noise is small here: an image's own features are the nearest.
+    own = run._own
+    sent = {UNSEEN: run._exposed.observe(own.train.images[:20].float() / 255), VAL: run._exposed.sent[VAL]}
+    nearest = run_module.control_guesses(replace(run._exposed, sent=sent), own, {UNSEEN: own.train.labels[:20]})
+    assert torch.equal(nearest["nearest_neighbor"][UNSEEN], own.train.images[:20].float() / 255)
 
 
-def test_scores_are_those_of_the_kept_decoder_and_the_white_box_beside_it_has_the_same_images(attacked):
-    target, result = Attack(attacked / "none", TINY).target, result_of(attacked / "none")
-    content = checkpoint.load(attacked / "none" / "attack" / "deconvC4.pt")
-    network = run_module.build_decoder("deconvC4", target.model.feature_shape, target.image_shape)
-    network.load_state_dict(content["decoder"])
-    judged = target.judged["test_target"]
-    scores = fit.score_decoder(target.model, network.eval(), judged, 1, TINY.seed)
-    assert scores.mse.double().mean().item() == result["attackers"][0]["test_target"]["mse"]
-    assert torch.equal(judged.subset(range(4)).indices, pick(target.splits.test, 4).indices)
-    assert result["white_box"]["decoder"]["test_target"] != result["test_target"]
+def test_scores_are_those_of_the_networks_that_are_kept(attacked):
+    run, result = AttackRun(attacked / "none", TINY), result_of(attacked / "none")
+    content = checkpoint.load(attacked / "none" / "attack" / "decoder-deconvC4.pt")
+    network = build_network("deconvC4", run.target.model.feature_shape, run.target.image_shape)
+    network.load_state_dict(content["best"])
+    scores = judged(decode(network, run._exposed.sent[UNSEEN]), run.target.judged[UNSEEN][1])
+    assert scores == result["attacks"]["decoder"]["candidates"]["deconvC4"]["metrics"]
+
+
+def numbers(result):
+    """What of a result does not depend on how long things took."""
+    if isinstance(result, dict):
+        return {key: numbers(value) for key, value in result.items() if key not in ("seconds", "peak_memory_bytes")}
+    return [numbers(each) for each in result] if isinstance(result, list) else result
 
 
 def test_an_interrupted_attack_goes_on_to_the_same_numbers_and_a_finished_one_is_left_alone(copy, monkeypatch):
-    directory, original, fitted = copy / "none" / "attack", run_module.fit_decoder, []
+    directory, epochs = copy / "none" / "attack", []
     first = result_of(copy / "none")
     shutil.rmtree(directory)
+    keep = run_module.Progress.keep
 
-    def interrupted(model, decoder, loss, *rest):
-        fitted.append(loss)
-        if fitted == ["mse", "l1"]:
+    def interrupted(self, name, content):
+        keep(self, name, content)
+        epochs.append((name, len(content["curve"])))
+        if len(epochs) == 3:
             raise KeyboardInterrupt
-        return original(model, decoder, loss, *rest)
 
-    monkeypatch.setattr(run_module, "fit_decoder", interrupted)
+    monkeypatch.setattr(run_module.Progress, "keep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Attack(copy / "none", TINY).run()
+        AttackRun(copy / "none", TINY).run()
     assert not (directory / "attack.json").exists()
-    again = Attack(copy / "none", TINY).run()
-    assert fitted == ["mse", "l1", "l1"]  # only the decoder that was missing
-    for part in ("strongest", "train_target", "test_target", "controls"):
-        assert again[part] == first[part]
-    assert [each["curve"] for each in again["attackers"]] == [each["curve"] for each in first["attackers"]]
+    again = AttackRun(copy / "none", TINY).run()
+    assert epochs == [("decoder-deconvC4", 1), ("decoder-deconvC4", 3), *(("decoder-deconvC8-l1", n) for n in (1, 3))]
+    assert numbers(again) == numbers(first)
 
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    assert Attack(copy / "none", TINY).run() == again
+    assert AttackRun(copy / "none", TINY).run() == again
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
-def test_a_damaged_decoder_is_trained_again(copy):
-    directory, first = copy / "none" / "attack", result_of(copy / "none")
-    (directory / "attack.json").unlink()
-    (directory / "deconvC4.pt").write_bytes(b"half a file")
-    assert Attack(copy / "none", TINY).run()["test_target"] == first["test_target"]
-    assert "training it again" in (directory / "attack.log").read_text()
+def test_a_larger_bound_and_more_attacks_go_on_from_what_there_is(copy, copier, monkeypatch):
+    first, epochs, keep = result_of(copy / "none"), [], run_module.Progress.keep
+
+    def count(self, name, content):
+        keep(self, name, content)
+        epochs.append(len(content["curve"]))
+
+    monkeypatch.setattr(run_module.Progress, "keep", count)
+    longer = replace(TINY, members={"decoder": replace(SMALL, max_epochs=7, tolerance=SMALL.tolerance)})
+    result = AttackRun(copy / "none", longer).run()
+    assert {*epochs} <= {7}
+    assert result["attacks"]["decoder"]["curves"][0]["curve"][:3] == first["attacks"]["decoder"]["curves"][0]["curve"]
+    more = AttackRun(copy / "none", replace(longer, attacks=("decoder", "copier"))).run()
+    assert [*more["attacks"]] == ["decoder", "copier"]
+    assert numbers(more["attacks"]["decoder"]) == numbers(result["attacks"]["decoder"])
+    with pytest.raises(UsageError, match=r"other options: --decoder.max-epochs \(was 7, got 3\)"):
+        AttackRun(copy / "none", replace(TINY, attacks=("decoder", "copier")))
+    with pytest.raises(UsageError, match=r"other options: --attacks"):
+        AttackRun(copy / "none", longer)
+
+
+def test_knowledge_of_the_training_images_has_a_directory_of_its_own_and_is_scored_on_unseen_ones(copy):
+    result = AttackRun(copy / "none", replace(TINY, knowledge=("training",))).run()
+    assert (copy / "none" / "attack-training" / "attack.json").exists()
+    assert result["knowledge"] == "training"
+    assert f"worst_{TRAINED}" not in result
+    assert TRAINED not in result["attacks"]["decoder"]
 
 
 def test_no_image_of_the_final_test_is_read_while_the_target_is_trained(tmp_path, monkeypatch):
@@ -139,40 +232,40 @@ def test_no_image_of_the_final_test_is_read_while_the_target_is_trained(tmp_path
     assert not read & identities(load_data("digits").test)
 
 
-def test_images_of_the_final_test_change_nothing_but_their_own_scores(attacked, tmp_path):
-    attack = Attack(attacked / "none", TINY, tmp_path / "attack")
-    splits = attack.target.splits
-    assert identities(splits.target_train) == identities(load_data("digits", train_size=200).train)
-    attack.target.splits = replace(splits, test=replace(splits.test, images=255 - splits.test.images))
-    attack.target.judged["test_target"] = pick(attack.target.splits.test, 50)
-    first, other = result_of(attacked / "none"), attack.run()
-    assert other["test_target"] != first["test_target"]
+def test_images_of_the_final_test_change_nothing_but_what_is_measured_on_them(attacked, tmp_path):
+    run = AttackRun(attacked / "none", TINY, tmp_path / "attack")
+    assert identities(run.target._trained) == identities(load_data("digits", train_size=200).train)
+    count, images = run.target.judged[UNSEEN]
+    run.target.judged[UNSEEN] = count, replace(images, images=255 - images.images)
+    first, other = result_of(attacked / "none")["attacks"]["decoder"], run.run()["attacks"]["decoder"]
+    assert other["metrics"] != first["metrics"]
     for content in (first, other):
-        for part in (content, content["white_box"], content["white_box"]["decoder"], *content["attackers"]):
-            for name in ("test_target", "seconds"):
-                part.pop(name, None)
-    for name in ("strongest", "most_similar", "converged", "train_target", "attackers", "white_box"):
-        assert other[name] == first[name]
-    for file in ("deconvC4.pt", "deconvC8-l1.pt"):
-        kept, again = (checkpoint.load(path / file) for path in (attacked / "none" / "attack", tmp_path / "attack"))
-        assert all(torch.equal(kept["decoder"][name], again["decoder"][name]) for name in kept["decoder"])
+        for part in (content, *content["candidates"].values()):
+            part.pop("metrics")
+    assert numbers(other) == numbers(first)
 
 
-def test_an_undefended_run_beside_it_is_found_wherever_the_results_go_and_has_the_same_images(attacked, tmp_path):
-    result, control = Attack(attacked / "centroid", TINY, tmp_path / "attack").run(), result_of(attacked / "none")
-    assert result["undefended"] == {name: control[name] for name in ("train_target", "test_target")} | {"name": "none"}
+def test_an_undefended_run_beside_it_is_found_wherever_the_results_go_and_pictures_show_the_same_images(
+    attacked, tmp_path
+):
+    result, control = AttackRun(attacked / "centroid", TINY, tmp_path / "attack").run(), result_of(attacked / "none")
+    assert result["undefended"] == {"name": "none", "worst": control["worst"]}
     assert control["undefended"] is None
     one, other = (np.load(path / "images.npz") for path in (attacked / "none" / "attack", tmp_path / "attack"))
-    for name in ("originals", "indices", "labels"):
+    for name in ("originals", "indices", "labels", "attacks"):
         assert np.array_equal(one[name], other[name])
     assert one["labels"].tolist() == list(range(10))
-    assert not np.array_equal(one["reconstructions"], other["reconstructions"])
+    assert one["attacks"].tolist() == ["decoder", "class_mean"]
+    assert one["guesses"].shape == (2, *one["originals"].shape)
+    assert (one["worst"], one["mse"].shape, one["ssim"].shape) == ("decoder", (2, 10), (2, 10))
+    assert not np.array_equal(one["guesses"][0], other["guesses"][0])
+    assert np.array_equal(one["guesses"][1], other["guesses"][1])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda content: content["config"].update(max_epochs=4), r"attacked under other options: --max-epochs"),
+        (lambda content: content["config"].update(queries=4), r"attacked under other options: --queries"),
         (lambda content: content.update(data_checksum=1), "attacked on other images"),
         (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.1 here"),
         (lambda content: content.pop("config"), "has no finished attack"),
@@ -184,8 +277,8 @@ def test_a_control_that_cannot_stand_beside_the_run_is_refused_and_not_found(cop
     spoil(content)
     (copy / "none" / "attack" / "attack.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
-        Attack(copy / "centroid", replace(TINY, control=copy / "none"))
-    assert Attack(copy / "centroid", TINY)._control is None
+        AttackRun(copy / "centroid", replace(TINY, control=copy / "none"))
+    assert AttackRun(copy / "centroid", TINY)._control is None
 
 
 @pytest.mark.parametrize(
@@ -201,64 +294,79 @@ def test_a_control_that_cannot_stand_beside_the_run_is_refused_and_not_found(cop
 def test_a_control_may_differ_in_the_penalty_and_where_it_was_computed_and_in_nothing_else(copy, changes, found):
     path = copy / "centroid" / "config.yaml"
     TrainConfig.from_dict(TrainConfig.from_yaml(path).to_dict() | changes).to_yaml(path)
-    assert (Attack(copy / "centroid", TINY)._control is not None) == found
+    assert (AttackRun(copy / "centroid", TINY)._control is not None) == found
 
 
 def test_runs_with_a_penalty_or_of_another_version_are_no_controls(copy):
     shutil.copytree(copy / "none" / "attack", copy / "centroid" / "attack")
     with pytest.raises(UsageError, match="no control: it was trained with a penalty, centroid"):
-        Attack(copy / "none", replace(TINY, control=copy / "centroid"))
+        AttackRun(copy / "none", replace(TINY, control=copy / "centroid"))
     shutil.rmtree(copy / "centroid" / "attack")
     path = copy / "none" / "config.yaml"
     path.write_text(path.read_text().replace("format: 2", "format: 1"))
     with pytest.raises(CheckpointError, match="made by another version"):
-        Attack(copy / "none", TINY)
+        AttackRun(copy / "none", TINY)
     with pytest.raises(UsageError, match=r"no finished attack: .* made by another version"):
-        Attack(copy / "centroid", replace(TINY, control=copy / "none"))
-    assert Attack(copy / "centroid", TINY)._control is None
+        AttackRun(copy / "centroid", replace(TINY, control=copy / "none"))
+    assert AttackRun(copy / "centroid", TINY)._control is None
 
 
 def test_a_network_in_one_piece_is_attacked_without_noise(tmp_path):
     train(replace(TARGET, centralized=True, out=tmp_path / "run"))
-    result = Attack(tmp_path / "run", replace(TINY, attackers=("deconvC4",), white_box_images=0)).run()
+    result = AttackRun(tmp_path / "run", TINY).run()
     assert [result["run"][name] for name in ("noise_std", "bottleneck", "cut_layer")] == [0.0, None, None]
-    assert result["information"]["nats"] is result["undefended"] is result["white_box"] is None
+    assert result["information"]["nats"] is result["undefended"] is None
 
 
 def test_what_changed_since_the_target_was_trained_or_attacked_is_refused_by_name(copy, tmp_path):
     run, best = copy / "none", copy / "none" / "best.pt"
-    with pytest.raises(UsageError, match=r"other options: --max-epochs \(was 3, got 4\); choose another --out"):
-        Attack(run, replace(TINY, max_epochs=4))
-    more = replace(TINY, queries=16)
-    assert Attack(run, more).out == run / "attack-queries16"
+    with pytest.raises(UsageError, match=r"other options: --seed \(was 0, got 4\); choose another --out"):
+        AttackRun(run, replace(TINY, seed=4))
+    assert AttackRun(run, replace(TINY, queries=16)).out == run / "attack-queries16"
     content = checkpoint.load(best)
     shutil.copy(copy / "centroid" / "best.pt", best)
     with pytest.raises(UsageError, match=r"is of another best\.pt, or of other images"):
-        Attack(run, TINY)
+        AttackRun(run, TINY)
     content["data_fingerprint"]["checksum of the training images"] += 1
     del content["format"]
     checkpoint.save(best, content)
     with pytest.raises(UsageError, match="was trained on other data: checksum of the training images"):
-        Attack(run, TINY)
+        AttackRun(run, TINY)
     options = TrainConfig.from_yaml(run / "config.yaml")
     replace(options, data="mnist", data_root=Path("gone")).to_yaml(run / "config.yaml")
     with pytest.raises(DataError, match=r"neither in gone nor .*; --data-root says where the run's data are now"):
-        Attack(run, TINY)
+        AttackRun(run, TINY)
     with pytest.raises(UsageError, match=r"holds no finished run: there is no summary\.json"):
-        Attack(tmp_path, TINY)
+        AttackRun(tmp_path, TINY)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attackers": ("res_normN8",)}, "--attackers res_normN8: decoders are named like res_normN8C64"),
-        ({"attackers": ("deconvC8:huber",)}, "the loss must be one of mse, l1, ssim, got 'huber'"),
-        ({"attackers": ()}, "--attackers needs at least one"),
-        ({"attackers": ("deconvC8", "deconvC8:mse")}, "--attackers takes .* once, got deconvC8:mse twice"),
+        ({"attacks": ()}, "--attacks needs at least one"),
+        ({"attacks": ("decoder", "decoder")}, "names decoder twice"),
+        ({"attacks": ("oracle",)}, "--attacks takes decoder, .*, got 'oracle'"),
+        ({"knowledge": ("training", "training")}, "--knowledge takes every name once"),
+        ({"knowledge": ("none",)}, "--knowledge takes one of auxiliary, training, got .none."),
         ({"queries": 0}, "--queries must be at least 1, got 0"),
     ],
     ids=str,
 )
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(UsageError, match=message):
-        replace(TINY, **options).checked()
+        replace(TINY, members={}, **options).checked()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"networks": ("preactN8",)}, "--decoder.networks preactN8: networks are named like preactN8C64"),
+        ({"networks": ("deconvC8:huber",)}, "the loss must be one of mse, l1, ssim, got 'huber'"),
+        ({"networks": ()}, "--decoder.networks needs at least one"),
+        ({"networks": ("deconvC8", "deconvC8:mse")}, "--decoder.networks takes .* once, got deconvC8:mse twice"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_decoders_are_refused_by_name(options, message):
+    with pytest.raises(UsageError, match=message):
+        replace(TINY, members={"decoder": replace(SMALL, **options)}).checked()

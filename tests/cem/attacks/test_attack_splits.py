@@ -20,16 +20,32 @@ def target():
     return load_data("digits", train_size=700)
 
 
-def test_every_image_is_in_one_of_four_sets_and_the_target_keeps_its_own(target, everything):
-    splits = attack_splits(target, everything)
+@pytest.mark.parametrize("knowledge", ["auxiliary", "training"])
+def test_every_image_is_in_one_of_the_sets_and_no_set_shares_one_with_another(target, everything, knowledge):
+    splits = attack_splits(target, everything, knowledge=knowledge, trained_size=100)
     for one, other in combinations(vars(splits).values(), 2):
         assert not identities(one) & identities(other)
-    assert splits.sizes() == {"target_train": 700, "attacker_train": 591, "attacker_val": 147, "test": 359}
     assert sum(splits.sizes().values()) == 1797
-    assert torch.equal(splits.target_train.indices, target.train.indices)
-    assert torch.equal(splits.test.indices, target.test.indices)
+    assert identities(splits.test) == identities(target.test)
+
+
+def test_an_attacker_with_auxiliary_images_has_what_the_target_left_and_intercepts_what_it_was_trained_on(
+    target, everything
+):
+    splits = attack_splits(target, everything, trained_size=100)
+    sizes = {"attacker_train": 591, "attacker_val": 147, "test": 359, "trained": 100, "intercepted": 600}
+    assert splits.sizes() == sizes
+    assert identities(splits.trained) | identities(splits.intercepted) == identities(target.train)
     all_used = attack_splits(everything, everything)
     assert identities(all_used.attacker_train) | identities(all_used.attacker_val) == identities(everything.val)
+
+
+def test_an_attacker_with_training_images_has_the_targets_and_is_not_scored_on_such(target, everything):
+    splits = attack_splits(target, everything, knowledge="training", trained_size=100)
+    sizes = {"attacker_train": 700, "attacker_val": 147, "test": 359, "trained": 0, "intercepted": 591}
+    assert splits.sizes() == sizes
+    assert identities(splits.attacker_train) == identities(target.train)
+    assert not identities(splits.attacker_val) & identities(target.train)
 
 
 def test_images_and_labels_stay_with_their_indices(target, everything):
@@ -52,8 +68,8 @@ def test_a_smaller_attacker_owns_a_part_of_what_a_larger_one_owns(target, everyt
 
 
 def test_sets_that_share_an_image_are_refused(target):
-    with pytest.raises(ValueError, match=r"attacker_train and test share 359 images"):
-        AttackSplits(target.train, target.test, target.val, target.test)
+    with pytest.raises(ValueError, match=r"attacker_val and intercepted share \d+ images"):
+        AttackSplits(target.train, target.val, target.test, target.test, target.val)
 
 
 def test_an_attacker_without_enough_images_is_an_error(target, everything):

@@ -1,13 +1,17 @@
 """Training and scoring of a decoder: what it sees, when it stops, and that it repeats."""
 
+import logging
+
 import pytest
 import torch
 
 from cem.attacks import fit
-from cem.attacks.config import LOSS_NAMES, AttackConfig
-from cem.attacks.decoders import build_decoder
+from cem.attacks.base import Own, Progress
+from cem.attacks.fit import Fitted, Schedule
+from cem.attacks.losses import LOSSES
+from cem.attacks.networks import build_network
 from cem.attacks.observe import clean_features, defended, observe
-from cem.attacks.splits import AttackSplits, attack_splits, identities
+from cem.attacks.splits import attack_splits, identities
 from cem.data import ImageSet, load_data
 from cem.defenses import Chain, Defense, GaussianNoise
 from cem.errors import DivergedError
@@ -15,9 +19,9 @@ from cem.models import build_split_model
 
 
 @pytest.fixture(scope="module")
-def splits():
-    whole = attack_splits(load_data("digits", train_size=700), load_data("digits"), aux_size=64)
-    return AttackSplits(**{name: images.subset(range(min(64, len(images)))) for name, images in vars(whole).items()})
+def own():
+    whole = attack_splits(load_data("digits", train_size=700), load_data("digits"))
+    return Own(whole.attacker_train.subset(range(64)), whole.attacker_val.subset(range(64)))
 
 
 @pytest.fixture
@@ -28,28 +32,36 @@ def model():
     return model.eval()
 
 
-def decoder_for(model):
-    torch.manual_seed(1)
-    return build_decoder("deconvC8", model.feature_shape, (1, 8, 8))
+@pytest.fixture
+def fitted(model, own, tmp_path):
+    """Fits a small network in three epochs, unless a call says more."""
+    torch.manual_seed(2)
+    sent = observe(model, own.val.images.float() / 255)
 
+    def call(loss="mse", *, key=1, report=lambda epoch: None, **options):
+        torch.manual_seed(1)
+        network = build_network("deconvC8", model.feature_shape, (1, 8, 8))
+        schedule = Schedule(**{"cycle_epochs": 1, "max_epochs": 3, "batch_size": 32, "lr": 1e-3, **options})
+        progress = Progress(logging.getLogger("fit"), tmp_path, {"key": key})
+        return fit.fit_network(
+            model, network, loss, own, sent, schedule, queries=1, seed=0, progress=progress, name="one", report=report
+        )
 
-def fitted(model, splits, loss="mse", **options):
-    options = {"cycle_epochs": 1, "max_epochs": 3, "batch_size": 32, "lr": 1e-3, **options}
-    return fit.fit_decoder(model, decoder_for(model), loss, splits, AttackConfig(**options))  # type: ignore[arg-type]
+    return call
 
 
 def with_validation_errors(monkeypatch, errors):
-    """Let the decoder's validation MSE be ``errors``, epoch by epoch."""
+    """Let the network's validation MSE be ``errors``, epoch by epoch."""
     left = iter(errors)
-    monkeypatch.setattr(fit, "_mse", lambda *_: next(left))
+    monkeypatch.setattr(fit, "mse", lambda *_: next(left))
 
 
-@pytest.mark.parametrize(("loss", "amp"), [*((loss, False) for loss in LOSS_NAMES), ("mse", True)])
-def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(model, splits, loss, amp):
-    found = fitted(model, splits, loss, max_epochs=7, lr=1e-2, amp=amp)
+@pytest.mark.parametrize(("loss", "amp"), [*((loss, False) for loss in LOSSES), ("mse", True)])
+def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(fitted, model, own, loss, amp):
+    found = fitted(loss, max_epochs=7, lr=1e-2, amp=amp)
     assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"]
     assert found.curve[-1]["val_mse"] < 0.95 * found.curve[0]["val_mse"]
-    assert fit.reconstruct(model, found.decoder, splits.test, 1, 0).dtype == torch.float32
+    assert fit.decode(found.network, observe(model, own.val.images.float() / 255)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -63,31 +75,31 @@ def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(model, s
     ],
 )
 def test_cycles_double_while_whole_ones_fit_until_one_gains_less_than_the_tolerance(
-    model, splits, monkeypatch, errors, bound, restarts, converged
+    fitted, monkeypatch, errors, bound, restarts, converged
 ):
     with_validation_errors(monkeypatch, errors)
-    found = fitted(model, splits, max_epochs=bound, tolerance=0.03)
+    found = fitted(max_epochs=bound, tolerance=0.03)
     assert (len(found.curve), found.converged) == (len(errors), converged)
     rates = [row["lr"] for row in found.curve]
     assert [epoch for epoch in range(1, len(rates)) if rates[epoch] > rates[epoch - 1]] == restarts
 
 
-def test_weights_of_the_best_epoch_are_kept(model, splits, monkeypatch):
+def test_weights_of_the_best_epoch_are_kept(fitted, monkeypatch):
     seen, errors = [], iter([0.5, 0.1, 0.3])
 
-    def spy(decoder, *_):
-        seen.append(next(decoder.parameters()).detach().clone())
+    def spy(network, *_):
+        seen.append(next(network.parameters()).detach().clone())
         return next(errors)
 
-    monkeypatch.setattr(fit, "_mse", spy)
-    found = fitted(model, splits)
+    monkeypatch.setattr(fit, "mse", spy)
+    found = fitted()
     assert found.best_epoch == 2
-    torch.testing.assert_close(next(found.decoder.parameters()), seen[1], rtol=0, atol=0)
+    torch.testing.assert_close(next(found.network.parameters()), seen[1], rtol=0, atol=0)
     assert not torch.equal(seen[1], seen[2])
-    assert not found.decoder.training
+    assert not found.network.training
 
 
-def test_only_the_attackers_own_images_are_read(model, splits, monkeypatch):
+def test_only_the_attackers_own_images_are_read(fitted, own, monkeypatch):
     read = set()
     original = ImageSet.__getitems__
 
@@ -96,13 +108,13 @@ def test_only_the_attackers_own_images_are_read(model, splits, monkeypatch):
         return original(self, positions)
 
     monkeypatch.setattr(ImageSet, "__getitems__", spy)
-    fitted(model, splits)
-    assert read == identities(splits.attacker_train) | identities(splits.attacker_val)
+    fitted()
+    assert read == identities(own.train)
 
 
-def test_the_defense_draws_anew_in_every_epoch(model, splits, monkeypatch):
+def test_the_defense_draws_anew_in_every_epoch(fitted, monkeypatch):
     views = []
-    monkeypatch.setattr(fit, "_mse", lambda *_: 1.0)
+    monkeypatch.setattr(fit, "mse", lambda *_: 1.0)
 
     def spy(model, z, queries):
         noise = defended(model, z, queries) - z
@@ -110,58 +122,104 @@ def test_the_defense_draws_anew_in_every_epoch(model, splits, monkeypatch):
         return noise
 
     monkeypatch.setattr(fit, "defended", spy)
-    fitted(model, splits, batch_size=64)
+    fitted(batch_size=64)
     first, second, _ = views  # one batch an epoch
     assert first[0].std().item() == pytest.approx(0.1, rel=0.05)
     assert not any(torch.allclose(one, other, atol=1e-3) for one, other in zip(first, second, strict=True))
 
 
-def test_scoring_draws_the_noise_of_its_seed_alone(model, splits):
-    decoder, scores = decoder_for(model).eval(), []
-    for seed, around in ((3, 5), (3, 6), (4, 5)):
-        torch.manual_seed(around)
-        scores.append(fit.score_decoder(model, decoder, splits.test, 1, seed=seed))
-    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0)
-    assert not torch.equal(scores[0].mse, scores[2].mse)
-
-
-def test_fitting_repeats_and_changes_neither_the_target_nor_the_callers_random_numbers(model, splits):
+def test_fitting_repeats_and_changes_neither_the_target_nor_the_callers_random_numbers(fitted, model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    curves = []
-    for _ in range(2):
-        decoder_for(model)  # what fitted does first: the same random state as before
-        state = torch.get_rng_state()
-        curves.append(fitted(model, splits, "l1").curve)
-        assert torch.equal(torch.get_rng_state(), state)
-        torch.rand(7)
+    torch.manual_seed(1)
+    build_network("deconvC8", model.feature_shape, (1, 8, 8))
+    state = torch.get_rng_state()
+    curves = [fitted("l1", key=key).curve for key in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
     assert curves[0] == curves[1]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("how", ["cut off", "bounded"])
+def test_training_goes_on_after_its_last_whole_cycle_to_the_numbers_of_one_that_was_never_stopped(fitted, how):
+    whole = fitted(max_epochs=7, tolerance=1e-9, key="whole")
+    again = []
+
+    def stop(epoch):
+        if epoch == 5:
+            raise KeyboardInterrupt
+
+    if how == "cut off":
+        with pytest.raises(KeyboardInterrupt):
+            fitted(max_epochs=7, tolerance=1e-9, report=stop)
+    else:
+        assert len(fitted(max_epochs=3, tolerance=1e-9).curve) == 3
+    resumed = fitted(max_epochs=7, tolerance=1e-9, report=again.append)
+    assert again == [4, 5, 6, 7]
+    assert (resumed.curve, resumed.cycles) == (whole.curve, whole.cycles)
+    weights = (each.network.state_dict().values() for each in (resumed, whole))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_what_was_kept_of_another_attack_or_is_damaged_is_trained_again(fitted, tmp_path):
+    first, again = fitted(), []
+    fitted(key=2, report=again.append)
+    (tmp_path / "one.pt").write_bytes(b"half a file")
+    assert fitted(key=2, report=again.append).curve == first.curve
+    assert again == [1, 2, 3, 1, 2, 3]
+
+
+def test_the_published_schedule_is_one_cosine_of_fifty_epochs_after_which_nobody_can_say_whether_it_converged(
+    fitted, monkeypatch
+):
+    assert (fit.PUBLISHED.epochs(), fit.PUBLISHED.batch_size, fit.PUBLISHED.weight_decay) == (50, 256, 1e-4)
+    monkeypatch.setattr(fit, "mse", lambda *_: 1.0)
+    found = fitted(**{**vars(fit.PUBLISHED), "cycle_epochs": 4, "max_epochs": 4, "batch_size": 64})
+    assert found.converged is None
+    rates = [row["lr"] for row in found.curve]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cycles", "gain"),
+    [
+        ([1.0], None),
+        ([1.0, 0.5], None),
+        ([1.0, 0.9, 0.855], 1 - 0.95 ** (0.5 / 0.5)),  # gains of 10 % and 5 %: then 2.5 %, ... in logarithms
+        ([1.0, 0.9, 0.9], 0.0),
+        ([1.0, 0.99, 0.9], 1 - (0.9 / 0.99) ** 9),  # gains that grow have no end; nine more such are the most it says
+    ],
+)
+def test_what_more_cycles_might_gain_is_extrapolated_from_the_last_two(cycles, gain):
+    found = Fitted(torch.nn.Identity(), [], cycles, 1, False, 0.0).extrapolated_gain
+    assert found == (None if gain is None else pytest.approx(gain))
+
+
 @pytest.mark.parametrize(("queries", "factor"), [(1, 1.0), (16, 1.0), (1, 2.0)])
-def test_the_attacker_sees_what_all_defenses_leave_averaged_over_queries(model, splits, queries, factor):
+def test_the_attacker_sees_what_all_defenses_leave_averaged_over_queries(model, own, queries, factor):
     class Scaled(Defense):
         def transform(self, z):
             return factor * z
 
     model.defense = Chain({"noise": GaussianNoise(0.1), "scaled": Scaled()})
-    images = splits.test.images.float() / 255
+    images = own.val.images.float() / 255
     torch.manual_seed(0)
     away = observe(model, images, queries) - factor * model.encoder(images)
     assert away.std().item() == pytest.approx(0.1 * factor / queries**0.5, rel=0.05)
 
 
-def test_numbers_that_are_not_finite_end_the_training(model, splits, monkeypatch):
-    with pytest.raises(DivergedError, match=r"epoch 1 is nan; lower --lr \(1e\+30\)"):
-        fitted(model, splits, lr=1e30, batch_size=8)
+def test_numbers_that_are_not_finite_end_the_training(fitted, monkeypatch):
+    with pytest.raises(DivergedError, match="loss in epoch 1 is nan; lower the rate"):
+        fitted(lr=1e30, batch_size=8)
     with_validation_errors(monkeypatch, [0.5, float("nan")])
-    with pytest.raises(DivergedError, match="validation MSE of epoch 2 is not finite"):
-        fitted(model, splits)
+    with pytest.raises(DivergedError, match="validation MSE in epoch 2 is not finite"):
+        fitted()
 
 
-def test_features_too_large_to_keep_give_the_same_decoder(model, splits, monkeypatch):
-    kept = fitted(model, splits).curve
+def test_features_too_large_to_keep_give_the_same_network(fitted, model, own, monkeypatch):
+    kept = fitted().curve
     monkeypatch.setattr("cem.attacks.observe.CACHE_BYTES", 1)
-    assert clean_features(model, splits.test) is None
-    computed = fitted(model, splits).curve
+    assert clean_features(model, own.val) is None
+    computed = fitted(key=2).curve
     assert [row["val_mse"] for row in computed] == pytest.approx([row["val_mse"] for row in kept], rel=1e-4)
