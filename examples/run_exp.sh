@@ -37,6 +37,6 @@ grid=(
     --seeds 125 126 127         # the original has one seed, which says nothing of the spread
 )
 attack=(
-    --attack.attackers res_normN8C64 res_normN8C64:ssim res_normN8C128 deconvC64
+    --attack.decoder.networks preactN8C64 preactN8C64:ssim preactN8C128 deconvC64
 )
 exec python -m cem.compare "${model[@]}" "${training[@]}" "${grid[@]}" "${attack[@]}" --out runs/exp-cifar10 "$@"

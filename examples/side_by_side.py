@@ -3,7 +3,7 @@
     python examples/side_by_side.py picture.png "noise alone=runs/a" "noise and centroid=runs/b"
 
 Every run was attacked with the same options and seed, so that the images are the same. Under each name stand the
-run's test accuracy and the error of its strongest decoder.
+run's test accuracy and the smallest error of any attack; the pictures are that attack's.
 """
 
 import json
@@ -24,8 +24,10 @@ def main(picture: str, *named: str) -> None:
         if not np.array_equal(originals, images["originals"]):
             raise SystemExit(f"{run}: attacked on other images than the runs before it")
         accuracy = json.loads((Path(run) / "summary.json").read_text())["test_accuracy"]
-        error = json.loads((Path(run) / "attack" / "attack.json").read_text())["test_target"]["mse"]
-        rows[f"{name}\n{accuracy:.1%}, MSE {error:.4f}"] = (images["reconstructions"], None)
+        worst = json.loads((Path(run) / "attack" / "attack.json").read_text())["worst"]["mse"]
+        shown = [*images["attacks"]].index(worst["attack"])
+        pictures = images["guesses"][shown], images["ssim"][shown], images["mse"][shown]
+        rows[f"{name}\n{accuracy:.1%}, MSE {worst['value']:.4f}"] = pictures
     draw_reconstructions(originals, rows, Path(picture))
 
 

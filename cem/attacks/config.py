@@ -87,9 +87,9 @@ class AttackConfig(Composed):
         if {*self.attacks} <= {*after.attacks}:
             old = {name: own for name, own in after.members.items() if name not in self.attacks}
             before = replace(self, attacks=after.attacks, members={**old, **self.members})
-        for name in self.chosen():
+        for name, member in self.chosen().items():
             if name in after.chosen():
                 ours, theirs = before.options_of(name), after.options_of(name)
-                grown = {each: max(getattr(ours, each), getattr(theirs, each)) for each in ATTACKS[name].bounds}
+                grown = {each: max(getattr(ours, each), getattr(theirs, each)) for each in member.bounds}
                 before = replace(before, members={**before.members, name: replace(ours, **grown)})
         return differences(before, after, ("device", "data_root", "control"))

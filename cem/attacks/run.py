@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cem.attacks import ATTACKS
 from cem.attacks.base import TRAINED, UNSEEN, VAL, Exposed, Guesses, Own, Progress, Record
 from cem.attacks.config import AttackConfig
 from cem.attacks.control_run import find_control, read_control
@@ -162,8 +161,8 @@ class AttackRun:
             for name, (n, _) in target.judged.items()
         )
         self._log.info(
-            f"attack on {target.run_dir}: {', '.join(config.chosen())}; knowledge {config.knowledge[0]}: {known} images "
-            f"to learn from, {chosen} to choose with; scored on {scored}; queries an image: {config.queries}; "
+            f"attack on {target.run_dir}: {', '.join(config.chosen())}; knowledge {config.knowledge[0]}: "
+            f"{known} images to learn from, {chosen} to choose with; scored on {scored}; queries an image: {config.queries}; "
             f"{runs.device_name(target.device)}"
         )
         for note in target.notes:
@@ -198,7 +197,7 @@ class AttackRun:
 
     def _progress(self, name: str, records: Mapping[str, Record], show: Any) -> Progress:
         """For one attack: what it may start from, and all that its numbers depend on."""
-        config, member = self.config, ATTACKS[name]
+        config, member = self.config, self.config.chosen()[name]
         earlier = {each: records[each] for each in member.needs if each in records}
         shared = {each: getattr(config, each) for each in ("queries", "aux_size", "score_size", "seed")}
         options = config.options_of(name).to_dict()

@@ -39,7 +39,7 @@ from cem_kernels import backends
 
 pytestmark = pytest.mark.slow
 
-ATTACK = "--attackers=deconvC4 --cycle-epochs=1 --max-epochs=1 --aux-size=64 --score-size=20 --white-box-images=0"
+ATTACK = "--attacks decoder --decoder.networks=deconvC4 --decoder.cycle-epochs=1 --decoder.max-epochs=1 --aux-size=64"
 ON_COMPARE = "--config compare/compare.yaml --out compare"
 INIT = "--cut-layer 2 --init-from run"
 MNIST, FOLDER = "--data mnist --data-root mnist", "--data folder --data-root pets"
@@ -157,7 +157,7 @@ RUNS = [
     (f"{INIT}/best.pt", "run/best.pt", flipped("run/best.pt")),
     (f"{INIT} --arch vgg11", "run/best.pt … encoder"),
     (INIT, "run/best.pt", entries("run/best.pt", "server")),
-    ("--init-from run/attack/deconvC4.pt", "run/attack/deconvC4.pt … encoder"),
+    ("--init-from run/attack/decoder-deconvC4.pt", "run/attack/decoder-deconvC4.pt … encoder"),
 ]
 OF_ATTACKS = [
     ("", "which run? … RUN"),
@@ -181,9 +181,12 @@ OF_ATTACKS = [
     ("RUN --out a", "a", file("a", "x")),
     ("RUN --out a", "a … notes.txt", file("a/notes.txt", "x")),
     ("RUN --out run", "run/config.yaml"),
-    ("RUN --out a --attackers", "--attackers needs at least one"),
-    ("RUN --out a --attackers deconvC4 deconvC4:mse", "--attackers … deconvC4:mse twice"),
-    ("RUN --out a --score-size 99999", "--score-size must be in 1..64 … got 99999"),
+    ("RUN --out a --attacks", "--attacks needs at least one"),
+    ("RUN --out a --attacks decoder decoder", "--attacks names decoder twice"),
+    ("RUN --out a --decoder.networks", "--decoder.networks needs at least one"),
+    ("RUN --out a --decoder.networks deconvC4 deconvC4:mse", "--decoder.networks … deconvC4:mse twice"),
+    ("RUN --out a --aux-size 99999", "--aux-size must be in 1..591 … got 99999"),
+    ("RUN --knowledge", "--knowledge needs at least one"),
     ("RUN --out a --config run/config.yaml", "run/config.yaml … no option data"),
 ]
 COMPARISONS = [
@@ -192,7 +195,7 @@ COMPARISONS = [
     ("--seeds 0 0", "none-noise0.1-seed0"),
     ("--lambds 0", "--lambds must be … above 0, got 0"),
     ("--noise-stds nan", "--noise-stds must be finite … got nan"),
-    ("--attack.attackers resnet", "--attack.attackers resnet"),
+    ("--attack.decoder.networks resnet", "--attack.decoder.networks resnet"),
     ("--attack.device tpu", "--attack.device must be … got 'tpu'"),
     ("--variants [", "--variants takes YAML"),
     ("--surrogates x --variants 'x: {epochz: 3}'", "--variants: x cannot set 'epochz'; did you mean epochs?"),
@@ -201,12 +204,9 @@ COMPARISONS = [
     ("--out=", "--out … ''"),
     ("--out a", "a", file("a", "x")),
     ("OUT --lr 1", f"{ONE} … --lr (was 0.05, got 1.0)"),
-    ("OUT --attack.lr 1", f"{ONE} … --attack.lr (was 0.002, got 1.0)"),
+    ("OUT --attack.decoder.lr 1", f"{ONE} … --attack.decoder.lr (was 0.002, got 1.0)"),
     ("OUT", f"{ONE} is in the way", gone(ONE), file(f"{ONE}/notes.txt", "x")),
     ("OUT", "another … at work in compare", lambda: Lock(Path("compare"))),
-    ("OUT --report-only", f"{ONE}/summary.json", file(f"{ONE}/summary.json", "{")),
-    ("OUT --report-only", f"{ONE}/attack/attack.json", file(f"{ONE}/attack/attack.json", "{")),
-    ("OUT --report-only", f"{ONE}/metrics.csv", file(f"{ONE}/metrics.csv", "epoch,lr\n1,2\n")),
     ("OUT --report-only", "compare/failures.json", file("compare/failures.json", "{")),
 ]
 TABLE = {train: TRAIN_OPTIONS + YAML + DATA + RUNS, attack: OF_ATTACKS, compare: COMPARISONS}
@@ -250,7 +250,7 @@ def test_it_is_refused_in_a_line_and_nothing_changes(command, line, message, pre
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in INJECTIONS:
         monkeypatch.setitem(INJECTIONS, name, accepted)
-    monkeypatch.setattr("cem.attacks.run.fit_decoder", accepted)
+    monkeypatch.setattr("cem.attacks.run.AttackRun._attack", accepted)
     monkeypatch.setattr("cem.comparison.runner.run_queues", accepted)
     with ExitStack() as stack, warnings.catch_warnings(record=True) as noise:
         for make in prepare:

@@ -148,8 +148,8 @@ def test_help_lists_members_and_the_options_of_those_that_are_chosen(capsys):
     ("command", "names"),
     [
         (train, [*hints(TrainConfig), *hints(train.Sources), "centroid.momentum"]),
-        (attack, [*hints(AttackConfig), *hints(attack.Sources)]),
-        (compare, [*hints(compare.Sources), "surrogates", "attack.attackers", "mixture.clusters"]),
+        (attack, [*hints(AttackConfig), *hints(attack.Sources), "decoder.max_epochs"]),
+        (compare, [*hints(compare.Sources), "surrogates", "attack.attacks", "attack.decoder.lr", "mixture.clusters"]),
         (synthetic, [*hints(synthetic.Sizes)]),
     ],
 )

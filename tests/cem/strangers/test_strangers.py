@@ -1,8 +1,9 @@
-"""Surrogates and defenses from outside the package live in every command, under their own names."""
+"""Surrogates, defenses and attacks from outside the package live in every command, under their own names."""
 
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ HERE = Path(__file__).parent
 SURROGATE, DEFENSE = "strangers.brightness:Brightness", "strangers.rival:Rival"
 CHOSEN = ["--surrogate", SURROGATE, "--brightness.decay", "0.8", "--defenses", DEFENSE, "--rival.weight", "0.5"]
 SMALL = ["--train-size", "300", "--epochs", "3", "--arch", "resnet20", "--cut-layer", "1", "--device", "cpu"]
-QUICK = ["attackers=res_normN1C8", "cycle-epochs=1", "max-epochs=1", "white-box-images=0"]
+QUICK = ["attacks=decoder", "decoder.networks=preactN1C8", "decoder.cycle-epochs=1", "decoder.max-epochs=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,23 @@ def test_the_run_is_attacked_with_the_defense_on(theirs, run):
     result = json.loads((theirs / "attack" / "attack.json").read_text())
     assert result["run"]["surrogate"] == SURROGATE
     assert result["run"]["defenses"] == [DEFENSE]
-    assert result["test_target"]["mse"] > 0
+    assert result["worst"]["mse"]["value"] > 0
+
+
+def test_an_attack_of_theirs_stands_beside_ours_with_options_under_its_own_name(theirs, run, tmp_path, monkeypatch):
+    page = (HERE.parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```python\n(# ridge\.py\n.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "ridge.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = [*QUICK[1:], "ridge.penalty=0.1", "aux-size=300", "score-size=50"]
+    said = run(
+        attack, [str(theirs), "--attacks", "decoder", "ridge:Ridge", *(f"--{each}" for each in line)], tmp_path / "out"
+    )
+    assert said.code == 0
+    result = json.loads((tmp_path / "out" / "attack.json").read_text())
+    assert [*result["attacks"]] == ["decoder", "ridge"]
+    assert result["config"]["ridge"] == {"penalty": 0.1}
+    assert result["attacks"]["ridge"]["metrics"]["mse"] < result["controls"]["mean_image"]["metrics"]["mse"]
 
 
 @pytest.mark.slow
