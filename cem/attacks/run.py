@@ -162,7 +162,8 @@ class AttackRun:
         )
         self._log.info(
             f"attack on {target.run_dir}: {', '.join(config.chosen())}; knowledge {config.knowledge[0]}: "
-            f"{known} images to learn from, {chosen} to choose with; scored on {scored}; queries an image: {config.queries}; "
+            f"{known} images to learn from, {chosen} to choose with; scored on {scored}; "
+            f"queries an image: {config.queries}; "
             f"{runs.device_name(target.device)}"
         )
         for note in target.notes:
