@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import codecs
 import errno
@@ -11,6 +12,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -31,6 +33,10 @@ PLAIN = {
     "→": "->", "“": '"', "”": '"', "’": "'",
 }  # fmt: skip
 """What stands for a character where an encoding does not have it; for others what is left of it without accents."""
+
+
+ENDS_WITH_STDIN = "CEM_ENDS_WITH_STDIN"
+"""Environment variable of a command that is interrupted when its stdin ends: when whoever started it is gone."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -104,18 +110,19 @@ class Parser(argparse.ArgumentParser):
             self.add_options(config.options_of(name), prefix=f"{prefix}{name}.", title=f"options of {name}")
 
 
-def read(config: D, argv: Sequence[str], places: Iterable[str] = ()) -> D:
+def read(config: D, argv: Sequence[str], places: Iterable[str] = (), prefix: str = "") -> D:
     """``config`` with the members that ``argv`` chooses, before anything else of it can be read.
 
     Args:
         config: the defaults.
         argv: a command line.
         places: options to read; by default those that choose members.
+        prefix: of their flags.
     """
     first = Parser("", "")
     for place in places or config.families:
         many = not isinstance(getattr(config, place), str)
-        first.add_argument(flag(place), dest=place, nargs="*" if many else None)
+        first.add_argument(flag(prefix + place), dest=place, nargs="*" if many else None)
     given = vars(first.parse_known_args(list(argv))[0])
     own: dict[str, Any] = {place: tuple(v) if isinstance(v, list) else v for place, v in given.items()}
     chosen = replace(config, **own)
@@ -123,8 +130,14 @@ def read(config: D, argv: Sequence[str], places: Iterable[str] = ()) -> D:
     return replace(chosen, members={name: own for name, own in chosen.members.items() if name in names})
 
 
-def parse_options(parser: Parser, argv: Sequence[str], *configs: Options) -> dict[str, Any]:
+def parse_options(parser: Parser, argv: Sequence[str], *configs: Options, **others: Options) -> dict[str, Any]:
     """What ``argv`` says, by name.
+
+    Args:
+        parser: with the flags that there are.
+        argv: a command line.
+        configs: whose flags they are.
+        others: the same of flags that begin with the keyword: ``attack`` of ``--attack.queries``.
 
     Raises:
         UsageError: an option does not exist, cannot be read, or belongs to a member that is not chosen.
@@ -134,13 +147,16 @@ def parse_options(parser: Parser, argv: Sequence[str], *configs: Options) -> dic
     found, rest = parser.parse_known_args(list(argv))
     unknown = next((each for each in rest if each.startswith("--")), None)
     if unknown is not None:
-        name = unknown[2:].partition("=")[0].replace("-", "_")
-        composed = [config for config in configs if isinstance(config, Composed)]
-        chosen = [each for config in composed for each in config.chosen()]
-        owner, dot, _ = name.partition(".")
-        for config in composed:
-            if dot and owner not in chosen and any(owner in family for family in config.families.values()):
-                raise UsageError(config.stranger(name, chosen).replace(name, flag(name), 1))
+        name = unknown[2:].partition("=")[0]
+        prefixed = [("", config) for config in configs] + [(f"{prefix}.", config) for prefix, config in others.items()]
+        composed = [(prefix, each) for prefix, each in prefixed if isinstance(each, Composed)]
+        chosen = {prefix + member for prefix, config in composed for member in config.chosen()}
+        for prefix, config in composed:
+            own = name.removeprefix(prefix)
+            owner, dot, _ = own.partition(".")
+            if dot and prefix + owner not in chosen and any(owner in family for family in config.families.values()):
+                said = config.stranger(own, config.chosen()).replace(own, f"--{name}", 1)
+                raise UsageError(said.replace("give --", f"give --{prefix}"))
         known = [action.dest for action in parser._actions]
         hint = nearest(name, known).replace("mean ", "mean --").replace("_", "-")
         raise UsageError(f"there is no option {unknown.partition('=')[0]}{hint}")
@@ -171,10 +187,10 @@ def run_command(work: Callable[[], int]) -> int:
     """Do ``work`` and return its exit code; 2 for what a user can mend, 3 if numbers diverged, 130 if interrupted.
 
     Whoever sends SIGTERM (a scheduler, a container) or closes the terminal gets what Ctrl-C gets: a run that can be
-    continued. In a thread, as a notebook's server has them, no signal comes. Errors that no user can mend are not
-    caught: they are bugs, and their tracebacks say where. What stdout or stderr cannot encode is spelled out, see
-    :data:`PLAIN`. Where nobody reads stdout to its end (``| head``) the code is 141, as of any command in a shell; a
-    stream that was closed takes what it is given.
+    continued; so does whoever is gone, if :data:`ENDS_WITH_STDIN` is set. In a thread, as a notebook's server has them,
+    no signal comes. Errors that no user can mend are not caught: they are bugs, and their tracebacks say where. What
+    stdout or stderr cannot encode is spelled out, see :data:`PLAIN`. Where nobody reads stdout to its end (``| head``)
+    the code is 141, as of any command in a shell; a stream that was closed takes what it is given.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started this has closed it
@@ -188,6 +204,8 @@ def run_command(work: Callable[[], int]) -> int:
         # What nohup ignores stays ignored; what other programs than Python handle is None, and stays so.
         handlers = {each: signal.signal(each, _interrupt) for each in numbers if _is_ours(each)}
     try:
+        if os.environ.pop(ENDS_WITH_STDIN, ""):  # not for what this one may start
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
         return _read_to_the_end(work)
     except CemError as error:
         if not error.logged:
@@ -223,6 +241,14 @@ def _is_ours(number: int) -> bool:
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    while True:  # an interrupt that comes in a destructor is lost
+        _thread.interrupt_main(signal.SIGTERM)
+        time.sleep(10)
 
 
 def _add(group: Any, name: str, hint: Any, text: str, default: Any) -> None:

@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cem.attacks.config import AttackConfig
 from cem.command import Parser, overridden, parse_options, read, read_first, run_command
 from cem.comparison.config import NOT_SHARED, Comparison
 from cem.comparison.grid import GridOptions
@@ -68,11 +67,6 @@ def quick() -> Comparison:
     return Comparison(
         grid=GridOptions(seeds=(0, 1), jobs=2),
         train=TrainConfig(surrogate=CONTROL, train_size=700, epochs=10),
-        # An epoch has ten steps here, so cycles are long; they end before a decoder has converged, and the report
-        # says so.
-        attack=AttackConfig(
-            attackers=("res_normN4C32",), cycle_epochs=10, max_epochs=70, white_box_images=4, white_box_steps=100
-        ),
         out=Path("runs/compare-quick"),
     )
 
@@ -97,16 +91,18 @@ def parse(argv: Sequence[str]) -> tuple[Comparison, bool]:
         base = Comparison.from_yaml(source)
     grid = read(base.grid, argv, places=["surrogates", "variants"])
     train = read(base.train, argv, places=["defenses"])
+    attack = read(base.attack, argv, prefix="attack.")
     parser = Parser("python -m cem.compare", __doc__)
     parser.add_options(known)
     parser.add_options(grid)
     parser.add_members(grid)
     parser.add_options(train, hidden=(*NOT_SHARED, "capture"))
     parser.add_members(train)
-    parser.add_options(base.attack, prefix="attack.", title="attack", hidden=("control",))
-    given = parse_options(parser, argv, grid, train)
+    parser.add_options(attack, prefix="attack.", title="attack", hidden=("control",))
+    parser.add_members(attack, prefix="attack.")
+    given = parse_options(parser, argv, grid, train, attack=attack)
     comparison = Comparison(
-        overridden(grid, given), overridden(train, given), overridden(base.attack, given, "attack."), out
+        overridden(grid, given), overridden(train, given), overridden(attack, given, "attack."), out
     )
     return comparison, known.report_only
 
@@ -131,8 +127,7 @@ def _compare(argv: Sequence[str], command: str) -> int:
 
     if not report_only:
         comparison = comparison.checked()
-        attackers = ", ".join(comparison.attack.attackers)
-        say(f"{title(comparison)}; every run is trained, then attacked with {attackers}")
+        say(f"{title(comparison)}; every run is trained, then attacked with {', '.join(comparison.attack.attacks)}")
         if comparison.train.train_size is None:
             say(
                 "note: without --train-size all training images are the targets', and attackers learn from the "

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from cem.attacks.config import AttackConfig
+from cem.attacks.metrics import METRICS
 from cem.attacks.target import Target
 from cem.errors import CheckpointError, UsageError
+from cem.files import read_json
+from cem.options import flag, read_yaml
+from cem.surrogates import SURROGATES
+from cem.training.checkpoint import expect
 from cem.training.config import changed_options, without_penalty
 from cem.training.runs import read_config
+
+_LAYOUT: dict[str, Any] = {
+    **{"run": dict, "config": dict, "data_checksum": int},
+    "worst": {metric: {"attack": str, "value": None} for metric in METRICS},
+}
+_HARMLESS = [each.name for each in fields(AttackConfig) if each.metadata.get("harmless")]
 
 
 def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any]:
@@ -28,19 +38,24 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
     """
     path = run_dir / attack_name / "attack.json"
     try:
-        control = json.loads(path.read_text(encoding="utf-8"))
-        options = read_config(run_dir)
-        changed = AttackConfig.from_dict(control["config"]).changed(attack)
-        same_data = control["data_checksum"] == target.data_checksum
-    except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        options, control = read_config(run_dir), read_json(path, *_LAYOUT)
+        if control is None:
+            raise UsageError(f"there is no {path}")
+        for name, layout in _LAYOUT.items():
+            expect(path, name, layout, control[name])
+        name, noise_std = (control["run"].get(each) for each in ("name", "noise_std"))
+        expect(path, "run", {"name": str, "noise_std": float}, {"name": name, "noise_std": noise_std})
+    except (UsageError, CheckpointError) as error:
         raise UsageError(f"--control {run_dir} has no finished attack: {error}") from error
     if options.penalized:
         raise UsageError(f"--control {run_dir} is no control: it was trained with a penalty, {options.surrogate}")
-    if not same_data:
+    if control["data_checksum"] != target.data_checksum:
         raise UsageError(f"--control {run_dir} was attacked on other images, or has another --train-size")
-    noise_std = control["run"]["noise_std"]
     if noise_std != target.noise_std:
         raise UsageError(f"--control {run_dir} has other noise: σ is {noise_std:g} there, {target.noise_std:g} here")
+    theirs, ours = control["config"], attack.to_dict()
+    names = [name for name in dict.fromkeys([*theirs, *ours]) if name not in _HARMLESS]
+    changed = [flag(name) for name in names if theirs.get(name) != ours.get(name)]
     if changed:
         raise UsageError(f"--control {run_dir} was attacked under other options: {', '.join(changed)}")
     return control
@@ -49,7 +64,8 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
 def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any] | None:
     """The control among the directories beside the run, see :func:`read_control`.
 
-    It was trained without a penalty, and otherwise under the same options.
+    It was trained without a penalty, and otherwise under the same options. Nothing is imported for the sake of a
+    neighbor: one that names a module that the run does not is none.
 
     Returns:
         ``None`` if there is none, or if the run has no penalty itself.
@@ -58,11 +74,14 @@ def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict
         return None
     # The device that the run was trained on need not be here.
     wanted = replace(without_penalty(target.config), device=attack.device)
+    known = [*SURROGATES, target.config.surrogate]
     for config_file in sorted(target.run_dir.resolve().parent.glob("*/config.yaml")):
         try:
-            other = read_config(config_file.parent)
-            if not changed_options(without_penalty(other), wanted):
+            named = read_yaml(config_file)
+            if named.get("surrogate") not in known or named.get("defenses") != list(wanted.defenses):
+                continue
+            if not changed_options(without_penalty(read_config(config_file.parent)), wanted):
                 return read_control(config_file.parent, target, attack, attack_name)
-        except Exception:  # a module that a neighboring run names may do anything
+        except (UsageError, CheckpointError):
             continue  # some other directory, or a run that is no control or was not attacked
     return None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cem.attacks import ATTACKS
 from cem.attacks.config import AttackConfig
 from cem.comparison.grid import GridOptions, Run
 from cem.defenses import DEFENSES
-from cem.errors import UsageError
+from cem.errors import CemError, UsageError
+from cem.files import write_text
 from cem.options import FORMAT, hints, read_yaml
 from cem.surrogates import CONTROL
 from cem.training.config import TrainConfig
@@ -31,7 +34,8 @@ class Comparison:
     Attributes:
         grid: what varies.
         train: options that all trainings share; those in :data:`SET_BY_THE_GRID` and ``out`` are ignored.
-        attack: options that all attacks share; ``control`` is ignored: every run has its own.
+        attack: options that all attacks share, with those of the attacks themselves; ``control`` is ignored: every run
+            has its own.
         out: folder of the runs, the tables and the report.
     """
 
@@ -66,14 +70,37 @@ class Comparison:
         Raises:
             UsageError: naming the option, what it takes and what it got.
         """
-        try:
-            attack = self.attack.checked("attack.")
-        except UsageError as error:  # what options do not say alone, they say of cem.attack's
-            raise UsageError(re.sub(r"--(?!attack\.)", "--attack.", str(error), count=1)) from error
+        with self.of_attack():
+            attack = self.attack.checked()
         checked = replace(self, grid=self.grid.checked(), attack=attack, out=self.out.expanduser())
         for run in checked.grid.runs():
-            checked.train_config(run).checked()
+            with checked.naming(run):
+                checked.train_config(run).checked()
         return checked
+
+    @contextmanager
+    def of_attack(self) -> Iterator[None]:
+        """Around what may be wrong with the options of attacks: errors name them as a comparison does."""
+        known = {*hints(AttackConfig), *ATTACKS, *self.attack.members}
+
+        def here(found: re.Match[str]) -> str:
+            first = found[1].partition(".")[0]
+            return f"--attack.{found[1]}" if known & {first, first.replace("-", "_")} else found[0]
+
+        try:
+            yield
+        except UsageError as error:
+            raise UsageError(re.sub(r"--([\w.-]+)", here, str(error))) from error
+
+    @contextmanager
+    def naming(self, run: Run) -> Iterator[None]:
+        """Around what may be wrong with the options of a run: of a variant, errors give the name."""
+        try:
+            yield
+        except CemError as error:
+            if run.setting.method not in self.grid.defined():
+                raise
+            raise type(error)(f"--variants: {run.setting.method}: {error}") from error
 
     def _shared(self, own: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Options of all trainings, but for those of defenses that ``own`` leaves out; surrogates' are the grid's."""
@@ -99,6 +126,10 @@ class Comparison:
         attack = values.get("attack") or {}
         if not isinstance(attack, dict):
             raise UsageError(f"attack must hold a mapping of option names to values, got {attack!r}")
+        try:
+            attack_config = AttackConfig.from_dict(attack)
+        except UsageError as error:
+            raise UsageError(f"attack: {error}") from error
         defenses = TrainConfig.from_dict({"surrogate": CONTROL, "defenses": values.get("defenses", [])}).chosen()
         of_train = {*hints(TrainConfig), *DEFENSES, *defenses}
         train = {name: value for name, value in values.items() if name in of_train}
@@ -106,14 +137,14 @@ class Comparison:
         return cls(
             grid=GridOptions.from_dict(grid),
             train=TrainConfig.from_dict({"surrogate": CONTROL, **train}),
-            attack=AttackConfig.from_dict(attack, "attack."),
+            attack=attack_config,
         )
 
     def to_yaml(self, path: Path, command: str) -> None:
         """Write all options to ``path``, under a comment with the command that they came from."""
         content = {"format": FORMAT, **self.to_dict()}
         options = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
-        path.write_text(f"# {' '.join(command.split(chr(10)))}\n{options}", encoding="utf-8")
+        write_text(path, f"# {' '.join(command.split(chr(10)))}\n{options}")
 
     @classmethod
     def from_yaml(cls, path: Path) -> Comparison:

@@ -125,6 +125,9 @@ class GridOptions(Composed):
         for name in ("surrogates", "seeds", "noise_stds"):
             if not getattr(self, name):
                 raise UsageError(f"{flag(name)} needs at least one value")
+        unused = self.defined().keys() - {*self.surrogates}
+        if unused:
+            raise UsageError(f"--variants: no run has {min(unused)}; give it to --surrogates, or leave it out")
         for setting in self.settings():
             free = self.training_of(setting.method)["surrogate"] == CONTROL
             if not free and not 0 < setting.lambd < math.inf:

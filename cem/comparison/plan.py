@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 from cem.attacks.config import AttackConfig
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
-from cem.errors import UsageError
-from cem.files import is_unfinished, writing
+from cem.errors import CemError, UsageError
+from cem.files import is_unfinished, read_json, writing
 from cem.folders import LOCK
 from cem.options import flag
 from cem.training.config import HARMLESS_ON_RESUME, TrainConfig, changed_options
 from cem.training.runs import read_config
 
+OPTIONS = "compare.yaml"
+"""File of all options of a comparison, the first that is written."""
 OPTIONS_DIR = "options"
 """Folder, inside the comparison's, of the option files that its trainings and attacks are started with."""
 LOGS_DIR = "logs"
@@ -24,7 +27,7 @@ LOGS_DIR = "logs"
 
 @dataclass(frozen=True)
 class Step:
-    """One subprocess: the training of a run, or the attack on it.
+    """One subprocess: the training of a run, or the attacks on it.
 
     Attributes:
         run: the run.
@@ -44,14 +47,48 @@ def is_trained(run_dir: Path) -> bool:
     return (run_dir / "summary.json").exists()
 
 
-def attack_dir(comparison: Comparison, run: Run) -> Path:
-    """Where the attack on a run lies; attacks with several queries an image lie beside the one with a single query."""
-    return comparison.run_dir(run) / comparison.attack.directory
-
-
 def is_attacked(comparison: Comparison, run: Run) -> bool:
-    """Whether a finished attack lies there: ``attack.json`` is the last file that it writes."""
-    return (attack_dir(comparison, run) / "attack.json").exists()
+    """Whether finished attacks lie there with all that is asked for: ``attack.json`` is the last file that one writes.
+
+    A damaged one is none.
+    """
+    wanted = comparison.attack_config().of_each_knowledge()
+    return all(_holds(comparison.run_dir(run) / each.directory, each) for each in wanted)
+
+
+def _holds(attacked: Path, wanted: AttackConfig) -> bool:
+    try:
+        config = (read_json(attacked / "attack.json", "config") or {}).get("config")
+        return isinstance(config, dict) and not wanted.changed(AttackConfig.from_dict(config))
+    except CemError:
+        return False
+
+
+def attack_dir(comparison: Comparison, run: Run) -> Path:
+    """Where the attack on a run lies, with the first knowledge that is asked for."""
+    return comparison.run_dir(run) / comparison.attack.of_each_knowledge()[0].directory
+
+
+def is_finished(comparison: Comparison, run: Run) -> bool:
+    """Whether nothing is left to do for ``run``."""
+    return is_trained(comparison.run_dir(run)) and is_attacked(comparison, run)
+
+
+def check_out(out: Path) -> None:
+    """Check that the folder of a comparison is free, or is one's already: ``compare.yaml`` is the first file in it.
+
+    Raises:
+        UsageError: saying what is in the way.
+        MachineError: it cannot be read.
+    """
+    with writing(out):
+        if os.path.lexists(out) and not out.is_dir():
+            raise UsageError(f"--out {out}: it exists and is no directory")
+        if not out.exists() or (out / OPTIONS).exists():
+            return
+        foreign = sorted(path.name for path in out.iterdir() if path.name != LOCK and not is_unfinished(path))
+    if foreign:
+        raise UsageError(f"--out {out} holds {foreign[0]}, but no comparison; choose another one")
 
 
 def check_options(comparison: Comparison, run: Run) -> None:
@@ -78,9 +115,11 @@ def check_options(comparison: Comparison, run: Run) -> None:
             f"the run in {run_dir} was trained under other options: {', '.join(changed)}. "
             "Give the same options, or another --out"
         )
-    attacked = attack_dir(comparison, run)
-    if (attacked / "config.yaml").exists():
-        changed = AttackConfig.from_yaml(attacked / "config.yaml").changed(comparison.attack_config())
+    for wanted in comparison.attack_config().of_each_knowledge():
+        attacked = run_dir / wanted.directory
+        if not (attacked / "config.yaml").exists():
+            continue
+        changed = AttackConfig.from_yaml(attacked / "config.yaml").changed(wanted)
         if changed:
             raise UsageError(
                 f"the run in {run_dir} was attacked under other options: "
@@ -116,8 +155,7 @@ def _training_command(comparison: Comparison, run: Run) -> list[str]:
 def _attack_command(comparison: Comparison, run: Run) -> list[str]:
     path = _options_file(comparison, "attack")
     comparison.attack_config().to_yaml(path)
-    out = str(attack_dir(comparison, run))
-    return [sys.executable, "-m", "cem.attack", str(comparison.run_dir(run)), "--config", str(path), "--out", out]
+    return [sys.executable, "-m", "cem.attack", str(comparison.run_dir(run)), "--config", str(path)]
 
 
 def _elsewhere(before: TrainConfig, after: TrainConfig) -> list[str]:

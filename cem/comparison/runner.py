@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cem.command import ENDS_WITH_STDIN
 from cem.comparison.config import Comparison
-from cem.comparison.plan import Step, attack_dir, check_options, remaining_steps
+from cem.comparison.plan import OPTIONS, OPTIONS_DIR, Step, check_options, check_out, is_finished, remaining_steps
+from cem.comparison.rehearsal import rehearse
+from cem.errors import CemError
 from cem.files import read_json, write_json, writing
 from cem.folders import Lock, remove_unfinished
-from cem.progress import about, bar, say
+from cem.progress import about, bar, busy, say
 
 FAILURES = "failures.json"
 """File of a comparison: by name of the run, which step failed last, its exit code, and the last line it printed."""
@@ -49,18 +52,25 @@ def run_comparison(comparison: Comparison, command: str) -> None:
         command: the command line that they came from.
 
     Raises:
-        UsageError: a directory of a run is occupied by something else, before anything is started, or another
-            comparison is at work in this folder.
+        CemError: before anything is started: something else lies in the folder, or where a run should, a training or
+            an attack could not begin, see :func:`~cem.comparison.rehearsal.rehearse`, or another comparison is at work
+            in this folder.
         KeyboardInterrupt: after the steps under way were stopped; they can be continued.
     """
     runs = comparison.grid.runs()
+    check_out(comparison.out)
     for run in runs:
         check_options(comparison, run)
+    with busy("checking that all of it can be run"):
+        rehearse(comparison, [run for run in runs if not is_finished(comparison, run)])
     with writing(comparison.out):
         comparison.out.mkdir(parents=True, exist_ok=True)
     with Lock(comparison.out) as lock, writing(comparison.out):
-        remove_unfinished(comparison.out)
-        comparison.to_yaml(comparison.out / "compare.yaml", command)
+        for folder in (comparison.out, comparison.out / OPTIONS_DIR):
+            if folder.is_dir():
+                remove_unfinished(folder)
+        comparison.to_yaml(comparison.out / OPTIONS, command)
+        read_failures(comparison.out)  # which must be in order before a run can fail
         queues = [queue for run in runs if (queue := remaining_steps(comparison, run))]
         left = sum(map(len, queues))
         say(f"{len(runs)} runs in {comparison.out}, of which {len(runs) - len(queues)} are finished")
@@ -105,6 +115,8 @@ def run_queues(
 ) -> None:
     """Run the steps of every queue in order, those of up to ``jobs`` queues at a time.
 
+    The processes outlive this one by no more than it takes them to end as after Ctrl-C: their stdin ends with it.
+
     Args:
         queues: steps that build on one another; after one that failed, the rest of its queue is left out.
         jobs: queues that are worked on at a time.
@@ -117,11 +129,12 @@ def run_queues(
         KeyboardInterrupt: after all processes have ended.
     """
     waiting, active = deque(map(deque, queues)), list[_Active]()
+    stdin, kept = os.pipe()
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
                 queue = waiting.popleft()
-                active.append(_Active(queue.popleft(), queue, environment, lock))
+                active.append(_Active(queue.popleft(), queue, environment, stdin, lock))
             for each in list(active):
                 code = each.process.poll()
                 if code is None:
@@ -135,18 +148,23 @@ def run_queues(
                 time.sleep(_POLL)
     finally:
         _stop([each.process for each in active])
+        for descriptor in (stdin, kept):
+            os.close(descriptor)
 
 
 class _Active:
     """A step under way."""
 
-    def __init__(self, step: Step, rest: deque[Step], environment: Mapping[str, str], lock: int | None) -> None:
+    def __init__(
+        self, step: Step, rest: deque[Step], environment: Mapping[str, str], stdin: int, lock: int | None
+    ) -> None:
         self.step, self.rest = step, rest
         step.log.parent.mkdir(parents=True, exist_ok=True)
         with open(step.log, "ab") as log:
             # In a session of its own, Ctrl-C reaches this process alone, which then stops every step once.
             self.process = subprocess.Popen(
-                step.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
+                step.command, stdin=stdin, stdout=log, stderr=subprocess.STDOUT,
+                env={**environment, ENDS_WITH_STDIN: "1"},
                 start_new_session=True, pass_fds=() if lock is None else (lock,),
             )  # fmt: skip
 
@@ -192,13 +210,17 @@ def _result(comparison: Comparison, outcome: Outcome) -> str:
     """A finished or failed run in one line."""
     if outcome.code != 0:
         return f"{outcome.step.kind} failed (exit code {outcome.code}): {_reason(outcome)}"
-    attack = read_json(attack_dir(comparison, outcome.step.run) / "attack.json")
-    if attack is None:
-        return "attacked, but there is no attack.json"
-    return (
-        f"test accuracy {attack['run']['test_accuracy']:.1%}, strongest attack on unseen images: MSE "
-        f"{attack['test_target']['mse']:.4g} ({attack['strongest']})"
-    )
+    first = comparison.attack_config().of_each_knowledge()[0].directory
+    try:
+        attack = read_json(comparison.run_dir(outcome.step.run) / first / "attack.json", "run", "worst")
+        if attack is None:
+            return "attacked, but there is no attack.json"
+        accuracy, worst = attack["run"]["test_accuracy"], attack["worst"]["mse"]
+        return (
+            f"test accuracy {accuracy:.1%}, worst attack on unseen images: MSE {worst['value']:.4g} ({worst['attack']})"
+        )
+    except (CemError, LookupError, TypeError, ValueError) as error:
+        return f"attacked, but its attack.json cannot be used: {error}"
 
 
 def _environment(jobs: int) -> dict[str, str]:

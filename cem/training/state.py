@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from cem.data import ImageSet, load_data, make_loader
+from cem.data import DataSplits, ImageSet, load_data, make_loader
 from cem.data.images import Batch
 from cem.defenses import Chain
 from cem.errors import CheckpointError, UsageError
@@ -41,6 +41,7 @@ class TrainState:
     Args:
         config: checked and resolved.
         share: weight of the surrogate in an epoch, counted from 0.
+        data: what ``config`` says to load, where that was done already.
 
     Attributes:
         model: the :class:`~cem.models.SplitModel` with its defenses, on ``device``.
@@ -59,7 +60,7 @@ class TrainState:
         CemError: data set, architecture, surrogate or a defense refuse their options.
     """
 
-    def __init__(self, config: TrainConfig, share: Callable[[int], float]) -> None:
+    def __init__(self, config: TrainConfig, share: Callable[[int], float], *, data: DataSplits | None = None) -> None:
         self.config = config
         self.device = resolve_device(config.device)
         self.history: list[dict[str, float]] = []
@@ -67,7 +68,7 @@ class TrainState:
         self.best: tuple[float, float] = (-1.0, -1.0)
         self.best_epoch = 0
         checkpoint.seed_everything(config.seed)
-        self._load_data()
+        self._load_data(data)
         self._check_memory()
         self.model = runs.build_model(config, self.data_facts).to(self.device)
         if config.amp:  # the layout for which processors have fast bfloat16 convolutions
@@ -140,9 +141,9 @@ class TrainState:
         """Put all random states where construction or the last :meth:`save` or :meth:`restore` left them."""
         checkpoint.restore_random_state(self.random, self._shuffle, self.device)
 
-    def _load_data(self) -> None:
+    def _load_data(self, data: DataSplits | None) -> None:
         config = self.config
-        self.data = load_data(
+        self.data = data or load_data(
             config.data,
             config.data_root,
             train_size=config.train_size,

@@ -8,12 +8,17 @@ import pytest
 from fake_runs import finish
 
 from cem import compare as command
+from cem.attacks import Attack
 from cem.comparison import runner
 from cem.comparison.config import Comparison
 from cem.comparison.grid import GridOptions
 from cem.training.config import TrainConfig
 
 MIXTURE = Path("out/mixture-lambd16-noise0.1-seed0")
+
+
+class Another(Attack):
+    name = "another"
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +40,10 @@ def finished():
 def test_options_go_to_grid_training_attack_and_the_trainings_of_their_surrogate():
     variants = ["slow: {centroid: {momentum: 0.999}}", "wide: {surrogate: attention}"]
     argv = ["--surrogates", "none", "centroid", "slow", "wide", "--variants", *variants, "--seeds", "0"]
-    argv += ["--lambds", "4", "--noise-stds", "0.3", "--lr", "0.2", "--attack.lr", "0.003", "--jobs", "2"]
+    argv += ["--lambds", "4", "--noise-stds", "0.3", "--lr", "0.2", "--attack.decoder.lr", "0.003", "--jobs", "2"]
     comparison = command.parse([*argv, "--centroid.momentum", "0.97", "--attention.num-slots", "3"])[0].checked()
     assert (comparison.grid.lambds, comparison.grid.noise_stds, comparison.grid.jobs) == ((4.0,), (0.3,), 2)
-    assert comparison.attack_config().lr == 0.003
+    assert comparison.attack_config().options_of("decoder").lr == 0.003
     none, centroid, slow, wide = map(comparison.train_config, comparison.grid.runs())
     assert (none.surrogate, none.lambd, none.lr, none.seed) == ("none", 0.0, 0.2, 0)
     assert (centroid.surrogate, centroid.lambd, centroid.noise_std) == ("centroid", 4.0, 0.3)
@@ -88,7 +93,13 @@ def test_missing_images_for_the_attackers_are_noted_and_an_interrupt_says_how_to
     ("argv", "message"),
     [
         (["--epochs", "0"], "error: --epochs must be at least 1, got 0"),
-        (["--attack.attackers", "resnet"], "error: --attack.attackers resnet: decoders are named like"),
+        (["--attack.decoder.networks", "resnet"], "error: --attack.decoder.networks resnet: networks are named like"),
+        (["--attack.attacks", "resnet"], "error: --attack.attacks takes decoder, "),
+        (["--attack.attacks", "decoder", "decoder"], "error: --attack.attacks names decoder twice"),
+        (
+            ["--attack.attacks", f"{__name__}:Another", "--attack.decoder.lr", "1"],
+            "give --attack.attacks decoder with it",
+        ),
         *(([f"--{name}", "1"], f"no option --{name}") for name in ("lambd", "noise-std", "seed", "attack.control")),
         (["--attention.num-slots", "4"], "attention, which is not chosen; give --surrogates attention with it"),
         (["--quick", "--config", "a.yaml"], "error: --quick and --config both set all options"),

@@ -28,6 +28,7 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
         ({"variants": ("mixture: {}",)}, "is none of none, mixture, attention, centroid; got 'mixture'"),
         ({"surrogates": ("s",), "variants": ("s: {surrogate: 5}",)}, "surrogate of s must be a name, got 5"),
         ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
+        ({"variants": ("s: {epochs: 3}",)}, "--variants: no run has s; give it to --surrogates"),
     ],
 )
 def test_grid_that_cannot_be_run_is_refused(options, message):

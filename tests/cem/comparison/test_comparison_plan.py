@@ -1,16 +1,20 @@
 """What is left to do: nothing that is finished is done again, nothing foreign is touched."""
 
+import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_runs import fake_attack, fake_training
 
+from cem.attacks import DEFAULT, Attack
 from cem.attacks.config import AttackConfig
+from cem.attacks.decoder import Decoder
 from cem.comparison.config import Comparison
 from cem.comparison.grid import GridOptions, Run, Setting
-from cem.comparison.plan import check_options, remaining_steps
+from cem.comparison.plan import check_options, check_out, remaining_steps
 from cem.errors import CheckpointError, UsageError
 from cem.surrogates import GaussianMixtureCEM
 from cem.training.config import TrainConfig
@@ -44,10 +48,9 @@ def test_run_that_is_not_there_is_trained_and_attacked_with_files_of_its_options
     run_dir, options = comparison.run_dir(RUN), comparison.out / "options"
     mine, shared = options / f"{RUN.name}.yaml", options / "attack.yaml"
     assert training == (sys.executable, "-m", "cem.train", "--config", str(mine), "--out", str(run_dir))
-    assert attack[:4] == (sys.executable, "-m", "cem.attack", str(run_dir))
-    assert attack[4:] == ("--config", str(shared), "--out", str(run_dir / "attack"))
+    assert attack == (sys.executable, "-m", "cem.attack", str(run_dir), "--config", str(shared))
     assert TrainConfig.from_yaml(mine).to_dict() == comparison.train_config(RUN).to_dict()
-    assert AttackConfig.from_yaml(shared) == comparison.attack_config()
+    assert AttackConfig.from_yaml(shared).to_dict() == comparison.attack_config().to_dict()
 
 
 def test_finished_run_is_left_alone_also_from_another_device(comparison, finished):
@@ -88,10 +91,54 @@ def test_run_of_other_options_is_refused_by_name(comparison, made, request):
         check_options(comparison, RUN)
 
 
-def test_attack_of_other_options_is_refused_by_name_and_one_with_more_queries_lies_beside_it(comparison, finished):
-    other, more = (replace(comparison, attack=AttackConfig(**each)) for each in ({"max_epochs": 9}, {"queries": 10}))
-    with pytest.raises(UsageError, match=r"attacked under other options: --attack.max-epochs \(was 75, got 9\)"):
-        check_options(other, RUN)
+def test_attack_of_other_options_is_refused_by_name(comparison, finished):
+    with pytest.raises(UsageError, match=r"attacked under other options: --attack.aux-size \(was None, got 9\)"):
+        check_options(replace(comparison, attack=AttackConfig(aux_size=9)), RUN)
+
+
+class Another(Attack):
+    name = "another"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"queries": 10},
+        {"knowledge": ("auxiliary", "training")},
+        {"attacks": (*DEFAULT, f"{__name__}:Another")},
+        {"members": {"decoder": Decoder.Options(max_epochs=1000)}},
+    ],
+    ids=str,
+)
+def test_run_that_was_attacked_with_less_is_attacked_again_and_then_left_alone(comparison, finished, more):
+    more = replace(comparison, attack=AttackConfig(**more))
     check_options(more, RUN)
     (step,) = remaining_steps(more, RUN)
-    assert step.command[-1] == str(finished / "attack-queries10")
+    assert step.kind == "attack"
+    shutil.rmtree(finished / "attack")
+    fake_attack(more, RUN)
+    assert remaining_steps(more, RUN) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": []}', '{"config": {"attacks": ["x"]}}'])
+def test_attack_of_which_the_result_is_damaged_is_not_finished(comparison, finished, content):
+    (finished / "attack" / "attack.json").write_text(content)
+    assert [step.kind for step in remaining_steps(comparison, RUN)] == ["attack"]
+
+
+@pytest.mark.parametrize(
+    ("made", "refusal"),
+    [
+        ("", "--out .*out: it exists and is no directory"),
+        ("/thesis.tex", "--out .*out holds thesis.tex, but no comparison; choose another one"),
+        ("/.lock", ""),
+        ("/.compare.yaml.0123456789abcdef.tmp", ""),
+        ("/compare.yaml", ""),
+    ],
+)
+def test_folder_with_something_else_than_a_comparison_is_refused(tmp_path, made, refusal):
+    path = Path(f"{tmp_path}/out{made}")
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(UsageError, match=refusal) if refusal else nullcontext():
+        check_out(tmp_path / "out")

@@ -95,6 +95,7 @@ def comparison(tmp_path, monkeypatch, instead):
         return [replace(step, command=("/bin/sh", "-c", scripts[step.kind])) for step in found]
 
     monkeypatch.setattr(runner, "remaining_steps", steps)
+    monkeypatch.setattr(runner, "rehearse", lambda comparison, runs: None)
     return comparison
 
 
@@ -106,7 +107,7 @@ def test_every_run_is_trained_and_attacked_gets_a_line_and_is_left_alone_from_th
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     run_comparison(comparison, "command")
     assert statuses(comparison) == ["finished", "finished"]
-    found = "test accuracy 90.0%, strongest attack on unseen images: MSE 0.03 (res_normN8C64:mse)"
+    found = "test accuracy 90.0%, worst attack on unseen images: MSE 0.03 (decoder)"
     first = [f"2 runs in {comparison.out}, of which 0 are finished", "1 at a time, trained with 7 threads each"]
     assert capsys.readouterr().err.splitlines() == [*first, f"[1/2] {NONE}: {found}", f"[2/2] {MIXTURE}: {found}"]
     before = {path: path.stat().st_mtime_ns for path in comparison.out.glob("*/*")}
@@ -128,6 +129,7 @@ def test_failed_run_is_noted_with_its_reason_costs_no_other_and_goes_on_with_the
 ):
     if step == "attack":
         fake_training(comparison, comparison.grid.runs()[0])
+        (comparison.out / "compare.yaml").touch()
     instead[NONE] = script
     run_comparison(comparison, "command")
     assert statuses(comparison) == ["failed", "finished"]
@@ -142,9 +144,20 @@ def test_failed_run_is_noted_with_its_reason_costs_no_other_and_goes_on_with_the
 def test_nothing_is_run_if_one_run_has_other_options(comparison):
     other = replace(comparison, train=replace(comparison.train, lr=0.1))
     fake_training(other, comparison.grid.runs()[-1])
+    (comparison.out / "compare.yaml").touch()
     with pytest.raises(UsageError, match="--lr"):
         run_comparison(comparison, "command")
-    assert not (comparison.out / "compare.yaml").exists()
+    assert not (comparison.out / "options").exists()
+
+
+def test_damaged_result_of_one_run_costs_the_others_nothing(comparison, instead, capsys):
+    fake_training(comparison, comparison.grid.runs()[0])
+    (comparison.out / "compare.yaml").touch()
+    instead[NONE] = f"mkdir {comparison.out}/{NONE}/attack; echo '{{' > {comparison.out}/{NONE}/attack/attack.json"
+    run_comparison(comparison, "command")
+    err = capsys.readouterr().err
+    assert f"[1/2] {NONE}: attacked, but its attack.json cannot be used: cannot read" in err
+    assert f"[2/2] {MIXTURE}: test accuracy" in err
 
 
 def test_second_comparison_in_the_same_folder_is_refused_also_while_a_step_of_a_killed_one_lives(comparison, tmp_path):
