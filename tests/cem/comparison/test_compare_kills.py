@@ -65,7 +65,7 @@ def runs(line, folder):
     runner.subprocess = SimpleNamespace(Popen=Fork, STDOUT=None)
     os.chdir(folder)
     name, *argv = line.split()
-    with open(f"{folder}.log", "a") as said, redirect_stderr(said), redirect_stdout(said):
+    with open(f"{folder}.log", "a", buffering=1) as said, redirect_stderr(said), redirect_stdout(said):
         sys.exit(COMMANDS[name](argv))
 
 
