@@ -2,13 +2,14 @@
 
 from cem.attacks.base import Attack
 from cem.attacks.decoder import Decoder
+from cem.attacks.white_box import WhiteBox
 from cem.terms import Family
 
 ATTACKS: Family[type[Attack]] = Family("attacks", Attack, weighted=False)
 """The attacks by the names that ``--attacks`` takes."""
-for _member in (Decoder,):
+for _member in (Decoder, WhiteBox):
     ATTACKS.register(_member)
 
-DEFAULT = (Decoder.name,)
+DEFAULT = (Decoder.name, WhiteBox.name)
 
 __all__ = ["ATTACKS", "DEFAULT", "Attack"]

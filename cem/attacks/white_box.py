@@ -1,193 +1,275 @@
-"""The white-box attack: whoever has the client's weights searches for the image that gives the features seen."""
+"""The white-box attack: whoever has the client's weights searches for images that may well have given the features."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cem.attacks.metrics import ImageScores, mean_scores, score_images
-from cem.attacks.observe import observe
-from cem.attacks.splits import AttackSplits, pick
+from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, seconds_of
 from cem.data import ImageSet
-from cem.models import SplitModel
-from cem.progress import bar
-from cem.training.evaluation import eval_mode, isolated_random
+from cem.options import Options as BaseOptions
+from cem.options import option
+from cem.training.evaluation import isolated_random
 
-TV_WEIGHTS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Weights of the total variation that the attacker tries, in units of the mean variance of the features seen."""
+WEIGHTS = {"decoder": (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.0), "mean image": (10.0, 3.0, 1.0, 0.3, 0.1)}
+"""By start, weights of the prior that are tried. At 1, pixels as far from the decoder's answer as usual cost half a nat
+each, pixels as unlike their neighbors as usual a nat."""
 
-CYCLE = 100  # steps after which the learning rate is back to the full; long enough to settle
-SEARCH_IMAGES = 16  # enough to tell weights apart that differ by factors of three
-BATCH = 64  # images
+SEARCH_IMAGES = 64  # of the attacker's validation images
+FIRST = 4  # all weights are tried with this part of the steps,
+FINALISTS = 2  # and so many of each start with all of them
+BATCH, PIXELS = 64, 2**16  # in a batch: so many images, or more until they have so many pixels
+LARGE = 0.5  # of all gray levels: the first steps from the mean image
+TICK = 10  # steps between two reports
+OWN_SEED = 0x5EED  # makes another seed of the attack's
+TINY = 1e-8  # in place of a scale of 0
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """``[N]``: sum over neighboring pixels of their absolute difference, per pixel and channel."""
+    """``[N]``: sum over neighboring pixels of their absolute difference."""
     down = (images[:, :, 1:] - images[:, :, :-1]).abs().flatten(1).sum(1)
     right = (images[..., 1:] - images[..., :-1]).abs().flatten(1).sum(1)
-    return (down + right) / math.prod(images.shape[1:])
+    return down + right
 
 
-def white_box_attack(
-    model: SplitModel,
-    observed: Tensor,
-    start: Tensor,
-    *,
-    steps: int = 300,
-    lr: float = 0.5,
-    tv_weight: float,
-    progress: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Images ``x`` in [0, 1] that minimize ``mean over features of (E(x) - observed)² + tv_weight · TV(x)``.
+def surprise(target: Exposed, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """``(pixels, sent) -> −log p(sent | pixels)``, ``[B]``, in nats, up to a constant.
 
-    Adam on the pixels through the frozen encoder ``E``, in evaluation mode; after each step pixels are put back
-    into the box. The rate falls along a cosine to 0 and starts again about every 100 steps: behind max-pooling
-    and ReLU the search gets caught where a stripe is a pixel off, and large steps free it. Each image keeps
-    the best it has had. Images do not influence one another.
-
-    A failure says little: it follows gradients, and an encoder that has saturated or whose units are dead has
-    none, though its features may well tell a trained decoder something.
-
-    Source: He et al., "Model Inversion Attacks Against Collaborative Inference", ACSAC 2019 (their rMLE).
+    Of several observations there is only the mean: where the noise is Gaussian, so is the mean's, with σ/√queries.
+    Without a density, the squared error counts as if there were Gaussian noise of the standard deviation ``scale``, and
+    what the defense does is done to the guess too.
 
     Args:
-        model: the target; not changed.
-        observed: ``[N, *feature_shape]``, the noisy features that the attacker saw.
-        start: ``[C, H, W]``, in [0, 1]: where every search begins.
-        steps: Adam steps.
-        lr: largest step of a pixel, about.
-        tv_weight: in squared feature units.
-        progress: called after each step with the number of images that it moved.
-
-    Returns:
-        ``[N, C, H, W]`` with the dtype of ``start``.
-
-    Raises:
-        ValueError: ``steps`` is below 1, or ``tv_weight`` negative.
+        target: model and number of queries.
+        scale: in units of the features.
     """
-    if steps < 1 or not tv_weight >= 0:
-        raise ValueError(f"steps must be at least 1 and tv_weight not negative, got {steps=} {tv_weight=}")
-    with eval_mode(model):
-        found = [_search(model, z, start, steps, lr, tv_weight, progress) for z in observed.split(BATCH)]
-    return torch.cat(found) if found else start.new_empty(0, *start.shape)
+    encoder, defense = target.model.encoder, target.model.defense
+    sigma = defense.sigma()
+    std = sigma / math.sqrt(target.queries) if sigma else scale
+
+    def energy(pixels: Tensor, sent: Tensor) -> Tensor:
+        z = encoder(pixels)
+        if sigma is None:
+            known = defense.log_likelihood(sent, z) if target.queries == 1 else None
+            if known is not None:
+                return -known
+            z = defense(z)
+        return ((z - sent) / std).flatten(1).square().sum(1) / 2
+
+    return energy
 
 
-def _search(
-    model: SplitModel,
-    observed: Tensor,
+def descend(
+    energy: Callable[[Tensor], Tensor],
     start: Tensor,
     steps: int,
     lr: float,
-    tv_weight: float,
-    progress: Callable[[int], object] | None,
+    after: Callable[[int], object] = lambda steps: None,
 ) -> Tensor:
-    """One batch of :func:`white_box_attack`."""
-    pixels = start.detach().repeat(len(observed), 1, 1, 1).requires_grad_()
-    best, lowest = pixels.detach().clone(), observed.new_full((len(observed),), math.inf)
-    # The usual 0.999 would remember the gradients of a whole cycle.
-    adam = torch.optim.Adam([pixels], betas=(0.9, 0.99))
-    cycle = math.ceil(steps / max(1, round(steps / CYCLE)))
+    """Images in [0, 1] of small energy, ``[N, C, H, W]``: of all that a search has met, for each image the best.
 
-    def losses() -> Tensor:
-        z = model.encoder(pixels)
-        # Noise is not to be guessed; whatever else the defense does, the attacker does too.
-        sent = z if model.defense.sigma() is not None else model.defense(z)
-        error = (sent - observed).flatten(1).square().mean(1)
-        return error + tv_weight * total_variation(pixels)
+    Adam on the pixels, which are put back into [0, 1] after each step; the rate falls along a cosine to 0. No image
+    influences another.
 
-    def keep(losses: Tensor) -> None:
-        better = losses < lowest
-        lowest[better] = losses.detach()[better]
-        best[better] = pixels.detach()[better]
+    Args:
+        energy: images to ``[N]``.
+        start: ``[N, C, H, W]``, in [0, 1].
+        steps: gradients that are followed.
+        lr: the largest step of a pixel, about.
+        after: called now and then with the number of steps since the last call.
+    """
+    pixels = start.detach().clone().requires_grad_()
+    best, lowest = start.detach().clone(), start.new_full((len(start),), math.inf)
+    adam = torch.optim.Adam([pixels], betas=(0.9, 0.99))  # 0.999 would remember more steps than there are
+
+    def keep(energies: Tensor) -> None:
+        better = energies < lowest
+        lowest[better], best[better] = energies[better], pixels.detach()[better]
 
     for step in range(steps):
-        adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * (step % cycle) / cycle)) / 2
+        adam.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
         with torch.enable_grad():
-            now = losses()
-            # A sum, so that an image's gradient does not depend on the others; for the pixels alone, so that
-            # the encoder's weights neither get gradients nor cost any.
-            (pixels.grad,) = torch.autograd.grad(now.sum(), pixels)
-        keep(now)
+            energies = energy(pixels)
+            # A sum, so that an image's gradient does not depend on the others.
+            (pixels.grad,) = torch.autograd.grad(energies.sum(), pixels)
+        keep(energies.detach())
         adam.step()
         with torch.no_grad():
             pixels.clamp_(0, 1)
-        if progress is not None:
-            progress(len(pixels))
+        if (step + 1) % TICK == 0 or step + 1 == steps:
+            after(step % TICK + 1)
     with torch.no_grad():
-        keep(losses())
+        keep(energy(pixels))
     return best
 
 
-def run_white_box(
-    model: SplitModel,
-    splits: AttackSplits,
-    *,
-    images: int,
-    steps: int = 300,
-    queries: int = 1,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Attack some of the target's training images and some unseen ones, and score what comes out.
+class WhiteBox(Attack["WhiteBox.Options"]):
+    """Searches for pixels ``x`` in [0, 1] that minimize ``−log p(sent | x)`` and a prior of what images are like.
 
-    The attacker starts from the mean of its own images, and takes that weight of :data:`TV_WEIGHTS` which gives
-    the smallest MSE on images of its own (a single cycle of steps on 16 of its validation images).
+    From the best decoder's answer ``D``, the prior is ``w · Σ (x − D)² / 2s²``, where ``s²`` is the decoder's mean
+    squared error in that pixel on validation images; at ``w = ∞`` nothing is searched and the answer stays. From the
+    mean image it is ``w · TV(x) / b``, where ``b`` is the total variation of a pixel of the attacker's images (He et
+    al., "Model Inversion Attacks Against Collaborative Inference", ACSAC 2019: their rMLE). Start and weight with the
+    smallest MSE on validation images are taken.
 
-    Args:
-        model: the target, on ``device``.
-        splits: whose images are whose.
-        images: how many to attack of either set, always the same ones; fewer if a set has fewer.
-        steps: see :func:`white_box_attack`.
-        queries: how often the attacker sees each image; see :func:`cem.attacks.observe.observe`. The noise is
-            drawn once, before the search.
-        seed: of the noise. Random states stay as they are.
-        device: where to compute.
-
-    Returns:
-        Plain numbers: ``images`` of each set were attacked with ``steps`` steps and ``tv_weight``, all of it in
-        ``seconds``; ``train_target`` and ``test_target`` are the :func:`~cem.attacks.metrics.mean_scores` on images
-        that the target was trained on and on unseen ones.
-
-    Raises:
-        ValueError: ``images``, ``steps`` or ``queries`` is below 1.
+    A failure says little: the search follows gradients, and an encoder that has saturated has none.
     """
-    if min(images, steps, queries) < 1:
-        raise ValueError(f"images, steps and queries must be at least 1, got {images=} {steps=} {queries=}")
-    began = time.perf_counter()
-    images = min(images, len(splits.target_train), len(splits.test))
-    search_images, search_steps = min(SEARCH_IMAGES, len(splits.attacker_val)), min(steps, CYCLE)
-    start = (splits.attacker_train.images.float().mean(0) / 255).to(device)
-    work = len(TV_WEIGHTS) * search_images * search_steps + 2 * images * steps
 
-    with (
-        eval_mode(model),
-        isolated_random(seed, device),
-        bar(work, "white box") as shown,
-    ):
+    name = "white-box"
+    summary = "pixels searched by gradients through the encoder, from the best decoder's answer and from the mean image"
+    needs = ("decoder",)
 
-        def attack(x: Tensor, z: Tensor, steps: int, tv_weight: float) -> ImageScores:
-            found = white_box_attack(model, z, start, steps=steps, tv_weight=tv_weight, progress=shown.update)
-            return score_images(found, x)
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Of the search.
 
-        def some(image_set: ImageSet, count: int) -> Tensor:
-            return (pick(image_set, count).images.float() / 255).to(device)
+        Attributes:
+            steps: Steps of Adam on the pixels of every image.
+        """
 
-        def seen(x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, torch.cat([observe(model, part, queries) for part in x.split(BATCH)])
+        steps: int = option(200, least=1)
 
-        x, z = seen(some(splits.attacker_val, search_images))
-        unit = z.var(0, correction=0).mean().item()
-        weights = [unit * weight for weight in TV_WEIGHTS]
-        errors = [attack(x, z, search_steps, weight).mse.mean().item() for weight in weights]
-        tv_weight = weights[errors.index(min(errors))]
-        train_target = mean_scores(attack(*seen(some(splits.target_train, images)), steps, tv_weight))
-        test_target = mean_scores(attack(*seen(some(splits.test, images)), steps, tv_weight))
-    return {
-        "images": images, "steps": steps, "tv_weight": tv_weight, "seconds": time.perf_counter() - began,
-        "train_target": train_target, "test_target": test_target,
-    }  # fmt: skip
+    def forecast(self, target: Exposed, own: Own, options: Options) -> float:
+        """See :class:`~cem.attacks.base.Attack`."""
+        sent, few = target.sent[VAL][:SEARCH_IMAGES].to(target.device), 3
+        energy, start = surprise(target, 1.0), _pixels(own.val, len(sent)).to(target.device)
+        seconds = seconds_of(lambda: descend(lambda x: energy(x, sent), start, few, 0.1))
+        return _work(target, WEIGHTS, options.steps) * seconds / (few * len(sent))
+
+    def run(self, target: Exposed, own: Own, options: Options, progress: Progress) -> Record:
+        """See :class:`~cem.attacks.base.Attack`; what was found is kept batch by batch."""
+        search = _Search(target, own, options.steps, progress)
+        chosen = search.choose()
+        start, weight = chosen["start"], chosen["weight"]
+        guesses = {VAL: chosen["found"]}
+        guesses |= {name: search.guess(name, start, weight) for name in target.sent if name != VAL}
+        facts = {
+            "start": start,
+            "weight": _plain(weight),
+            "steps": options.steps if math.isfinite(weight) else 0,
+            "grid": [{**row, "weight": _plain(row["weight"])} for row in chosen["grid"]],
+            "converged": None,
+            "note": "",
+        }
+        return Record({f"{start}, weight {weight:g}": guesses}, facts)
+
+
+class _Search:
+    """One run of the attack: what its searches share, and how far they are."""
+
+    def __init__(self, target: Exposed, own: Own, steps: int, progress: Progress) -> None:
+        self.target, self.steps, self.progress = target, steps, progress
+        self.sent = target.sent[VAL][:SEARCH_IMAGES]
+        self.images = _pixels(own.val, len(self.sent))
+        known = _pixels(own.train, 1000)
+        self.mean = known.mean(0).to(target.device)
+        self.variation = max(total_variation(known).mean().item() / self.mean.numel(), TINY)
+        self.energy = surprise(target, max(0.1 * self.sent.var(0, correction=0).mean().sqrt().item(), TINY))
+        self.weights, self.decoder, self.error = dict(WEIGHTS), None, torch.zeros(())
+        if "decoder" in progress.earlier:
+            self.decoder = progress.earlier["decoder"].network
+            answers = [self._start("decoder", part.to(target.device)).cpu() for part in target.sent[VAL].split(BATCH)]
+            errors = (torch.cat(answers) - _pixels(own.val, len(own.val))).square().mean(0)
+            self.error = errors.clamp(min=max(0.01 * errors.mean().item(), TINY)).to(target.device)
+        else:
+            del self.weights["decoder"]
+        self.done, self.work = 0, _work(target, self.weights, steps)
+
+    def choose(self) -> dict[str, Any]:
+        """``start`` and ``weight`` with the smallest MSE on validation images, what is ``found`` of those, and the
+        ``grid`` of all that were tried."""
+        layout = {"start": str, "weight": float, "found": Tensor, "grid": list}
+        chosen = self.progress.kept("white-box-choice", layout)
+        if chosen is None:
+            first = max(1, self.steps // FIRST)
+            tried = [self._try(start, weight, first) for start, each in self.weights.items() for weight in each]
+            for start in self.weights:
+                half = [row for row in tried if row["start"] == start and 0 < row["steps"] < self.steps]
+                best = sorted(half, key=lambda row: row["mse"])[:FINALISTS]
+                tried += [self._try(start, row["weight"], self.steps) for row in best]
+            ended = (row for row in tried if row["steps"] in (0, self.steps))
+            chosen = dict(min(ended, key=lambda row: row["mse"]))
+            chosen["grid"] = [{name: value for name, value in row.items() if name != "found"} for row in tried]
+            self.progress.keep("white-box-choice", chosen)
+        self.done = len(self.images) * _choosing(self.weights, self.steps)
+        return chosen
+
+    def guess(self, name: str, start: str, weight: float) -> Tensor:
+        """Of all images of one set that is judged."""
+        sent, file = self.target.sent[name], f"white-box-{name}"
+        kept = self.progress.kept(file, {"found": Tensor})
+        found: Tensor = kept["found"] if kept else torch.empty(0, *self.mean.shape)
+        self.done += len(found) * self.steps
+        batch = max(BATCH, PIXELS // self.mean.numel())
+        while len(found) < len(sent):
+            part = sent[len(found) : len(found) + batch]
+            found = torch.cat([found, self._search(part, start, weight, self.steps, name)])
+            self.progress.keep(file, {"found": found})
+        return found
+
+    def _try(self, start: str, weight: float, steps: int) -> dict[str, Any]:
+        found = self._search(self.sent, start, weight, steps, "choosing")
+        steps = steps if math.isfinite(weight) else 0
+        return {"start": start, "weight": weight, "steps": steps, "mse": self._mse(found), "found": found}
+
+    def _search(self, sent: Tensor, start: str, weight: float, steps: int, what: str) -> Tensor:
+        """From the start, or the start itself at an infinite weight; on the CPU."""
+
+        def after(steps: int) -> None:
+            self.done += steps * len(sent)
+            self.progress.show(min(1.0, self.done / self.work), what)
+
+        # Some defenses draw, but nobody can draw again what was drawn for the features sent.
+        with isolated_random(self.target.seed ^ OWN_SEED, self.target.device):
+            sent = sent.to(self.target.device)
+            begin = self._start(start, sent)
+            if math.isinf(weight):
+                return begin.cpu()
+
+            def energy(x: Tensor) -> Tensor:
+                if start == "decoder":
+                    prior = ((x - begin).square() / (2 * self.error)).flatten(1).sum(1)
+                else:
+                    prior = total_variation(x) / self.variation
+                return self.energy(x, sent) + weight * prior
+
+            lr = self.error.mean().sqrt().item() if start == "decoder" else LARGE
+            return descend(energy, begin, steps, lr, after).cpu()
+
+    @torch.no_grad()
+    def _start(self, start: str, sent: Tensor) -> Tensor:
+        if start == "decoder":
+            assert self.decoder is not None
+            return self.decoder(sent).clamp(0, 1)
+        return self.mean.repeat(len(sent), 1, 1, 1)
+
+    def _mse(self, found: Tensor) -> float:
+        return (found - self.images).square().mean().item()
+
+
+def _pixels(images: ImageSet, count: int) -> Tensor:
+    """The first ``count``, in [0, 1]."""
+    return images.images[:count].float() / 255
+
+
+def _plain(weight: float) -> float | None:
+    """For JSON, which has no infinity: ``None``."""
+    return weight if math.isfinite(weight) else None
+
+
+def _choosing(weights: Mapping[str, Sequence[float]], steps: int) -> int:
+    """Steps for each validation image, at most."""
+    tried = sum(map(math.isfinite, chain(*weights.values())))
+    return tried * max(1, steps // FIRST) + FINALISTS * len(weights) * steps
+
+
+def _work(target: Exposed, weights: Mapping[str, Sequence[float]], steps: int) -> int:
+    """Steps of single images, all together."""
+    val = len(target.sent[VAL])
+    return min(val, SEARCH_IMAGES) * _choosing(weights, steps) + (sum(map(len, target.sent.values())) - val) * steps

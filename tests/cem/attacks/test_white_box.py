@@ -1,6 +1,7 @@
-"""The attack of whoever has the client's weights: the search for pixels, and its figures of a run."""
+"""The attack of whoever has the client's weights: the search for pixels, and how it chooses start and prior."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -8,53 +9,65 @@ import torch
 from torch import Tensor, nn
 
 from cem.attacks import white_box
-from cem.attacks.splits import AttackSplits
-from cem.attacks.white_box import run_white_box, total_variation, white_box_attack
+from cem.attacks.base import UNSEEN, VAL, Exposed, Own, Progress, Record
+from cem.attacks.white_box import WhiteBox, descend, surprise, total_variation
 from cem.data import ImageSet
 from cem.data.synthetic import make_test_images
 from cem.defenses import Defense, GaussianNoise
 from cem.models import SplitModel
 
-GRAY = torch.full((3, 6, 8), 0.5)
+SHAPE = (1, 6, 6)
 
 
-def a_model(image_shape=(3, 6, 8), noise_std=0.0, scale=1.0, flat=False) -> SplitModel:
-    """A wide encoder with batch normalization, or a flat one, that an attacker can invert."""
+def a_model(defense=None) -> SplitModel:
+    """A wide encoder with batch normalization that an attacker can invert."""
     torch.manual_seed(0)
-    channels = image_shape[0]
-    norm = nn.BatchNorm2d(8 * channels)
-    norm.weight.data.fill_(scale)
-    encoder = nn.Sequential(nn.Conv2d(channels, 8 * channels, 3, padding=1), norm, nn.ReLU())
-    if flat:
-        encoder = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 2 * math.prod(image_shape)))
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     server = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
-    return SplitModel(encoder, server, image_shape=image_shape, defense=GaussianNoise(noise_std)).eval()
+    model = SplitModel(encoder, server, image_shape=SHAPE, defense=defense or GaussianNoise(0.1))
+    return model.eval().requires_grad_(False)
 
 
-def images_like(count=4) -> Tensor:
-    return torch.rand(count, *GRAY.shape, generator=torch.Generator().manual_seed(1))
+def some_images(seed=0, count=8) -> ImageSet:
+    images, labels = make_test_images(4, count // 4, SHAPE, seed=seed)
+    return ImageSet(images, labels, torch.arange(len(images)), "train")
 
 
-def features(model: SplitModel, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.encoder(x)
+def pixels(images: ImageSet) -> Tensor:
+    return images.images.float() / 255
 
 
-def search(model: SplitModel, z: Tensor, start: Tensor = GRAY, **options) -> Tensor:
-    return white_box_attack(model, z, start, **{"steps": 15, "tv_weight": 0.0, **options})
+def answers(target, images, off):
+    """A decoder that knows every image, and answers with an error of ``off`` in each pixel."""
+    known, sent = torch.cat([pixels(each) for each in images]), torch.cat([*target.sent.values()]).flatten(1)
+    known = known + off * torch.randn(known.shape, generator=torch.Generator().manual_seed(3))
+    return lambda z: known[torch.cdist(z.flatten(1), sent).argmin(1)]
 
 
-def some_splits(seed=0) -> AttackSplits:
-    images, labels = make_test_images(4, 8, (1, 6, 6), seed=seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return AttackSplits(*(ImageSet(images[part], labels[part], part, "train") for part in order.chunk(4)))
+def a_case(model=None, queries=1, unseen=1):
+    """What lies open and what the attacker has, and the images that it is judged on."""
+    model, val, judged = model or a_model(), some_images(seed=5), some_images(unseen)
+    target = Exposed(model, {}, torch.empty(0), 4, SHAPE, queries, 0)
+    torch.manual_seed(7)
+    sent = {VAL: target.observe(pixels(val)), UNSEEN: target.observe(pixels(judged))}
+    return Exposed(model, sent, torch.empty(0), 4, SHAPE, queries, 0), Own(some_images(9, 40), val), judged
 
 
-def run(model, splits, *, images=4, steps=20, queries=1, seed=0):
-    device = torch.device("cpu")
-    found = run_white_box(model, splits, images=images, steps=steps, queries=queries, seed=seed, device=device)
-    assert found.pop("seconds") > 0
-    return found
+def attack(case, folder, off=None, steps=40, show=lambda done, what: None):
+    target, own, judged = case
+    earlier = {} if off is None else {"decoder": Record({}, {}, answers(target, (own.val, judged), off))}
+    folder.mkdir(exist_ok=True)
+    progress = Progress(logging.getLogger("test"), folder, {}, earlier, show)
+    return WhiteBox().run(target, own, WhiteBox.Options(steps=steps), progress)
+
+
+def found(record: Record, name=UNSEEN) -> Tensor:
+    (guesses,) = record.guesses.values()
+    return guesses[name]
+
+
+def mse(guess: Tensor, images: ImageSet) -> float:
+    return (guess - pixels(images)).square().mean().item()
 
 
 class Faint(Defense):
@@ -62,95 +75,135 @@ class Faint(Defense):
         return 0.2 * z
 
 
-@pytest.mark.parametrize(("flat", "defense"), [(False, None), (True, None), (False, Faint())])
-def test_an_encoder_that_loses_nothing_is_inverted_also_where_a_defense_only_scales(flat, defense):
-    model, x = a_model(flat=flat), images_like()
-    if defense is not None:
-        model.defense = defense
-    with torch.no_grad():  # nor need the caller's gradients be on
-        found = search(model, model.defense(features(model, x)), steps=200)
-    assert (found - x).square().mean() < 1e-3
+class Heavy(Defense):
+    """Noise of which all is known but that it is Gaussian."""
+
+    def transform(self, z):
+        return z + 0.1 * torch.randn_like(z)
+
+    def log_likelihood(self, sent, z):
+        return -(sent - z).abs().flatten(1).sum(1) / 0.1
 
 
-def test_total_variation_is_the_sum_of_steps_between_neighbors_per_pixel():
-    images = torch.tensor([[[[0.0, 0.5, 0.5], [0.25, 0.5, 1.0]]], [[[0.3, 0.3, 0.3], [0.3, 0.3, 0.3]]]])
-    across, down = 0.5 + 0 + 0.25 + 0.5, 0.25 + 0 + 0.5
-    torch.testing.assert_close(total_variation(images), torch.tensor([(across + down) / 6, 0.0]))
+@pytest.mark.parametrize("defense", [GaussianNoise(0), Faint()])
+def test_an_encoder_that_loses_nothing_is_inverted_from_the_mean_image(tmp_path, defense):
+    case = a_case(a_model(defense))
+    mean = pixels(case[1].train).mean(0)
+    assert mse(found(attack(case, tmp_path, steps=150)), case[2]) < 0.05 * mse(mean, case[2])
 
 
-def test_images_do_not_influence_one_another_alone_or_in_batches(monkeypatch):
-    model, heard = a_model(), []
-    z = features(model, images_like(count=5))
-    whole, alone = search(model, z, tv_weight=0.01), search(model, z[1:2], tv_weight=0.01)
-    torch.testing.assert_close(alone[0], whole[1], rtol=0, atol=1e-3)
+@pytest.mark.parametrize(
+    ("defense", "queries", "expected"),
+    [
+        (GaussianNoise(0.5), 1, lambda z, sent: (z - sent) ** 2 / (2 * 0.5**2)),
+        (GaussianNoise(0.5), 4, lambda z, sent: (z - sent) ** 2 / (2 * 0.25**2)),
+        (GaussianNoise(0), 4, lambda z, sent: (z - sent) ** 2 / (2 * 3**2)),
+        (Heavy(), 1, lambda z, sent: (z - sent).abs() / 0.1),
+        (Faint(), 1, lambda z, sent: (0.2 * z - sent) ** 2 / (2 * 3**2)),
+    ],
+)
+def test_features_are_as_surprising_as_the_defense_says_or_as_their_squared_error(defense, queries, expected):
+    (target, _, judged), x = a_case(a_model(defense), queries), pixels(some_images(2))
+    z, sent = target.model.encoder(x), target.sent[UNSEEN]
+    given = surprise(target, 3.0)
+    difference = given(x, sent) - given(pixels(judged), sent)
+    wanted = expected(z, sent) - expected(target.model.encoder(pixels(judged)), sent)
+    torch.testing.assert_close(difference, wanted.flatten(1).sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_descent_stays_in_the_box_and_each_image_keeps_the_best_it_has_had():
+    goal, heard = torch.tensor([0.3, 0.5, 7.0]).view(3, 1, 1, 1).expand(3, *SHAPE), []
+
+    def energy(x):
+        return (x - goal).square().flatten(1).sum(1)
+
+    start = torch.full((3, *SHAPE), 0.3)
+    result = descend(energy, start, 25, 0.2, heard.append)
+    torch.testing.assert_close(result, goal.clamp(max=1), rtol=0, atol=0.01)
+    assert torch.equal(descend(energy, start, 1, 100.0)[0], start[0])
+    assert heard == [10, 10, 5]
+
+
+def test_total_variation_is_the_sum_of_steps_between_neighbors():
+    image = torch.tensor([[[[0.0, 0.5, 0.5], [0.25, 0.5, 1.0]]]])
+    assert total_variation(image).item() == (0.5 + 0 + 0.25 + 0.5) + (0.25 + 0 + 0.5)
+
+
+def test_a_decoder_that_cannot_be_bettered_is_left_as_it_is(tmp_path):
+    case = a_case(a_model(GaussianNoise(2.0)))
+    record = attack(case, tmp_path, off=1e-3)
+    assert (record.facts["start"], record.facts["weight"], record.facts["steps"]) == ("decoder", None, 0)
+    torch.testing.assert_close(found(record), pixels(case[2]), rtol=0, atol=0.01)
+
+
+def test_a_decoder_that_can_is_bettered_with_a_weight_that_fits_its_error_and_the_noise(tmp_path):
+    weights = []
+    for std in (0.02, 0.5):
+        case = a_case(a_model(GaussianNoise(std)))
+        record = attack(case, tmp_path / str(std), off=0.1)
+        assert record.facts["start"] == "decoder"
+        assert mse(found(record), case[2]) < 0.9 * 0.01
+        weights.append(record.facts["weight"])
+    assert weights[0] < weights[1]
+
+
+def test_all_weights_are_tried_briefly_and_the_best_of_each_start_with_all_steps(tmp_path):
+    record = attack(a_case(), tmp_path, off=0.1)
+    grid, starts = record.facts["grid"], white_box.WEIGHTS
+    brief = [(row["start"], row["weight"]) for row in grid if row["steps"] == 10]
+    assert brief == [(start, weight) for start in starts for weight in starts[start] if math.isfinite(weight)]
+    whole = [row for row in grid if row["steps"] in (0, 40)]
+    assert [row["start"] for row in whole] == ["decoder"] * 3 + ["mean image"] * 2
+    best = min(whole, key=lambda row: row["mse"])
+    assert (best["start"], best["weight"]) == (record.facts["start"], record.facts["weight"])
+    assert mse(found(record, VAL), a_case()[1].val) == pytest.approx(best["mse"])
+    assert json.loads(json.dumps(record.facts, allow_nan=False)) == record.facts
+
+
+def test_images_that_it_is_judged_on_choose_nothing(tmp_path):
+    first, second = (attack(a_case(unseen=seed), tmp_path / str(seed), off=0.1) for seed in (1, 2))
+    assert first.facts == second.facts
+    assert torch.equal(found(first, VAL), found(second, VAL))
+    assert not torch.equal(found(first), found(second))
+
+
+@pytest.mark.parametrize("lived", [1, 2])
+def test_an_attack_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path, monkeypatch, lived):
     monkeypatch.setattr(white_box, "BATCH", 3)
-    batches = search(model, z, tv_weight=0.01, progress=heard.append)
-    torch.testing.assert_close(batches, whole, rtol=0, atol=1e-3)
-    assert heard == 15 * [3] + 15 * [2]
-    assert search(model, z[:0]).shape == (0, *GRAY.shape)
+    monkeypatch.setattr(white_box, "PIXELS", 1)
+    case, keep, calls, work = a_case(), Progress.keep, [], []
+    whole = attack(case, tmp_path / "whole", off=0.1, show=lambda done, what: work.append(what))
 
+    def dying(self, name, content):
+        if len(calls) == lived:
+            raise KeyboardInterrupt
+        calls.append(name)
+        keep(self, name, content)
 
-def test_the_search_starts_at_the_start_stays_in_the_box_and_keeps_no_step_that_makes_it_worse():
-    model, x = a_model(), images_like()
-    near = search(model, features(model, x), x[0], steps=1, lr=1e-4)
-    assert (near - x[0]).abs().max() <= 1.1e-4
-    assert torch.equal(search(model, features(model, GRAY[None]), GRAY + 0.01, steps=3, lr=100.0)[0], GRAY + 0.01)
-    bounded = search(model, 100 * features(model, x))
-    assert (bounded.min(), bounded.max()) == (0, 1)
-
-
-def test_the_target_is_left_as_it_is():
-    model = a_model().train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    search(model, torch.rand(2, *model.feature_shape), steps=2)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert all(module.training for module in model.modules())
-
-
-def test_the_result_is_the_entry_of_the_report_and_repeats_with_its_seed():
-    model, splits = a_model((1, 6, 6), noise_std=0.5), some_splits()
-    state = torch.get_rng_state()
-    first, again, other = (run(model, splits, seed=seed, images=1000, steps=5) for seed in (0, 0, 1))
+    monkeypatch.setattr(Progress, "keep", dying)
+    with pytest.raises(KeyboardInterrupt):
+        attack(case, tmp_path / "killed", off=0.1)
+    monkeypatch.setattr(Progress, "keep", keep)
+    state, left = torch.get_rng_state(), []
+    again = attack(case, tmp_path / "killed", off=0.1, show=lambda done, what: left.append((done, what)))
     assert torch.equal(torch.get_rng_state(), state)
-    assert list(first) == ["images", "steps", "tv_weight", "train_target", "test_target"]
-    assert (first["images"], first["steps"]) == (8, 5)  # no more images than there are
-    assert json.loads(json.dumps(first, allow_nan=False)) == first == again != other
+    assert again.checksum == whole.checksum
+    assert again.facts == whole.facts
+    assert [what for _, what in left] == [UNSEEN] * (work.count(UNSEEN) - 4 * (lived - 1))
+    assert left == sorted(left)
+    assert left[-1][0] == 1
 
 
-def test_noise_makes_it_harder_takes_a_heavier_weight_and_asking_again_makes_it_easier():
-    splits = some_splits()
-    clean, noisy, averaged = (
-        run(a_model((1, 6, 6), noise_std=std), splits, queries=queries) for std, queries in ((0, 1), (2, 1), (2, 400))
-    )
-    for name in ("train_target", "test_target"):
-        assert clean[name]["mse"] < averaged[name]["mse"] < noisy[name]["mse"]
-    assert clean["tv_weight"] < noisy["tv_weight"]
+def test_what_a_defense_drew_cannot_be_drawn_again(tmp_path, monkeypatch):
+    case, seeds = a_case(a_model(Faint())), []
+    monkeypatch.setattr(Faint, "transform", lambda self, z: seeds.append(torch.initial_seed()) or z)
+    attack(case, tmp_path, steps=1)
+    assert len(seeds) > 0
+    assert case[0].seed not in seeds
 
 
-@pytest.mark.parametrize("swapped", ["target_train", "test"])
-def test_the_weight_is_chosen_on_the_attackers_images_and_each_set_is_scored_apart(swapped):
-    model, splits, others = a_model((1, 6, 6), noise_std=0.5), some_splits(), some_splits(seed=7)
-    first = run(model, splits, steps=10)
-    second = run(model, AttackSplits(**vars(splits) | {swapped: getattr(others, swapped)}), steps=10)
-    assert first["tv_weight"] == second["tv_weight"]
-    changed = {name for name in ("train_target", "test_target") if first[name] != second[name]}
-    assert changed >= {"train_target" if swapped == "target_train" else "test_target"}
-    assert swapped == "target_train" or changed == {"test_target"}
-
-
-def test_the_weight_of_the_grid_with_the_smallest_error_follows_the_scale_of_the_features(monkeypatch):
-    splits, weights = some_splits(), []
-    for scale, grid in ((1, (100.0, 1e-3)), (1, (1e-3, 100.0)), (8, (1e-3, 100.0)), (1, (100.0,))):
-        monkeypatch.setattr(white_box, "TV_WEIGHTS", grid)
-        weights.append(run(a_model((1, 6, 6), scale=scale), splits)["tv_weight"])
-    assert [each / weights[0] for each in weights] == pytest.approx([1, 1, 64, 1e5], rel=1e-4)
-
-
-def test_unusable_numbers_are_refused():
-    for option in ({"steps": 0}, {"tv_weight": -1.0}, {"tv_weight": math.nan}):
-        with pytest.raises(ValueError, match="steps must be at least 1 and tv_weight not negative"):
-            search(a_model(), torch.rand(1, 24, 6, 8), **option)
-    for option in ("images", "steps", "queries"):
-        with pytest.raises(ValueError, match="at least 1"):
-            run(a_model((1, 6, 6)), some_splits(), **{option: 0})
+def test_it_takes_at_most_what_was_forecast_in_steps(monkeypatch):
+    monkeypatch.setattr(white_box, "seconds_of", lambda step: 3 * 8)  # a second for an image and step
+    target, own, _ = a_case()
+    tried = sum(map(math.isfinite, [*white_box.WEIGHTS["decoder"], *white_box.WEIGHTS["mean image"]]))
+    assert WhiteBox().forecast(target, own, WhiteBox.Options(steps=40)) == 8 * (tried * 10 + 4 * 40) + 8 * 40
