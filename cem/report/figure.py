@@ -18,9 +18,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 """Okabe and Ito's palette: told apart under every kind of color blindness."""
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, *, layout: str | None = "constrained") -> Figure:
     """An empty figure of ``width`` × ``height`` inches, drawn by Agg whatever backend the program uses."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
 
@@ -29,11 +29,11 @@ LONGEST_NAME = 32
 """Characters; more of a name leave no room for the picture."""
 
 
-def drawn(name: str) -> str:
+def drawn(name: str, *, longest: int = LONGEST_NAME) -> str:
     """``name`` as pictures show it: on one line, and shortened in its middle."""
     name = " ".join("".join(each if each.isprintable() else " " for each in name).split())
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def add_legend(owner: Axes | Figure, entries: Iterable[tuple[str, Artist]], **options: Any) -> None:

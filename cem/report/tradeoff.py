@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cem.report.figure import COLORS, add_legend, drawn, new_figure, plain, save_figure
 
+ROOM = 1.25
+"""Times the smallest and the largest error, where the axis ends."""
 _MARKERS = "osD^vPX"
 
 
@@ -23,7 +25,7 @@ class Point:
         method: has a color.
         lambd: weight λ of its penalty.
         noise_std: σ of the noise: has a marker.
-        mse: of the strongest attacker on unseen images.
+        mse: of the worst attack on unseen images.
         accuracy: on the test set, in [0, 1].
     """
 
@@ -35,16 +37,16 @@ class Point:
 
 
 def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: Path) -> None:
-    """Draw accuracy over the error of the strongest attacker; up and to the right is better.
+    """Draw accuracy over the error of the worst attack; up and to the right is better.
 
     Every run has a full marker, every setting a hollow one at its mean. Solid lines join the settings of one
     method and λ by their noise: that of the control is what noise alone buys. Dashed lines join those of one method
-    and noise by λ.
+    and noise by λ. The axes follow the runs: a control that lies beyond them is named, and not drawn.
 
     Args:
         points: one a run; methods are colored in the order in which they come, and numbered where there are
             more of them than colors.
-        controls: errors of answers that need no features, by name, drawn as vertical lines.
+        controls: errors of answers that need no features, by name; vertical lines.
         path: the PNG to write.
 
     Raises:
@@ -52,11 +54,12 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
     """
     if not points:
         raise ValueError("there are no runs to draw")
-    figure = new_figure(7, 5.6)
+    figure = new_figure(7, 5.8)
     axes = figure.subplots()
     noises = sorted({point.noise_std for point in points})
     markers = {noise: _MARKERS[index % len(_MARKERS)] for index, noise in enumerate(noises)}
     entries: list[tuple[str, Line2D]] = []
+    dashed = False
     methods = list(dict.fromkeys(point.method for point in points))
     for index, method in enumerate(methods):
         color = COLORS[index % len(COLORS)]
@@ -81,21 +84,35 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
         for noise in noises:
             joined = [means[lambd, noise] for lambd in lambds if (lambd, noise) in means]
             if len(joined) > 1:
+                dashed = True
                 axes.plot(*zip(*joined, strict=True), color=color, lw=1.2, ls=(0, (4, 3)), zorder=2)
         weight = f" λ {lambds[0]:g}" if len(lambds) == 1 and lambds[0] > 0 else ""
         entries.append((number + drawn(method) + weight, Line2D([], [], color=color, lw=3)))
     for noise in noises:
         marker = markers[noise]
         entries.append((f"noise σ {noise:g}", Line2D([], [], color="0.4", lw=0, marker=marker, ms=7, mfc="white")))
+    entries += [
+        ("a run", Line2D([], [], color="0.4", lw=0, marker="o", ms=5)),
+        ("mean of a setting", Line2D([], [], color="0.4", lw=0, marker="o", ms=11, mfc="white")),
+    ]
+    if len(noises) > 1:
+        entries.append(("the same λ, more noise", Line2D([], [], color="0.4", lw=1.5)))
+    if dashed:
+        entries.append(("the same noise, larger λ", Line2D([], [], color="0.4", lw=1.2, ls=(0, (4, 3)))))
+    low, high = min(point.mse for point in points) / ROOM, max(point.mse for point in points) * ROOM
     for (name, mse), style in zip(controls.items(), (":", "--", "-."), strict=False):
-        axes.axvline(mse, color="0.45", ls=style, lw=1.2, zorder=1)
-        entries.append((f"control: {name}", Line2D([], [], color="0.45", ls=style, lw=1.2)))
-    # Controls lie an order of magnitude beyond what is worth paying accuracy for, and what counts are ratios.
+        if low <= mse <= high:
+            axes.axvline(mse, color="0.45", ls=style, lw=1.2, zorder=1)
+            entries.append((f"{name}: {mse:.3g}", Line2D([], [], color="0.45", ls=style, lw=1.2)))
+        else:
+            entries.append((f"{name}: {mse:.3g}, beyond", Line2D([], [], color="0.45", lw=0, marker=">", ms=5)))
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set_xlim(low, high)
+    subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs) if high / low > 4 else MaxNLocator(6))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("MSE of the strongest attacker on unseen images, logarithmic (higher: more private)")
+    axes.set_xlabel("MSE of the worst attack on unseen images, logarithmic (higher: more private)")
     axes.set_ylabel("test accuracy [%]")
     plain(axes)
     long = max(len(name) for name, _ in entries) > 28  # three columns of such would be wider than the figure

@@ -103,12 +103,19 @@ def attacker(name, converged=True):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid_has_the_originals_over_a_row_for_every_name(path, figures, channels):
     images = np.random.default_rng(0).integers(0, 256, (4, channels, 8, 8), dtype=np.uint8)
-    rows = {"mixture": (images // 2, np.array([0.1, 0.2, 0.3, 0.4])), "attention": (images, None)}
+    scores = np.array([0.1, 0.2, 0.3, 0.4])
+    rows = {
+        "decoder": (images // 2, scores, scores / 10),
+        "gan": (images, None, scores),
+        "mean": (images, scores * np.nan, None),
+    }
     draw_reconstructions(images, rows, path)
     axes = figures[0].axes
-    assert len(axes) == 3 * 4
-    assert [axes[row * 4].get_ylabel() for row in range(3)] == ["original", "mixture", "attention"]
-    assert [each.get_xlabel() for each in axes[4:8]] == ["0.10", "0.20", "0.30", "0.40"]
+    assert len(axes) == 4 * 4
+    assert [text.get_text() for text in figures[0].texts] == ["original", *rows]
+    assert [each.get_xlabel() for each in axes[4:6]] == ["SSIM 0.10\nMSE 0.0100", "SSIM 0.20\nMSE 0.0200"]
+    assert [each.get_xlabel() for each in axes[8:10]] == ["MSE 0.100", "MSE 0.200"]
+    assert axes[12].get_xlabel() == ""
     shown = np.asarray(axes[5].images[0].get_array())
     expected = images[1] // 2
     assert np.array_equal(shown, expected[0] if channels == 1 else np.moveaxis(expected, 0, -1))
@@ -140,12 +147,18 @@ def point(method="mixture", lambd=16.0, noise_std=0.1, mse=0.03):
     ],
     ids=["grid", "more noises than markers"],
 )
-def test_tradeoff_is_drawn_with_its_controls(path, figures, points):
-    draw_tradeoff(points, {"mean image": 0.09, "class mean": 0.05}, path)
+def test_tradeoff_says_what_everything_is_and_its_axes_follow_the_runs(path, figures, points):
+    draw_tradeoff(points, {"mean image": 0.09, "class mean": 0.033}, path)
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert labels[-2:] == ["control: mean image", "control: class mean"]
+    assert labels[-2:] == ["mean image: 0.09, beyond", "class mean: 0.033"]
     assert len([label for label in labels if label.startswith("noise")]) == len({each.noise_std for each in points})
-    assert [line.get_xdata()[0] for line in figures[0].axes[0].lines[-2:]] == [0.09, 0.05]
+    assert {"a run", "mean of a setting", "the same λ, more noise"} <= {*labels}
+    assert ("the same noise, larger λ" in labels) == (len({each.lambd for each in points}) > 1)
+    (axes,) = figures[0].axes
+    assert axes.lines[-1].get_xdata()[0] == 0.033
+    assert axes.get_xlim()[1] < 0.04
+    drawn = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    assert len(drawn) >= 3
 
 
 def test_tradeoff_has_a_mark_a_run_and_a_hollow_one_at_the_mean_of_a_setting(path, figures):
@@ -174,13 +187,15 @@ POINTS = [point(each["name"], lambd=0.0) for each in CURVES]
         (draw_tsne, [torch.randn(5, 4), torch.arange(5), [each["name"] for each in CURVES]]),
         (draw_attack_curves, [CURVES, {}]),
         (draw_tradeoff, [POINTS, {}]),
-        (draw_reconstructions, [IMAGES, {each["name"]: (IMAGES, None) for each in CURVES}]),
+        (draw_reconstructions, [IMAGES, {each["name"]: (IMAGES, None, None) for each in CURVES}]),
     ],
 )
 def test_names_from_outside_stand_there_as_they_are_on_one_line(path, figures, draw, arguments):
     draw(*arguments, path)
     texts = {text.get_text(): text for text in figures[0].findobj(Text)}
-    for name in ("_background_", "$5_bill$", "a$b", "two lines", f"{'x' * 15}…{'x' * 16}"):
+    shortened = next(name for name in texts if "x…x" in name)
+    assert len(shortened) < 60
+    for name in ("_background_", "$5_bill$", "a$b", "two lines", shortened):
         assert not texts[name].get_parse_math()
 
 
