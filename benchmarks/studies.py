@@ -2,8 +2,9 @@
 
 ``correlations TABLE...`` ranks encoders by what each surrogate says of them and by the strongest attacker's error.
 Tables have a line a run with ``seed``, ``test_mse`` and columns ``value_NAME``: those of ``results/``, or the
-``table.csv`` of ``python -m cem.compare``. Spearman's ρ is -1 where a value falls exactly as errors grow. Intervals
-draw settings, each with all of its seeds; runs that differ in nothing but the seed are one setting.
+``table.csv`` of ``python -m cem.compare``, where the error is that of the worst attack, ``worst_mse``. Spearman's ρ is
+-1 where a value falls exactly as errors grow. Intervals draw settings, each with all of its seeds; runs that differ in
+nothing but the seed are one setting.
 
 ``garment-pairs`` makes a data set of 100 classes of Fashion-MNIST: two garments side by side, each half as wide as it
 was; the class says which is left and which is right. ``cem.train --data folder --data-root FOLDER --image-size 28``
@@ -88,7 +89,8 @@ def correlations(rows: Sequence[Row], against: str) -> list[dict[str, Any]]:
     """A line for each value that the rows have, best first: ρ, how far that of ``against`` is from it, intervals."""
     found = []
     for name in dict.fromkeys(column.removeprefix("value_") for column in rows[0] if column.startswith("value_")):
-        columns = (f"value_{against}", f"value_{name}", "test_mse")
+        error = "worst_mse" if "worst_mse" in rows[0] else "test_mse"
+        columns = (f"value_{against}", f"value_{name}", error)
         known = [row for row in rows if all(row.get(column) for column in columns)]
         best, values, errors = ([float(row[column]) for row in known] for column in columns)
         drawn = resamples([setting_of(row) for row in known])

@@ -17,7 +17,7 @@ LEAST_RUNS = 4
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation between a surrogate's value and the strongest attacker's MSE on unseen images.
+    """Spearman's rank correlation between a surrogate's value and the worst attack's MSE on unseen images.
 
     Values are penalties, so a good surrogate has a strongly *negative* one: the lower its value, the larger the
     attacker's error.
@@ -53,7 +53,7 @@ def correlate(results: Sequence[RunResult]) -> list[Correlation]:
                 for result in results
                 if noise_std in (None, result.run.setting.noise_std)
                 if (value := result.values.get(name)) is not None
-                if (mse := result.figures["test_mse"]) is not None
+                if (mse := result.figures["worst_mse"]) is not None
             ]
             rho, low, high, note = spearman([value for value, _ in pairs], [mse for _, mse in pairs])
             found.append(Correlation(name, noise_std, len(pairs), rho, low, high, note))

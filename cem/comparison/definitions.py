@@ -1,4 +1,4 @@
-"""The figures of the report's table of settings, and what exactly each of them is."""
+"""The figures of the report's tables, and what exactly each of them is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from importlib.resources import files
 
 import yaml
 
+from cem.attacks.controls import CLASS_MEAN
 from cem.report.document import Column
 from cem.surrogates import SURROGATES
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure in the table of settings.
+    """A figure in a table of settings.
 
     Attributes:
         name: in :data:`~cem.comparison.results.FIGURES`.
@@ -30,30 +31,66 @@ class Shown:
     relative: bool = False
 
 
-_UNSEEN, _TRAINING = "attack, unseen", "attack, training"
+_WORST = "worst attack"
 
-SHOWN = (
-    Shown("test_accuracy", Column("test [%]", "accuracy"), 100.0, 1),
-    Shown("accuracy_difference", Column("against none [points]", "accuracy"), 1.0, 1, relative=True),
-    Shown("test_mse", Column("MSE", _UNSEEN)),
-    Shown("mse_ratio", Column("against none [×]", _UNSEEN), 1.0, 2, relative=True),
-    Shown("test_psnr", Column("PSNR [dB]", _UNSEEN), 1.0, 1),
-    Shown("test_ssim", Column("SSIM", _UNSEEN), 1.0, 3),
-    Shown("white_box_test_mse", Column("white-box MSE", _UNSEEN)),
-    Shown("train_mse", Column("MSE", _TRAINING)),
-    Shown("train_psnr", Column("PSNR [dB]", _TRAINING), 1.0, 1),
-    Shown("train_ssim", Column("SSIM", _TRAINING), 1.0, 3),
-    Shown("white_box_train_mse", Column("white-box MSE", _TRAINING)),
-    Shown("seconds_per_epoch", Column("epoch [s]", "cost")),
+
+def attacked(prefix: str, group: str = "") -> tuple[Shown, ...]:
+    """The three figures of an attack that every table has; their names begin with ``prefix``."""
+    return (
+        Shown(f"{prefix}mse", Column("MSE", group)),
+        Shown(f"{prefix}ssim", Column("SSIM", group), 1.0, 2),
+        Shown(f"{prefix}identified", Column("identified [%]", group), 100.0, 0),
+    )
+
+
+ACCURACY = Shown("test_accuracy", Column("accuracy [%]"), 100.0, 1)
+EPOCH = Shown("seconds_per_epoch", Column("epoch [s]", "cost"))
+MAIN = (ACCURACY, *attacked("worst_", _WORST))
+"""Columns of the table of settings, before gain and cost."""
+
+MORE = (
+    Shown("points_lost", Column("points lost"), 1.0, 1),
+    Shown("mse_ratio", Column("MSE over none's [×]", _WORST), 1.0, 2, relative=True),
+    Shown("worst_mse_p05", Column("MSE, 5th percentile", _WORST)),
+    Shown("worst_psnr", Column("PSNR [dB]", _WORST), 1.0, 1),
+    *attacked("worst_train_", "on training images"),
+    EPOCH,
     Shown("surrogate_seconds_per_epoch", Column("in surrogate [s]", "cost")),
     Shown("peak_memory_bytes", Column("memory [MiB]", "cost"), 2.0**-20, 0),
-    Shown("nats", Column("bound [nats]", "information")),
+    Shown("client_parameters", Column("parameters", "client"), 1.0, 0),
+    Shown("values_sent", Column("values sent", "client"), 1.0, 0),
+)
+"""What else there is of a setting."""
+
+INFORMATION = (
+    Shown("nats", Column("told, at most [nats]")),
     Shown("within_variance", Column("inside classes", "variance of features")),
     Shown("between_variance", Column("over classes", "variance of features")),
 )
+"""What follows from features alone."""
 
-CONTROLS = {"mean_image": "mean image", "class_mean": "class mean"}
-"""Answers that need no features: name in ``attack.json`` and in the report."""
+
+def of_attack(name: str) -> tuple[Shown, ...]:
+    """Columns of the table of attacks."""
+    mse, *others = attacked(f"{name}.")
+    return (
+        mse,
+        Shown(f"{name}.mse_p05", Column("5th percentile")),
+        Shown(f"{name}.psnr", Column("PSNR [dB]"), 1.0, 1),
+        *others,
+        Shown(f"{name}.median_rank", Column("median rank"), 1.0, 1),
+        Shown(f"{name}.candidates", Column("candidates"), 1.0, 0),
+    )
+
+
+BLIND = ("mean_image", CLASS_MEAN)
+"""Controls that need no features, and so are the same for every setting."""
+
+KNOWLEDGE = {
+    "auxiliary": "attackers who have images of their own",
+    "training": "attackers who have the target's training images",
+}
+"""Kinds of knowledge, in words."""
 
 TEXTS = yaml.safe_load(files("cem.report").joinpath("templates/texts.yaml").read_text(encoding="utf-8"))
 DEFINITIONS: list[tuple[str, str]] = [(term, meaning.strip()) for term, meaning in TEXTS["terms"].items()]

@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import fmean, stdev
 
 from cem.comparison.grid import Setting
-from cem.comparison.results import FIGURES, RunResult
+from cem.comparison.results import RunResult, names_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Row:
         planned: runs that the comparison asks for.
         finished: runs that were trained and attacked.
         failed: runs that were not, because a step of theirs failed.
-        converged: finished runs whose strongest attacker had converged.
-        figures: by the names in :data:`~cem.comparison.results.FIGURES`, over the finished runs, so that all are of the
-            same ones; before there is any, over the runs that have them.
+        converged: finished runs whose attacks had all the time they needed.
+        figures: by their names, over the finished runs, so that all are of the same ones; before there is any, over the
+            runs that have them.
     """
 
     setting: Setting
@@ -61,32 +61,23 @@ class Row:
         return self.figures["test_accuracy"]
 
     @property
+    def points_lost(self) -> Spread | None:
+        """Against the control of the same noise and seed."""
+        return self.figures["points_lost"]
+
+    @property
     def mse(self) -> Spread | None:
-        """MSE of the strongest attacker on unseen images."""
-        return self.figures["test_mse"]
+        """MSE of the worst attack on unseen images."""
+        return self.figures["worst_mse"]
 
 
 def summarize(results: Sequence[RunResult]) -> list[Row]:
     """One row a setting, in the order of ``results``, where runs of a setting lie side by side."""
-    rows = []
+    rows, names = [], names_of(results)
     for setting, group in groupby(results, key=lambda result: result.run.setting):
         runs = list(group)
         finished, failed = ([run for run in runs if run.status == status] for status in ("finished", "failed"))
-        figures = {name: spread(run.figures[name] for run in finished or runs) for name in FIGURES}
-        converged = sum(run.converged is True for run in runs)
+        figures = {name: spread(run.figures.get(name) for run in finished or runs) for name in names}
+        converged = sum(not run.restless for run in finished)
         rows.append(Row(setting, len(runs), len(finished), len(failed), converged, figures))
     return rows
-
-
-def dominated(rows: Sequence[Row]) -> dict[Setting, Setting]:
-    """Settings for which another one has a higher mean attack MSE at no lower mean accuracy, and that other one.
-
-    Where several do, the one with the highest MSE is named. Settings without both figures are left out.
-    """
-    points = {row.setting: (row.accuracy.mean, row.mse.mean) for row in rows if row.accuracy and row.mse}
-    beaten = {}
-    for setting, (accuracy, mse) in points.items():
-        better = [other for other, point in points.items() if point[0] >= accuracy and point[1] > mse]
-        if better:
-            beaten[setting] = max(better, key=lambda other: points[other][1])
-    return beaten

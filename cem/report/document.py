@@ -26,6 +26,22 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """A cell with something smaller below it.
+
+    Attributes:
+        text: what is shown.
+        note: what it should be read with.
+    """
+
+    text: str
+    note: str
+
+
+Cell = str | Link | Noted
+
+
+@dataclass(frozen=True)
 class Column:
     """Head of a column, such as ``MSE`` in the group ``attack, unseen``.
 
@@ -50,7 +66,7 @@ class Table:
     """Rows of text; every row has a cell for every column, and the first one names the row."""
 
     columns: Sequence[Column]
-    rows: Sequence[Sequence[str | Link]]
+    rows: Sequence[Sequence[Cell]]
 
     def groups(self) -> list[tuple[str, int]]:
         """Groups of neighboring columns and how many columns each has."""
@@ -84,6 +100,7 @@ class Section:
         facts: names and short values.
         links: files beside the report.
         code: verbatim text, or empty.
+        folded: whether the HTML file shows it only when asked to.
     """
 
     title: str
@@ -94,12 +111,23 @@ class Section:
     facts: list[tuple[str, str]] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     code: str = ""
+    folded: bool = False
 
 
 @dataclass
 class Report:
-    """A whole report: what it found in a few sentences, and its sections."""
+    """A whole report, in this order.
+
+    Attributes:
+        title: what it is about.
+        lead: what it found, in one sentence.
+        picture: that shows it, or ``None``.
+        headlines: further sentences.
+        sections: the rest.
+    """
 
     title: str
+    lead: str
+    picture: Picture | None
     headlines: list[str]
     sections: list[Section]

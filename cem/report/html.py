@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cem.files import write_text
-from cem.report.document import NOTHING, SPREAD, Link, Report
+from cem.report.document import NOTHING, SPREAD, Link, Noted, Report
 
 _SYMBOL = re.compile("([λσ±]) ")  # and its number belong on one line
 
@@ -32,6 +32,7 @@ def write_html(report: Report, path: Path) -> None:
     )
     environment.globals.update(SPREAD=SPREAD, NOTHING=NOTHING)
     environment.tests["link"] = lambda cell: isinstance(cell, Link)
+    environment.tests["noted"] = lambda cell: isinstance(cell, Noted)
     environment.filters["tied"] = lambda text: _SYMBOL.sub("\\1\N{NO-BREAK SPACE}", text)
     environment.filters["address"] = lambda target: quote(target.as_posix())
     environment.filters["data_uri"] = lambda picture: _data_uri(path.parent / picture)

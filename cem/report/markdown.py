@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cem.files import write_text
-from cem.report.document import Link, Report, Section, Table
+from cem.report.document import Cell, Link, Noted, Picture, Report, Section, Table
 
 # An underscore inside a word marks nothing.
 _MARKUP = re.compile(r"[\\`*<>\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#+>-]")
@@ -16,7 +16,10 @@ _MARKUP = re.compile(r"[\\`*<>\[\]|~]|(?<![^\W_])_|_(?![^\W_])|^[#+>-]")
 
 def write_markdown(report: Report, path: Path) -> None:
     """Write ``report`` to ``path``; pictures and links are relative to its folder. A file that exists is complete."""
-    lines = [f"# {escape(report.title)}", "", *(f"- {escape(line)}" for line in report.headlines)]
+    lines = [f"# {escape(report.title)}", "", escape(report.lead), ""]
+    if report.picture is not None:
+        lines += [_picture(report.picture), ""]
+    lines += [f"- {escape(line)}" for line in report.headlines]
     for section in report.sections:
         lines += ["", *_section(section)]
     write_text(path, "\n".join(lines) + "\n")
@@ -34,8 +37,7 @@ def _section(section: Section) -> Iterable[str]:
     if section.table is not None:
         yield from ("", *_table(section.table))
     if section.picture is not None:
-        target = quote(section.picture.path.as_posix())
-        yield from ("", f"![{escape(section.picture.description)}]({target})")
+        yield from ("", _picture(section.picture))
     for pairs in (section.definitions, section.facts):
         if pairs:
             yield ""
@@ -51,7 +53,17 @@ def _table(table: Table) -> Iterable[str]:
     yield _row(escape(column.full) for column in table.columns)
     yield _row("---" if index == 0 or column.words else "---:" for index, column in enumerate(table.columns))
     for row in table.rows:
-        yield _row(_link(cell) if isinstance(cell, Link) else escape(cell) for cell in row)
+        yield _row(map(_cell, row))
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, Link):
+        return _link(cell)
+    return escape(f"{cell.text} ({cell.note})" if isinstance(cell, Noted) else cell)
+
+
+def _picture(picture: Picture) -> str:
+    return f"![{escape(picture.description)}]({quote(picture.path.as_posix())})"
 
 
 def _link(link: Link) -> str:

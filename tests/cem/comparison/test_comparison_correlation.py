@@ -14,7 +14,7 @@ from cem.comparison.results import RunResult
 def result(value, mse, noise_std=0.1):
     run = Run(Setting("mixture", 16.0, noise_std), 0)
     found = RunResult(run, Path("run"), Path("run/attack"), "finished", values={"mixture": value})
-    found.figures["test_mse"] = mse
+    found.figures["worst_mse"] = mse
     return found
 
 

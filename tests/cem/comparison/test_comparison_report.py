@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from fake_runs import change, fake_training, finish
 
-from cem.comparison import report
+from cem.attacks.config import AttackConfig
+from cem.comparison import pictures, report
 from cem.comparison.config import Comparison
-from cem.comparison.findings import headlines
+from cem.comparison.findings import headlines, lead, shown_settings
+from cem.comparison.gain import fit_noise_levels
 from cem.comparison.grid import GridOptions
 from cem.comparison.report import write_report
 from cem.comparison.results import read_results
@@ -50,8 +52,8 @@ def written(tmp_path_factory):
 @pytest.fixture
 def comparison(written, tmp_path, monkeypatch):
     """A copy of it that a test may spoil, and whose report is without pictures."""
-    for draw in ("draw_tradeoff", "draw_reconstructions"):
-        monkeypatch.setattr(report, draw, lambda *arguments: arguments[-1].write_bytes(b""))
+    for module, draw in ((report, "draw_tradeoff"), (pictures, "draw_reconstructions")):
+        monkeypatch.setattr(module, draw, lambda *arguments: arguments[-1].write_bytes(b""))
     return replace(written, out=shutil.copytree(written.out, tmp_path / "out"))
 
 
@@ -72,7 +74,9 @@ def test_report_consists_of_these_files_and_leads_to_every_run(written):
     files = {path.name for path in written.out.iterdir() if path.is_file()}
     assert files == {"compare.yaml", "table.csv", "tradeoff.png", "reconstructions.png", "report.md", "report.html"}
     text, page = ((written.out / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
-    assert text.startswith("# none, mixture on ")
+    assert text.startswith(
+        "# none, mixture on digits: resnet20, 3 epochs, 2 seeds; attackers who have images of their own\n"
+    )
     for part in ("\npython -m cem.compare --noise-stds 0.1 0.2\n", "\nnoise_stds: [0.1, 0.2]\n"):
         assert part in text
     assert "- **Device**: cpu\n- **Versions**: python 3.11.7, torch 2.13.0\n" in text
@@ -91,41 +95,62 @@ def test_table_of_settings_is_that_of_the_runs_means(written):
     ]
     none = {(run["noise_std"], run["seed"]): run for run in runs if run["method"] == "none"}
     for run in runs:
-        ratio = float(run["test_mse"]) / float(none[run["noise_std"], run["seed"]]["test_mse"])
+        ratio = float(run["worst_mse"]) / float(none[run["noise_std"], run["seed"]]["worst_mse"])
         assert float(run["mse_ratio"]) == pytest.approx(ratio)
-    for index, row in enumerate(rows[:4]):
-        shown = dict(zip(head, row, strict=True))
+    more_head, *more = table((written.out / "report.md").read_text(encoding="utf-8"), "More figures of every setting")
+    assert len(head) == 7
+    for index, (row, other) in enumerate(zip(rows[:4], more, strict=True)):
+        shown = dict(zip([*head, *more_head], [*row, *other], strict=True))
         for title, name, factor, decimals in (
-            ("accuracy: test \\[%\\]", "test_accuracy", 100, 1),
-            ("accuracy: against none \\[points\\]", "accuracy_difference", 1, 1),
-            ("attack, unseen: MSE", "test_mse", 1, None),
-            ("attack, unseen: against none \\[×\\]", "mse_ratio", 1, 2),
-            ("attack, training: MSE", "train_mse", 1, None),
+            ("accuracy \\[%\\]", "test_accuracy", 100, 1),
+            ("points lost", "points_lost", 1, 1),
+            ("worst attack: MSE", "worst_mse", 1, None),
+            ("worst attack: identified \\[%\\]", "worst_identified", 100, 0),
+            ("worst attack: MSE over none's \\[×\\]", "mse_ratio", 1, 2),
+            ("on training images: MSE", "worst_train_mse", 1, None),
             ("cost: memory \\[MiB\\]", "peak_memory_bytes", 2**-20, 0),
         ):
             values = [factor * float(run[name]) for run in runs[2 * index : 2 * index + 2]]
-            relative = row[0].startswith("none") and "against none" in title
+            relative = row[0].startswith("none") and "none's" in title
             expected = "–" if relative else with_spread(fmean(values), stdev(values), decimals=decimals)
             assert shown[title] == expected
-    assert dict(zip(head, rows[-1], strict=True))["attack, unseen: MSE"] == "0.0520"
+    assert dict(zip(head, rows[-1], strict=True))["worst attack: MSE"] == "0.0520"
 
 
 def test_headlines_follow_from_the_figures_and_promise_no_privacy(written):
     results = read_results(written)
-    private, accurate, *lines = headlines(summarize(results), results)
-    assert private == (
-        "The attacker errs most on mixture λ 16, σ 0.2: MSE 0.0315 ± 0.0021 on unseen images, at a test accuracy of "
-        "80.5 ± 0.7 %."
+    rows = summarize(results)
+    assert lead(rows) == (
+        "On mixture λ 16, σ 0.1 the worst attack has 3.00 ± 1.41 times the error that it has on none, σ 0.1: MSE "
+        "0.0210 against 0.00800, SSIM 0.50 against 0.50, 60 against 60 % of images identified (chance 5 %), for "
+        "2.0 ± 0.0 points of accuracy."
     )
-    assert accurate.startswith("The most accurate is none, σ 0.1: test accuracy 90.5 ± 0.7 %")
-    assert (
-        "mixture λ 16, σ 0.1, relative to none at the same noise: 2.00 ± 0.00 times the attack MSE, −2.0 ± 0.0 points "
-        "of test accuracy (2 seeds)."
-    ) in lines
-    assert "On average none, σ 0.2 is more private than mixture λ 16, σ 0.1, and no less accurate." in lines
-    assert any(line.startswith("In 1 of 8 runs the strongest attacker had not converged") for line in lines)
-    assert any(line.startswith("In 1 of 8 runs the white-box attack") for line in lines)
+    gain, *lines = headlines(rows, results, fit_noise_levels(results))
+    assert gain.startswith("At equal accuracy nothing can be said of mixture over none: too few runs")
+    assert lines[0] == "The worst attack by MSE, of 8 runs: decoder in 7, white-box in 1."
+    assert lines[1].startswith("In 1 of 8 runs an attack had not converged (decoder)")
     assert "Nothing here is a certificate of privacy." in lines[-1]
+
+
+@pytest.mark.parametrize(("seeds", "called"), [((0, 1), "; direction"), (tuple(range(7)), "")])
+def test_gain_is_over_the_first_penalty_and_says_whether_it_is_a_claim(tmp_path, monkeypatch, seeds, called):
+    variant = "wide: {surrogate: mixture, lambd: [1, 2]}"
+    grid = GridOptions(surrogates=("none", "mixture", "wide"), variants=(variant,), lambds=(4.0, 8.0), seeds=seeds)
+    mse = {"none": 0.01, "mixture": 0.02, "wide": 0.03}
+
+    def curve(run):
+        lost = run.setting.lambd / 8
+        return {"accuracy": 0.9 - lost / 100, "mse": mse[run.setting.method] * 1.1**lost * (1 + run.seed)}
+
+    comparison = finish(Comparison(grid, TrainConfig(epochs=3), out=tmp_path), curve)
+    shown = {row[0]: row[5] for row in table(text_of(comparison), "Settings")}
+    assert shown["setting"] == "gain at equal accuracy: over mixture \\[×\\]"
+    assert shown["wide λ 1, σ 0.1"] == shown["wide λ 2, σ 0.1"] == f"1.50 (1.50 to 1.50{called})"
+    assert shown["none, σ 0.1"] == f"0.50 (0.50 to 0.50{called})"
+    assert shown["mixture λ 4, σ 0.1"] == "–"
+    sentence = "At equal accuracy wide leaves attackers 3.00 times the error of none (95 %: 3.00 to 3.00; "
+    assert sentence in text_of(comparison)
+    assert ("a direction and not a claim" in text_of(comparison).split("## ")[0]) == bool(called)
 
 
 def test_failed_run_is_named_with_its_reason_and_escaped(comparison):
@@ -134,7 +159,7 @@ def test_failed_run_is_named_with_its_reason_and_escaped(comparison):
     (comparison.out / "failures.json").write_text(json.dumps(failures))
     text = text_of(more)
     assert "none-noise0.1-seed2 failed: its training ended with exit code 1: diverged \\<b\\>\\|" in text
-    assert table(text, "Settings")[1][1].replace("\N{NO-BREAK SPACE}", " ") == "2 of 3, 1 failed"
+    assert table(text, "Settings")[1][0] == "none, σ 0.1 (2 of 3 runs, 1 failed)"
 
 
 def test_correlations_are_listed_for_all_runs_and_every_noise(written):
@@ -145,23 +170,39 @@ def test_correlations_are_listed_for_all_runs_and_every_noise(written):
     assert rows[3][3:] == ["–", "–", "the value is the same in all runs"]
 
 
-def test_reconstructions_are_those_of_the_first_seed_that_has_them_and_of_the_same_images(written, comparison):
+def test_pictures_are_the_undefended_worst_every_attack_on_the_best_and_the_class_mean(
+    written, comparison, monkeypatch
+):
     assert matplotlib.image.imread(written.out / "reconstructions.png").std() > 0.01
-    attacks = [comparison.out / f"mixture-lambd16-noise{noise}-seed0" / "attack" for noise in (0.1, 0.2)]
-    (attacks[0] / "images.npz").unlink()
-    np.savez(attacks[1] / "images.npz", originals=np.zeros((10, 1, 8, 8), np.uint8), reconstructions=0, ssim=0)
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_reconstructions", lambda originals, rows, path: drawn.append([*rows]))
+    shown, results = shown_settings(summarize(read_results(comparison))), read_results(comparison)
+    assert "Unseen images of seed 0, " in pictures.draw_pictures(shown, results, comparison.out).description
+    defended = [f"mixture λ 16, σ 0.1: {name}" for name in ("decoder, the worst attack", "white-box")]
+    assert drawn.pop() == ["none, σ 0.1: white-box, the worst attack", *defended, "class mean"]
+    # Seed 0 without the same images in both: the next seed's.
+    path = comparison.out / "mixture-lambd16-noise0.1-seed0" / "attack" / "images.npz"
+    other = dict(np.load(path)) | {"originals": np.zeros((10, 1, 8, 8), np.uint8)}
+    np.savez(path, **other)
+    assert "Unseen images of seed 1, " in pictures.draw_pictures(shown, results, comparison.out).description
+    assert pictures.draw_pictures(shown, [each for each in results if each.run.seed == 0], comparison.out) is None
+
+
+def test_second_knowledge_has_a_table_of_its_own_and_stands_in_the_title(tmp_path):
+    both = AttackConfig(knowledge=("auxiliary", "training"))
+    grid = GridOptions(surrogates=("none",), seeds=(0,))
+    comparison = finish(Comparison(grid, TrainConfig(epochs=3), both, tmp_path))
     text = text_of(comparison)
-    assert "of their features; seed 0, 1." in text
-    assert "mixture-lambd16-noise0.2-seed0 is left out: it was attacked on other images." in text
-    (attacks[1] / "images.npz").write_bytes(b"no images")
-    assert "mixture-lambd16-noise0.2-seed0 is left out: images.npz cannot be read." in text_of(comparison)
+    assert "; attackers who have images of their own, and attackers who have the target's training images\n" in text
+    (row,) = table(text, "Settings: attackers who have the target's training images")[1:]
+    assert row[:3] == ["none, σ 0.1", "90.0", "0.0300"]
 
 
 def test_report_before_the_first_run_is_finished(tmp_path):
     comparison = Comparison(GridOptions(surrogates=("none", "mixture"), seeds=(0,)), out=tmp_path)
     fake_training(comparison, comparison.grid.runs()[0])
     text = text_of(comparison)
-    assert "- No run is finished yet.\n- 2 of 2 runs are not finished" in text
+    assert "\n\nNo run is finished yet.\n\n- 2 of 2 runs are not finished" in text
     assert not (tmp_path / "tradeoff.png").exists()
     assert table(text, "Runs")[1][1] == "unfinished"
 
@@ -169,8 +210,11 @@ def test_report_before_the_first_run_is_finished(tmp_path):
 def test_report_of_one_seed_has_no_spread_and_no_column_without_figures(comparison):
     one = replace(comparison, grid=replace(comparison.grid, seeds=(0,)))
     for run in one.grid.runs():
-        change(one.run_dir(run), white_box=None)
-    settings = " ".join(cell for row in table(text_of(one), "Settings") for cell in row)
-    assert "MSE" in settings
-    assert "±" not in settings
-    assert "white-box" not in settings
+        change(one.run_dir(run), worst_train_target=None)
+    text = text_of(one)
+    cells = " ".join(
+        cell for title in ("Settings", "More figures of every setting") for row in table(text, title) for cell in row
+    )
+    assert "MSE" in cells
+    assert "±" not in cells
+    assert "training images" not in cells

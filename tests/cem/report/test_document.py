@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cem.report.document import NOTHING, Column, Link, Picture, Report, Section, Table
+from cem.report.document import NOTHING, Column, Link, Noted, Picture, Report, Section, Table
 from cem.report.figure import new_figure, save_figure
 from cem.report.html import write_html
 from cem.report.markdown import escape, write_markdown
@@ -53,7 +53,8 @@ def report(tmp_path):
         links=[Link("file", Path("runs/a.json"))],
         code=f"command '{NASTY}' ```",
     )
-    return Report(f"Report {NASTY}", [NASTY], [section])
+    folded = Section("Folded", table=Table(columns[:2], [["a", Noted("1.5", NASTY)]]), folded=True)
+    return Report(f"Report {NASTY}", f"Lead {NASTY}", section.picture, [NASTY], [section, folded])
 
 
 @pytest.fixture
@@ -66,25 +67,36 @@ def test_html_needs_no_other_file_and_no_network(page):
     assert page.open == []  # well-formed
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object"})
     sources = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "srcset")]
-    assert len(sources) == 1
-    assert sources[0].startswith("data:image/png;base64,")
+    assert len(sources) == 2
+    assert all(each.startswith("data:image/png;base64,") for each in sources)
     assert not any(re.match(r"(https?:)?//", attributes.get("href") or "") for _, attributes in page.tags)
     assert "font" in page.style
     assert not re.search(r"url\(|@import", page.style)
 
 
 def test_html_shows_text_as_it_is(page):
-    # Title twice, headline, heading, paragraph, cell, caption, two pairs, code.
-    assert page.text.count(NASTY) == 12
+    # Title twice, lead, picture, headline, heading, paragraph, cell, caption, two pairs, code, note.
+    assert page.text.count(NASTY) == 15
+
+
+def test_html_begins_with_lead_and_picture_and_folds_what_it_is_told_to(page):
+    tags = [tag for tag, _ in page.tags]
+    assert tags.index("p") < tags.index("img") < tags.index("ul") < tags.index("table")
+    assert tags.count("details") == 1
+    assert "Folded" in page.text[page.text.rindex("command") :]
 
 
 @pytest.mark.parametrize(
     ("tag", "name", "values"),
     [
-        ("img", "alt", [f"Picture {NASTY}"]),  # for those who cannot see it
+        ("img", "alt", [f"Picture {NASTY}"] * 2),  # for those who cannot see it
         ("a", "href", ["runs/a%20b%231", "runs/a.json"]),  # relative and quoted
-        ("th", "colspan", ["1", "2", "1"]),  # columns are grouped
-        ("td", "data-column", ["attack, unseen: MSE", "attack, unseen: SSIM", "note"]),  # for narrow screens
+        ("th", "colspan", ["1", "2", "1", "1", "1"]),  # columns are grouped
+        (
+            "td",
+            "data-column",
+            ["attack, unseen: MSE", "attack, unseen: SSIM", "note", "attack, unseen: MSE"],
+        ),  # for narrow screens
     ],
 )
 def test_html_describes_pictures_quotes_links_groups_columns_and_names_the_column_of_a_cell(page, tag, name, values):
@@ -107,11 +119,12 @@ def markdown(report, tmp_path):
 def test_markdown_table_has_a_cell_for_every_column(markdown):
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
-    head, rule, row = (re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines)
+    head, rule, row, *_, noted = (re.split(r"(?<!\\) \| ", line[2:-2]) for line in lines)
     assert head == ["setting", "attack, unseen: MSE", "attack, unseen: SSIM", "note"]
     assert rule == ["---", "---:", "---:", "---:"]
     assert row[:3] == ["[a run](runs/a%20b%231)", "0.031 ± 0.002", NOTHING]
     assert len(row) == 4
+    assert noted == ["a", f"1.5 ({escape(NASTY)})"]
 
 
 def test_markdown_marks_up_nothing_that_is_text_and_keeps_it_on_its_line():
@@ -120,8 +133,8 @@ def test_markdown_marks_up_nothing_that_is_text_and_keeps_it_on_its_line():
 
 
 def test_markdown_has_what_the_html_has(markdown):
-    # Title, headline, heading, paragraph, cell, picture, two pairs; the code is verbatim.
-    assert markdown.count(escape(NASTY)) == 10
+    # Title, lead, picture, headline, heading, paragraph, cell, picture, two pairs, note; the code is verbatim.
+    assert markdown.count(escape(NASTY)) == 13
     assert f"````\ncommand '{NASTY}' ```\n````" in markdown
     assert "](picture.png)" in markdown
     assert "[file](runs/a.json)" in markdown
