@@ -176,12 +176,14 @@ class Attack(ABC, Generic[O]):
         summary: one line for ``--help``.
         Options: its options.
         needs: attacks whose records it starts from, where they were asked for; they are run before it.
+        required: whether it cannot do without those.
         bounds: options that only say how far to go: with a larger one, an attack goes on from where it was.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     needs: ClassVar[Sequence[str]] = ()
+    required: ClassVar[bool] = False
     bounds: ClassVar[Sequence[str]] = ()
 
     @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class AttackConfig(Composed):
                 raise UsageError(f"--{place} needs at least one")
             if len({*given}) < len(given):
                 raise UsageError(f"--{place} takes every name once, got {' '.join(given)}")
+        for name, member in self.chosen().items():
+            if member.required and (missing := [each for each in member.needs if each not in self.chosen()]):
+                raise UsageError(f"--attacks {name} starts from {missing[0]}; give --attacks {missing[0]} {name}")
         resolve_device(self.device)
 
     def of_each_knowledge(self) -> list[AttackConfig]:
