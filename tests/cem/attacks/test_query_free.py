@@ -101,14 +101,12 @@ def test_another_shadow_and_the_discriminator_fit_any_features(image, features, 
     assert _Judge(features, CLASSES)(z, torch.arange(4)).shape == (4,)
 
 
-@pytest.mark.parametrize(("low", "high", "bounded"), [(-0.5, 1.5, True), (-0.7, 1, False), (0, 1.7, False)])
-def test_features_within_the_noise_of_0_to_1_are_taken_for_bounded(low, high, bounded):
-    target = scene()[0]
-    heard = torch.full_like(target.intercepted, 0.5)
-    heard[0], heard[1] = low, high
-    other = replace(target, intercepted=heard)
-    training = _Training(other, scene()[1], replace(OPTIONS, shadow="other"))
-    assert training.model.bounded == bounded
+def test_features_within_the_noise_of_0_to_1_are_taken_for_bounded():
+    target, own, _ = scene()
+    for low, high, bounded in ((-0.5, 1.5, True), (-0.7, 1, False), (0, 1.7, False)):
+        heard = torch.tensor([low, high]).view(2, 1, 1, 1).expand(2, *target.model.feature_shape)
+        training = _Training(replace(target, intercepted=heard), own, replace(OPTIONS, shadow="other"))
+        assert training.model.bounded == bounded
 
 
 def test_what_is_seen_several_times_is_averaged():
