@@ -55,7 +55,7 @@ class QueryFree(Attack["QueryFree.Options"]):
 
         Attributes:
             shadow: Its architecture. same: the encoder's, known to the attacker; other: a plain convolutional network.
-            epochs: Passes over the attacker's images in which it is trained.
+            steps: Steps of its training at least; it ends with a whole pass over the attacker's images.
             alignment: Weight of deceiving the discriminator beside the server's cross entropy; 0: no discriminator.
             batch_size: Images in a step.
             lr: Learning rate of Adam at the start; it falls along a cosine.
@@ -64,7 +64,7 @@ class QueryFree(Attack["QueryFree.Options"]):
         """
 
         shadow: Literal["same", "other"] = option("same")
-        epochs: int = option(60, least=1)
+        steps: int = option(800, least=1)
         alignment: float = option(1.0, least=0)
         batch_size: int = option(64, least=1)
         lr: float = option(1e-3, above=0)
@@ -105,12 +105,13 @@ class QueryFree(Attack["QueryFree.Options"]):
         if kept is not None:
             training.restore(kept)
             curve = kept["curve"]
-        for epoch in range(len(curve) + 1, options.epochs + 1):
+        epochs = training.epochs
+        for epoch in range(len(curve) + 1, epochs + 1):
             curve.append({"epoch": epoch, **training.epoch(epoch)})
             if not all(map(math.isfinite, curve[-1].values())):
                 raise DivergedError(f"--attacks {self.name}: epoch {epoch} is not finite; lower --{self.name}.lr")
             progress.keep(f"{self.name}-shadow", {**training.state(), "curve": curve})
-            progress.show(share * epoch / options.epochs, f"shadow, epoch {epoch}/{options.epochs}")
+            progress.show(share * epoch / epochs, f"shadow, epoch {epoch}/{epochs}")
         shadow = training.model.eval().requires_grad_(False)
         served = accuracy(shadow, make_loader(own.val, BATCH, shuffle=False), target.device, target.seed)
         progress.log.info(f"the server is right on {served:.1%} of what the shadow makes of validation images")
@@ -145,8 +146,7 @@ class QueryFree(Attack["QueryFree.Options"]):
             step = seconds_of(lambda: training.step(x, labels))
             training.model.eval()
             inverting = one_step(training.model, _decoder(target, options), "mse", own.train, schedule, target.queries)
-            batches = math.ceil(len(own.train) / options.batch_size)
-            return options.epochs * batches * step, seconds_of_training(own, schedule, seconds_of(inverting))
+            return training.epochs * training.batches * step, seconds_of_training(own, schedule, seconds_of(inverting))
 
 
 class _Training:
@@ -154,6 +154,8 @@ class _Training:
 
     def __init__(self, target: Exposed, own: Own, options: QueryFree.Options) -> None:
         self.target, self.own, self.options = target, own, options
+        self.batches = math.ceil(len(own.train) / options.batch_size)
+        self.epochs = math.ceil(options.steps / self.batches)
         real, shape = target.model, target.model.feature_shape
         with isolated_random(target.seed, target.device):
             if options.shadow == "same":
@@ -182,7 +184,7 @@ class _Training:
         total = torch.zeros(2, device=self.target.device)
         with isolated_random(seed, self.target.device):
             for step, (x, labels) in enumerate(batches, start=(number - 1) * len(batches)):
-                height = (1 + math.cos(math.pi * step / (options.epochs * len(batches)))) / 2
+                height = (1 + math.cos(math.pi * step / (self.epochs * len(batches)))) / 2
                 self.optimizers[0].param_groups[0]["lr"] = options.lr * (LAST_LR + (1 - LAST_LR) * height)
                 total += self.step(x.to(self.target.device), labels.to(self.target.device))
         return dict(zip(("cross_entropy", "judge_loss"), (total / len(batches)).tolist(), strict=True))

@@ -14,7 +14,7 @@ from cem.defenses import Defense
 from cem.errors import DivergedError, UsageError
 from cem.models import SplitModel
 
-OPTIONS = QueryFree.Options(epochs=2, batch_size=16, network="deconvC8", decoder_epochs=1)
+OPTIONS = QueryFree.Options(steps=8, batch_size=16, network="deconvC8", decoder_epochs=1)
 
 
 def attack(folder, options=OPTIONS, target=None, show=lambda done, what: None):
@@ -41,7 +41,9 @@ def test_aligned_to_what_went_by_it_beats_the_class_mean_and_a_shadow_that_only_
     _, own, unseen = scene(each=40)
     errors = {}
     for alignment in (0.0, 1.0):
-        options = QueryFree.Options(alignment=alignment, batch_size=16, network="preactN1C16", decoder_epochs=35)
+        options = QueryFree.Options(
+            alignment=alignment, steps=600, batch_size=16, network="preactN1C16", decoder_epochs=35
+        )
         record = QueryFree().run(scene(each=40)[0], own, options, progress_in(tmp_path / f"{alignment}"))
         errors[alignment] = error(record.guesses["query-free"][UNSEEN], unseen)
         assert record.facts["served"] > 0.9
@@ -53,7 +55,7 @@ def test_the_shadow_learns_to_serve_the_server_and_the_target_stays_as_it_is():
     target, own, _ = scene()
     before = copy.deepcopy(target.model.state_dict())
     _Training(target, own, OPTIONS).epoch(1)
-    training = _Training(target, own, replace(OPTIONS, epochs=8, alignment=0.0, lr=1e-2))
+    training = _Training(target, own, replace(OPTIONS, steps=32, alignment=0.0, lr=1e-2))
     rows = [training.epoch(number) for number in range(1, 9)]
     assert rows[-1]["cross_entropy"] < 0.5 * rows[0]["cross_entropy"]
     assert all(torch.equal(before[name], value) for name, value in target.model.state_dict().items())
