@@ -178,6 +178,7 @@ class Attack(ABC, Generic[O]):
         needs: attacks whose records it starts from, where they were asked for; they are run before it.
         required: whether it cannot do without those.
         bounds: options that only say how far to go: with a larger one, an attack goes on from where it was.
+        first_look: options with which it is soon done, and not at its strongest.
     """
 
     name: ClassVar[str]
@@ -185,6 +186,7 @@ class Attack(ABC, Generic[O]):
     needs: ClassVar[Sequence[str]] = ()
     required: ClassVar[bool] = False
     bounds: ClassVar[Sequence[str]] = ()
+    first_look: ClassVar[Mapping[str, Any]] = {}
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

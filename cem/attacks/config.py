@@ -67,6 +67,12 @@ class AttackConfig(Composed):
                 raise UsageError(f"--attacks {name} starts from {missing[0]}; give --attacks {missing[0]} {name}")
         resolve_device(self.device)
 
+    def first_look(self) -> AttackConfig:
+        """The same, each attack with the options with which it is soon done."""
+        chosen = self.chosen()
+        own = {name: replace(self.options_of(name), **member.first_look) for name, member in chosen.items()}
+        return replace(self, members=own)
+
     def of_each_knowledge(self) -> list[AttackConfig]:
         """The options of one attack for every kind of knowledge."""
         return [replace(self, knowledge=(each,)) for each in self.knowledge]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -37,6 +38,7 @@ class Decoder(Attack["Decoder.Options"]):
     name = "decoder"
     summary = "networks trained from features back to images"
     bounds = ("max_epochs",)
+    first_look: ClassVar[Mapping[str, Any]] = {"networks": ("preactN2C32",), "cycle_epochs": 10, "max_epochs": 30}
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

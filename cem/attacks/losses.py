@@ -18,5 +18,5 @@ def ssim_loss(reconstructions: Tensor, originals: Tensor) -> Tensor:
     return 1 - ssim(reconstructions, originals).mean() + F.mse_loss(reconstructions, originals)
 
 
-#: By the names that ``--attackers`` takes; images ``[B, C, H, W]`` in [0, 1], twice, to a 0-dim tensor.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "ssim": ssim_loss}
+"""By the names that stand behind those of networks, ``NETWORK:LOSS``: images ``[B, C, H, W]`` twice, to a number."""

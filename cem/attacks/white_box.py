@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class WhiteBox(Attack["WhiteBox.Options"]):
     name = "white-box"
     summary = "pixels searched by gradients through the encoder, from the best decoder's answer and from the mean image"
     needs = ("decoder",)
+    first_look: ClassVar[Mapping[str, Any]] = {"steps": 60}
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its directory, such as ``"wide-lambd16-noise0.1-seed0"``; λ is left out for the control."""
+        """Name of its directory, such as ``"wide-lambd16-noise0.3-seed0"``; λ is left out for the control."""
         setting = self.setting
         weight = f"-lambd{setting.lambd:g}" if setting.lambd else ""
         return f"{setting.method}{weight}-noise{setting.noise_std:g}-seed{self.seed}"
@@ -92,7 +92,7 @@ class GridOptions(Composed):
     variants: tuple[str, ...] = _grid(())
     seeds: tuple[int, ...] = _grid((0, 1, 2), least=0)
     lambds: tuple[float, ...] = _grid((), least=0)
-    noise_stds: tuple[float, ...] = _grid((0.1,), least=0)
+    noise_stds: tuple[float, ...] = _grid((0.3,), least=0)
     jobs: int = option(1, least=1, group="how it is run")
 
     def chosen(self) -> dict[str, Any]:

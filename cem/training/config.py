@@ -111,7 +111,7 @@ class TrainConfig(Composed):
 
     arch: str = _model("resnet20")
     cut_layer: int = _model(4, least=1)
-    bottleneck: str = _model("noRELU_C8S1")
+    bottleneck: str = _model("noRELU_C2S2")
     centralized: bool = _model(False)
 
     surrogate: str = _penalty(RECOMMENDED)
@@ -122,7 +122,7 @@ class TrainConfig(Composed):
     backend: Literal["auto", "triton", "eager", "reference"] = _penalty("auto", harmless=True)
     capture: bool = _penalty(False, harmless=True)
 
-    noise_std: float = _defense(0.1, least=0, most=LARGEST)
+    noise_std: float = _defense(0.3, least=0, most=LARGEST)
     defenses: tuple[str, ...] = _defense(())
 
     epochs: int = _training(20, least=1)

@@ -43,7 +43,7 @@ ATTACK = "--attacks decoder --decoder.networks=deconvC4 --decoder.cycle-epochs=1
 ON_COMPARE = "--config compare/compare.yaml --out compare"
 INIT = "--cut-layer 2 --init-from run"
 MNIST, FOLDER = "--data mnist --data-root mnist", "--data folder --data-root pets"
-ONE = "compare/none-noise0.1-seed0"
+ONE = "compare/none-noise0.3-seed0"
 LONG, HUGE = "x" * 300, "1" + "0" * 12
 
 
@@ -192,7 +192,7 @@ OF_ATTACKS = [
 COMPARISONS = [
     ("--surrogates centriod", "--surrogate … centroid … got 'centriod'"),
     ("--surrogates", "--surrogates needs at least one value"),
-    ("--seeds 0 0", "none-noise0.1-seed0"),
+    ("--seeds 0 0", "none-noise0.3-seed0"),
     ("--lambds 0", "--lambds must be … above 0, got 0"),
     ("--noise-stds nan", "--noise-stds must be finite … got nan"),
     ("--attack.decoder.networks resnet", "--attack.decoder.networks resnet"),

@@ -41,7 +41,7 @@ def test_run_that_is_there_is_not_replaced_but_may_be_looked_at_again(trained, r
 def test_the_config_of_a_run_makes_the_same_run_beside_it(trained, run):
     config = ["--config", str(trained.path / "config.yaml")]
     found = [run(command, config).out for _ in range(2)]
-    name = "runs/digits-resnet20-none-noise0.1-seed0"
+    name = "runs/digits-resnet20-none-noise0.3-seed0"
     for out, where in zip(found, (name, f"{name}-2"), strict=True):
         assert f"results        {where}\n" in out
         assert read_summary(where)["test_accuracy"] == read_summary(trained.path)["test_accuracy"]

@@ -98,7 +98,7 @@ def test_everything_is_kept_and_says_what_it_was_measured_on(attacked):
     found = {path.name for path in (attacked / "none" / "attack").iterdir()}
     assert found == files | {"decoder-deconvC4.pt", "decoder-deconvC8-l1.pt"}
     result = result_of(attacked / "none")
-    facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.1, "defenses": [], "train_size": 200}
+    facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.3, "defenses": [], "train_size": 200}
     assert result["run"].items() >= facts.items()
     sizes = {"attacker_train": 200, "attacker_val": 247, "test": 359, "trained": 12, "intercepted": 188}
     assert result["sizes"] == sizes | {"scored_test_target": 50, "scored_train_target": 12}
@@ -267,7 +267,7 @@ def test_an_undefended_run_beside_it_is_found_wherever_the_results_go_and_pictur
     [
         (lambda content: content["config"].update(queries=4), r"attacked under other options: --queries"),
         (lambda content: content.update(data_checksum=1), "attacked on other images"),
-        (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.1 here"),
+        (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.3 here"),
         (lambda content: content.pop("config"), "has no finished attack"),
     ],
     ids=["options", "images", "noise", "unfinished"],

@@ -14,7 +14,7 @@ from cem.comparison.config import Comparison
 from cem.comparison.grid import GridOptions
 from cem.training.config import TrainConfig
 
-MIXTURE = Path("out/mixture-lambd16-noise0.1-seed0")
+MIXTURE = Path("out/mixture-lambd16-noise0.3-seed0")
 
 
 class Another(Attack):

@@ -153,7 +153,7 @@ def test_what_is_killed_twenty_times_finds_what_the_undisturbed_one_finds_and_le
 def test_what_a_killed_comparison_has_started_ends_as_after_an_interrupt(tmp_path):
     line = f"{COMPARED.replace('--epochs=2', '--epochs=100000')} --jobs 1"
     command = [sys.executable, "-m", *line.split()]
-    run_dir = tmp_path / "out" / "none-noise0.1-seed0"
+    run_dir = tmp_path / "out" / "none-noise0.3-seed0"
     with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as comparison:
         while not (run_dir / "best.pt").exists():
             with suppress(subprocess.TimeoutExpired):

@@ -22,7 +22,7 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
         ({"surrogates": ("s",), "variants": ("s",)}, "--variants takes a name and its options"),
         ({"surrogates": ("s",), "variants": ("s: {lambd: []}",)}, "lambd of s must be finite and above 0, got nan"),
         ({"surrogates": ("s",), "variants": ("s: {lambd: much}",)}, "lambd of s takes a number or a list of them"),
-        ({"seeds": (1, 1)}, "two runs would be called none-noise0.1-seed1"),
+        ({"seeds": (1, 1)}, "two runs would be called none-noise0.3-seed1"),
         ({"surrogates": ("centroid", "cem.surrogates:CentroidCEM")}, "two runs would be called centroid"),
         ({"surrogates": ("s",), "variants": ("{",)}, "--variants takes YAML such as"),
         ({"variants": ("mixture: {}",)}, "is none of none, mixture, attention, centroid; got 'mixture'"),
@@ -55,5 +55,5 @@ def test_a_variant_with_weights_of_its_own_is_run_with_those_alone_and_one_witho
     grid = GridOptions(surrogates=("s", "curve", "narrow", "mixture"), variants=variants, lambds=(1.0, 2.0)).checked()
     weights = [("s", 3.0), ("curve", 4.0), ("curve", 0.5), ("narrow", 0.0), ("mixture", 1.0), ("mixture", 2.0)]
     assert [(setting.method, setting.lambd) for setting in grid.settings()] == weights
-    assert grid.runs()[3].name == "narrow-noise0.1-seed0"
+    assert grid.runs()[3].name == "narrow-noise0.3-seed0"
     assert not grid.settings()[3].is_control

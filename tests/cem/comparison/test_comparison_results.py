@@ -114,7 +114,7 @@ def test_run_with_a_damaged_file_has_failed_and_costs_the_others_nothing(compari
     found = read_results(comparison)
     assert [run.status for run in found] == ["finished", "failed", "finished", "finished"]
     assert re.search(reason.replace(" … ", ".*"), found[1].reason)
-    assert found[1].reason.endswith("; move none-noise0.1-seed1 away, and the same command makes the run anew")
+    assert found[1].reason.endswith("; move none-noise0.3-seed1 away, and the same command makes the run anew")
     assert summarize(found)[0].accuracy == Spread(0.9, None, 1)
 
 

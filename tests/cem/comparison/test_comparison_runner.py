@@ -21,7 +21,7 @@ from cem.training.config import TrainConfig
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell commands")
 
-NONE, MIXTURE = "none-noise0.1-seed0", "mixture-lambd16-noise0.1-seed0"
+NONE, MIXTURE = "none-noise0.3-seed0", "mixture-lambd16-noise0.3-seed0"
 
 
 def shell(tmp_path, script, name="step"):

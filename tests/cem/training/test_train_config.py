@@ -89,12 +89,12 @@ def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
 
 NAMES = {
     "digits-resnet20-mixture-lambd8-noise0.025-seed3": TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3),
-    "digits-resnet20-centroid-lambd0.5-noise0.1-seed0": TrainConfig(),
-    "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.1-seed0": under("centroid", momentum=0.97),
-    "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.1-seed0": TrainConfig(
+    "digits-resnet20-centroid-lambd0.5-noise0.3-seed0": TrainConfig(),
+    "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.3-seed0": under("centroid", momentum=0.97),
+    "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.3-seed0": TrainConfig(
         surrogate=surrogate(Scale), defenses=(GAIN,), members=gained(factor=3.0)
     ),
-    "svhn-vgg11-none-noise-noise0.1-seed0": TrainConfig(
+    "svhn-vgg11-none-noise-noise0.3-seed0": TrainConfig(
         surrogate="none", data="svhn", arch="vgg11", defenses=("noise",)
     ),
 }
