@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import cem
+from cem.attacks import ATTACKS
 from cem.models import SplitModel
 from cem.training import injection, weighted
 
@@ -37,6 +38,14 @@ def test_trainer_attacks_comparison_and_report_name_no_member():
     named = {path: re.findall(rf"\b({'|'.join(names)})\b", path.read_text(encoding="utf-8")) for path in blind}
     assert len(named) > 20
     assert not {path: found for path, found in named.items() if found}
+
+
+def test_no_attack_is_named_outside_its_file_the_registry_and_attacks_that_start_from_it():
+    members = {name: ATTACKS[name] for name in ATTACKS}
+    homes = {Path(inspect.getfile(each)).resolve() for each in members.values()} | {ROOT / "cem/attacks/__init__.py"}
+    quoted = re.compile(rf"""["']({"|".join(members)})["']""")
+    blind = [path for path in TEXTS if path.is_relative_to(ROOT / "cem") and path not in homes]
+    assert not {path: found for path in blind if (found := quoted.findall(TEXTS[path]))}
 
 
 def test_functions_take_at_most_twelve_arguments():
@@ -141,7 +150,7 @@ def test_autograd_functions_set_their_context_up_apart():
 def test_tests_and_benchmarks_keep_to_their_budgets_of_lines():
     """What nobody can read through is not kept in order; ``benchmarks/gpu`` runs by hand, on a device."""
     over = []
-    for folder, most in (("tests", 12_900), ("benchmarks", 2_500)):
+    for folder, most in (("tests", 14_000), ("benchmarks", 2_500)):
         files = [path for path in sorted(ROOT.glob(f"{folder}/**/*.py")) if "gpu" not in path.relative_to(ROOT).parts]
         lines = {path: path.read_text(encoding="utf-8").count("\n") for path in files}
         if sum(lines.values()) > most:

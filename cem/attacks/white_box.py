@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, seconds_of
+from cem.attacks.decoder import Decoder
 from cem.data import ImageSet
 from cem.options import Options as BaseOptions
 from cem.options import option
@@ -123,7 +124,7 @@ class WhiteBox(Attack["WhiteBox.Options"]):
 
     name = "white-box"
     summary = "pixels searched by gradients through the encoder, from the best decoder's answer and from the mean image"
-    needs = ("decoder",)
+    needs = (Decoder.name,)
     first_look: ClassVar[Mapping[str, Any]] = {"steps": 60}
 
     @dataclass(frozen=True)
@@ -173,8 +174,8 @@ class _Search:
         self.variation = max(total_variation(known).mean().item() / self.mean.numel(), TINY)
         self.energy = surprise(target, max(0.1 * self.sent.var(0, correction=0).mean().sqrt().item(), TINY))
         self.weights, self.decoder, self.error = dict(WEIGHTS), None, torch.zeros(())
-        if "decoder" in progress.earlier:
-            self.decoder = progress.earlier["decoder"].network
+        if Decoder.name in progress.earlier:
+            self.decoder = progress.earlier[Decoder.name].network
             answers = [self._start("decoder", part.to(target.device)).cpu() for part in target.sent[VAL].split(BATCH)]
             errors = (torch.cat(answers) - _pixels(own.val, len(own.val))).square().mean(0)
             self.error = errors.clamp(min=max(0.01 * errors.mean().item(), TINY)).to(target.device)
