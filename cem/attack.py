@@ -16,10 +16,10 @@ Ctrl-C keeps what was finished; the same command goes on from there, and so does
 
 Examples:
 
-  python -m cem.attack runs/first                              the default attacks
-  python -m cem.attack runs/first --queries 10                 averages noise away
-  python -m cem.attack runs/first --decoder.max-epochs 15      a first look, sooner done
-  python -m cem.attack runs/first --knowledge training         learns from the target's own images
+  python -m cem.attack runs/first                         the default attacks
+  python -m cem.attack runs/first --queries 10            averages noise away
+  python -m cem.attack runs/first --decoder.max-cycles 2  sooner done
+  python -m cem.attack runs/first --knowledge training    the target's own images
 
 Exit code: 0; 2 for what a user can mend, such as bad options; 3 if a loss diverged; 130 if it was interrupted.
 """

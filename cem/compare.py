@@ -94,7 +94,8 @@ def parse(argv: Sequence[str]) -> tuple[Comparison, bool]:
         base = Comparison.from_yaml(source)
     grid = read(base.grid, argv, places=["surrogates", "variants"])
     train = read(base.train, argv, places=["defenses"])
-    attack = read(base.attack, argv, prefix="attack.")
+    with base.of_attack():
+        attack = read(base.attack, argv, prefix="attack.")
     parser = Parser("python -m cem.compare", __doc__)
     parser.add_options(known)
     parser.add_options(grid)

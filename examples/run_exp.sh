@@ -5,8 +5,8 @@
 #   examples/run_exp.sh --short              scikit-learn's digits, a few minutes on two cores
 #   examples/run_exp.sh --data-root DIR      CIFAR-10, as in the original: days without a GPU
 #
-# All other options go to `python -m cem.compare`, and override what is written here, but for what --variants sets: give
-# that anew. Interrupted? The same line again: what is finished is not run again.
+# All other options go to `python -m cem.compare`, and override what is written here; with other --surrogates, give
+# --variants anew, or none. Interrupted? The same line again: what is finished is not run again.
 set -euo pipefail
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then

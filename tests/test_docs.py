@@ -199,7 +199,7 @@ def test_the_originals_experiments_are_all_asked_for(tmp_path: Path) -> None:
 
 @needs_a_shell
 def test_options_on_the_line_override_the_scripts(tmp_path: Path) -> None:
-    line = arguments(tmp_path, "--surrogates", "none", "centroid", "--epochs", "2", "--lambds", "1")
+    line = arguments(tmp_path, "--surrogates", "none", "centroid", "--variants", "--epochs", "2", "--lambds", "1")
     comparison = parse(line)[0].checked()
     assert comparison.train.epochs == 2
     assert {(run.setting.method, run.setting.lambd) for run in comparison.grid.runs()} == {("none", 0), ("centroid", 1)}

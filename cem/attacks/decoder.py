@@ -18,6 +18,7 @@ from cem.attacks.fit import (
     fit_network,
     one_step,
     seconds_of_training,
+    usual_cycle,
 )  # fmt: skip
 from cem.attacks.losses import LOSSES
 from cem.attacks.metrics import ssim_window
@@ -37,8 +38,8 @@ class Decoder(Attack["Decoder.Options"]):
 
     name = "decoder"
     summary = "networks trained from features back to images"
-    bounds = ("max_epochs",)
-    first_look: ClassVar[Mapping[str, Any]] = {"networks": ("preactN2C32",), "cycle_epochs": 10, "max_epochs": 30}
+    bounds = ("max_cycles",)
+    first_look: ClassVar[Mapping[str, Any]] = {"networks": ("preactN2C32",), "cycle_epochs": 10, "max_cycles": 2}
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -52,10 +53,11 @@ class Decoder(Attack["Decoder.Options"]):
             schedule: How they are trained. cycles: Adam under cosine cycles, each twice as long as the one before,
                 until one gains next to nothing. published: as in the CEM paper's code, 50 epochs of Adam from 1e-3 to
                 1e-5, weight decay 1e-4, batch 256; the other options of decoders are not used.
-            cycle_epochs: Passes over the attacker's images in the first cycle.
-            max_epochs: Bound on the passes; only whole cycles are run, 5, 15, 35, 75, 155, ... epochs with
-                --decoder.cycle-epochs 5. A network whose error was falling when the bound came is reported as not
-                converged; with a larger bound, the same command goes on from there.
+            cycle_epochs: Passes over the attacker's images in the first cycle; without it, as many as make some 500
+                steps, 1 to 5.
+            max_cycles: Bound on the cycles: 5 of them are 31 times as long as the first. A network whose error was
+                falling when the bound came is reported as not converged; with a larger bound, the same command goes on
+                from there.
             tolerance: A network has converged when a cycle, twice as long as the one before, lowered the validation MSE
                 by less than this fraction.
             batch_size: Images in a step.
@@ -64,10 +66,10 @@ class Decoder(Attack["Decoder.Options"]):
                 Validation and scores are in fp32 all the same.
         """
 
-        networks: tuple[str, ...] = option(("preactN8C64", "preactN8C64:ssim"))
+        networks: tuple[str, ...] = option(("preactN4C64", "preactN4C64:ssim"))
         schedule: Literal["cycles", "published"] = option("cycles")
-        cycle_epochs: int = option(5, least=1)
-        max_epochs: int = option(155, least=1)
+        cycle_epochs: int | None = option(None, least=1)
+        max_cycles: int = option(5, least=1, most=20)
         tolerance: float = option(0.03, above=0)
         batch_size: int = option(64, least=1)
         lr: float = option(0.002, above=0)
@@ -82,12 +84,13 @@ class Decoder(Attack["Decoder.Options"]):
             if twice is not None:
                 raise UsageError(f"--decoder.networks takes every network and loss once, got {':'.join(twice)} twice")
 
-        def training(self) -> Schedule:
-            """The schedule that they describe."""
+        def training(self, images: int) -> Schedule:
+            """The schedule that they describe, for so many images to learn from."""
             if self.schedule == "published":
                 return PUBLISHED
-            lengths = self.cycle_epochs, self.max_epochs, self.tolerance
-            return Schedule(*lengths, self.batch_size, self.lr, self.lr / 100, amp=self.amp)
+            first = self.cycle_epochs or usual_cycle(images, self.batch_size)
+            rest = self.max_cycles, self.tolerance, self.batch_size, self.lr, self.lr / 100
+            return Schedule(first, *rest, amp=self.amp)
 
     def check(self, target: Exposed, own: Own, options: Options) -> None:
         """SSIM is not defined for tiny images."""
@@ -100,7 +103,7 @@ class Decoder(Attack["Decoder.Options"]):
 
     def run(self, target: Exposed, own: Own, options: Options, progress: Progress) -> Record:
         """See :class:`Attack`."""
-        costs, schedule, done = self._costs(target, own, options), options.training(), 0.0
+        costs, schedule, done = self._costs(target, own, options), options.training(len(own.train)), 0.0
         fitted: dict[str, Fitted] = {}
         guesses, facts = {}, []
         for name in options.networks:
@@ -141,7 +144,7 @@ class Decoder(Attack["Decoder.Options"]):
 
     def _costs(self, target: Exposed, own: Own, options: Options) -> dict[str, float]:
         """Seconds by network."""
-        schedule, costs = options.training(), {}
+        schedule, costs = options.training(len(own.train)), {}
         for name in options.networks:
             with isolated_random(target.seed, target.device):
                 network = self._untrained(target, name)
@@ -192,6 +195,6 @@ def _state(fit: Fitted, options: Decoder.Options) -> str:
         return "was trained for the published number of epochs, converged or not"
     if fit.converged:
         return "converged"
-    more, gain = 2 * len(fit.curve) + options.cycle_epochs, fit.extrapolated_gain
+    more, gain = options.max_cycles + 1, fit.extrapolated_gain
     hope = "" if gain is None else f", and endless training might lower its MSE by {gain:.0%}"
-    return f"had not converged: --decoder.max-epochs {more} would give it another cycle{hope}"
+    return f"had not converged: --decoder.max-cycles {more} would give it another one{hope}"

@@ -22,6 +22,7 @@ from cem.models import SplitModel
 from cem.training.evaluation import eval_mode, isolated_random
 
 BATCH = 500  # images, where nothing is learned
+FIRST_STEPS = 500  # of a first cycle, about
 MOST_HOPE = 0.9
 """At most, what a cycle is taken to gain relative to the cycle before it, in extrapolation."""
 
@@ -42,13 +43,13 @@ class Schedule:
     """How a network is trained: Adam under cosine cycles with warm restarts (Loshchilov & Hutter 2017).
 
     Each cycle is twice as long as the one before. Training has *converged* after the first cycle that lowered the
-    validation MSE by less than ``tolerance`` of it, and is cut off before the one that would exceed ``max_epochs``. A
-    plateau at a constant rate would prove nothing: errors fall again when the rate does.
+    validation MSE by less than ``tolerance`` of it. A plateau at a constant rate would prove nothing: errors fall again
+    when the rate does.
 
     Attributes:
         cycle_epochs: passes in the first cycle.
-        max_epochs: bound on the passes.
-        tolerance: see above; ``None``: a single cycle, after which nobody can say.
+        max_cycles: bound on the cycles.
+        tolerance: see above; ``None``: nobody can say whether it converged.
         batch_size: images in a step.
         lr: rate at the start of every cycle.
         last_lr: rate at its end.
@@ -57,7 +58,7 @@ class Schedule:
     """
 
     cycle_epochs: int = 5
-    max_epochs: int = 155
+    max_cycles: int = 5
     tolerance: float | None = 0.03
     batch_size: int = 64
     lr: float = 2e-3
@@ -65,21 +66,21 @@ class Schedule:
     weight_decay: float = 0.0
     amp: bool = False
 
-    def cycles(self) -> Iterator[int]:
-        """Lengths of the cycles that the bound leaves room for; a tiny bound still ends its cosine."""
-        length, done = min(self.cycle_epochs, self.max_epochs), 0
-        while done + length <= self.max_epochs:
-            yield length
-            if self.tolerance is None:
-                return
-            done, length = done + length, 2 * length
+    def cycles(self) -> list[int]:
+        """Their lengths."""
+        return [self.cycle_epochs * 2**number for number in range(self.max_cycles)]
 
     def epochs(self) -> int:
-        """All of them together."""
+        """All of them together, at most."""
         return sum(self.cycles())
 
 
-PUBLISHED = Schedule(50, 50, None, batch_size=256, lr=1e-3, last_lr=1e-5, weight_decay=1e-4)
+def usual_cycle(images: int, batch_size: int) -> int:
+    """Passes over so many images that make about 500 steps: 5 at most, which are fewer steps for small sets, 1 at least."""
+    return min(5, max(1, round(FIRST_STEPS / math.ceil(images / batch_size))))
+
+
+PUBLISHED = Schedule(50, 1, None, batch_size=256, lr=1e-3, last_lr=1e-5, weight_decay=1e-4)
 """Of the attack of arXiv:2503.00383."""
 
 
@@ -92,7 +93,7 @@ class Fitted:
         curve: per epoch ``epoch``, ``lr`` (of its last step), ``train_loss`` and ``val_mse``.
         cycles: the smallest ``val_mse`` until the end of each cycle.
         best_epoch: with the smallest ``val_mse``, from 1.
-        converged: see :class:`Schedule`; ``None`` where it has a single cycle.
+        converged: see :class:`Schedule`; ``None`` where nobody can say.
         seconds: of training and validation.
     """
 
@@ -167,7 +168,7 @@ def fit_network(
     if schedule.amp:  # the layout for which processors have fast bfloat16 convolutions
         network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
-    lengths, curve, cycles, best = list(schedule.cycles()), [], [], {}
+    lengths, curve, cycles, best = schedule.cycles(), [], [], {}
     best_epoch, best_mse, before = 0, math.inf, 0.0
     with isolated_random(seed, device):
         kept = progress.kept(name, _KEPT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, seconds_of
-from cem.attacks.fit import Schedule, decode, fit_network, one_step, seconds_of_training
+from cem.attacks.fit import Schedule, decode, fit_network, one_step, seconds_of_training, usual_cycle
 from cem.attacks.networks import build_network
 from cem.attacks.observe import observe
 from cem.data import make_loader
@@ -47,7 +47,7 @@ class QueryFree(Attack["QueryFree.Options"]):
 
     name = "query-free"
     summary = "a decoder of a shadow encoder, by whoever has the server and listens, but cannot ask the client"
-    bounds = ("decoder_epochs",)
+    bounds = ("decoder_cycles",)
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -60,7 +60,7 @@ class QueryFree(Attack["QueryFree.Options"]):
             batch_size: Images in a step.
             lr: Learning rate of Adam at the start; it falls along a cosine.
             network: Network that is trained to invert the shadow, named as in --decoder.networks.
-            decoder_epochs: Bound on its passes, in cycles as those of decoders.
+            decoder_cycles: Bound on the cycles of its training, which are those of decoders.
         """
 
         shadow: Literal["same", "other"] = option("same")
@@ -69,7 +69,7 @@ class QueryFree(Attack["QueryFree.Options"]):
         batch_size: int = option(64, least=1)
         lr: float = option(1e-3, above=0)
         network: str = option("preactN8C64")
-        decoder_epochs: int = option(35, least=1)
+        decoder_cycles: int = option(4, least=1, most=20)
 
         def check(self) -> None:
             """What no option can say alone."""
@@ -78,9 +78,9 @@ class QueryFree(Attack["QueryFree.Options"]):
             except ValueError as error:
                 raise UsageError(f"--query-free.network: {error}") from None
 
-        def inversion(self) -> Schedule:
-            """Of the decoder."""
-            return Schedule(max_epochs=self.decoder_epochs)
+        def inversion(self, images: int) -> Schedule:
+            """Of the decoder, for so many images to learn from."""
+            return Schedule(usual_cycle(images, Schedule.batch_size), self.decoder_cycles)
 
     def check(self, target: Exposed, own: Own, options: Options) -> None:
         """The encoder's architecture must be one that can begin anew, and some features must have gone by."""
@@ -118,9 +118,10 @@ class QueryFree(Attack["QueryFree.Options"]):
         with isolated_random(target.seed, target.device):
             images = own.val.images.float() / 255
             sent = torch.cat([observe(shadow, x.to(target.device), target.queries).cpu() for x in images.split(BATCH)])
-        bound = options.decoder_epochs
+        schedule = options.inversion(len(own.train))
+        bound = schedule.epochs()
         fit = fit_network(
-            shadow, _decoder(target, options), "mse", own, sent, options.inversion(), queries=target.queries,
+            shadow, _decoder(target, options), "mse", own, sent, schedule, queries=target.queries,
             seed=target.seed, progress=progress, name=f"{self.name}-decoder",
             report=lambda epoch: progress.show(share + (1 - share) * epoch / bound, f"decoder, epoch {epoch}/{bound}"),
         )  # fmt: skip
@@ -139,7 +140,7 @@ class QueryFree(Attack["QueryFree.Options"]):
 
     def _costs(self, target: Exposed, own: Own, options: Options) -> tuple[float, float]:
         """Seconds of the shadow's training, and of the decoder's."""
-        training, schedule = _Training(target, own, options), options.inversion()
+        training, schedule = _Training(target, own, options), options.inversion(len(own.train))
         with isolated_random(target.seed, target.device):
             x = own.train.images[: options.batch_size].to(target.device).float() / 255
             labels = own.train.labels[: options.batch_size].to(target.device)

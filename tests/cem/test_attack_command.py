@@ -7,7 +7,7 @@ import pytest
 
 from cem import attack as command
 
-FAST = ["--attacks", "decoder", "--decoder.networks=deconvC4", "--decoder.cycle-epochs=1", "--decoder.max-epochs=1"]
+FAST = ["--attacks", "decoder", "--decoder.networks=deconvC4", "--decoder.cycle-epochs=1", "--decoder.max-cycles=1"]
 FAST += ["--aux-size=64", "--score-size=20"]
 
 
@@ -33,7 +33,7 @@ def test_attack_says_what_it_does_what_was_found_and_what_comes_next(trained, at
     assert f"\nresults   {attacked.path}: attack.json" in attacked.out
     assert attacked.out.splitlines()[-1].startswith("next      python -m cem.compare --quick ")
     assert result["attacks"]["decoder"]["converged"] is False
-    assert "not converged: --decoder.max-epochs 3 would give it another cycle" in attacked.out
+    assert "not converged: --decoder.max-cycles 2 would give it another one" in attacked.out
 
 
 def test_the_same_command_again_changes_nothing(trained, attacked, run):

@@ -39,7 +39,7 @@ from cem_kernels import backends
 
 pytestmark = pytest.mark.slow
 
-ATTACK = "--attacks decoder --decoder.networks=deconvC4 --decoder.cycle-epochs=1 --decoder.max-epochs=1 --aux-size=64"
+ATTACK = "--attacks decoder --decoder.networks=deconvC4 --decoder.cycle-epochs=1 --decoder.max-cycles=1 --aux-size=64"
 ON_COMPARE = "--config compare/compare.yaml --out compare"
 INIT = "--cut-layer 2 --init-from run"
 MNIST, FOLDER = "--data mnist --data-root mnist", "--data folder --data-root pets"

@@ -148,7 +148,7 @@ def test_help_lists_members_and_the_options_of_those_that_are_chosen(capsys):
     ("command", "names"),
     [
         (train, [*hints(TrainConfig), *hints(train.Sources), "centroid.momentum"]),
-        (attack, [*hints(AttackConfig), *hints(attack.Sources), "decoder.max_epochs"]),
+        (attack, [*hints(AttackConfig), *hints(attack.Sources), "decoder.max_cycles"]),
         (compare, [*hints(compare.Sources), "surrogates", "attack.attacks", "attack.decoder.lr", "mixture.clusters"]),
         (synthetic, [*hints(synthetic.Sizes)]),
     ],

@@ -24,15 +24,17 @@ from cem.errors import CheckpointError, DataError, UsageError
 from cem.options import Options, option
 from cem.training import TrainConfig, checkpoint, train
 
-SMALL = Decoder.Options(networks=("deconvC4", "deconvC8:l1"), cycle_epochs=1, max_epochs=3)
+SMALL = Decoder.Options(networks=("deconvC4", "deconvC8:l1"), cycle_epochs=1, max_cycles=2)
 TINY = AttackConfig(attacks=("decoder",), members={"decoder": SMALL}, aux_size=200, score_size=50, device="cpu")
-TARGET = TrainConfig(train_size=200, epochs=1, surrogate="none", arch="resnet20", cut_layer=2, device="cpu")
+TARGET = TrainConfig(
+    train_size=200, epochs=1, surrogate="none", arch="resnet20", cut_layer=2, noise_std=0.1, device="cpu"
+)
 
 
-class Copier(Attack):
-    """Returns an image of its own whatever was sent, after the decoder, if that is asked for."""
+class Painter(Attack):
+    """Answers in one gray whatever was sent, after the decoder, if that is asked for."""
 
-    name = "copier"
+    name = "painter"
     summary = "for tests"
     needs = ("decoder",)
     bounds = ("most",)
@@ -43,25 +45,25 @@ class Copier(Attack):
 
         Attributes:
             most: Nothing.
-            place: Of the image.
+            gray: Of all pixels.
         """
 
         most: int = option(1, least=1)
-        place: int = option(0, least=0)
+        gray: float = option(1.0, least=0, most=1)
 
     def forecast(self, target, own, options):
         return 1.0
 
     def run(self, target, own, options, progress):
-        image = own.train.images[options.place].float() / 255
         progress.show(0.5, "half")
-        guesses = {name: image.expand(len(sent), *image.shape).contiguous() for name, sent in target.sent.items()}
-        return Record({"image": guesses}, {"converged": None, "note": "", "after": sorted(progress.earlier)})
+        shape = target.image_shape
+        guesses = {name: torch.full((len(sent), *shape), options.gray) for name, sent in target.sent.items()}
+        return Record({"gray": guesses}, {"converged": None, "note": "", "after": sorted(progress.earlier)})
 
 
 @pytest.fixture
-def copier(monkeypatch):
-    monkeypatch.setitem(ATTACKS._members, "copier", Copier)
+def painter(monkeypatch):
+    monkeypatch.setitem(ATTACKS._members, "painter", Painter)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_everything_is_kept_and_says_what_it_was_measured_on(attacked):
     found = {path.name for path in (attacked / "none" / "attack").iterdir()}
     assert found == files | {"decoder-deconvC4.pt", "decoder-deconvC8-l1.pt"}
     result = result_of(attacked / "none")
-    facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.3, "defenses": [], "train_size": 200}
+    facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.1, "defenses": [], "train_size": 200}
     assert result["run"].items() >= facts.items()
     sizes = {"attacker_train": 200, "attacker_val": 247, "test": 359, "trained": 12, "intercepted": 188}
     assert result["sizes"] == sizes | {"scored_test_target": 50, "scored_train_target": 12}
@@ -117,13 +119,13 @@ def test_inside_an_attack_validation_images_choose_metric_by_metric(attacked):
         assert found[TRAINED][metric] == candidates[best][TRAINED][metric]
 
 
-def test_over_attacks_the_worst_case_counts_metric_by_metric_on_the_same_images(copy, copier):
-    result = AttackRun(copy / "none", replace(TINY, attacks=("copier", "decoder"))).run()
+def test_over_attacks_the_worst_case_counts_metric_by_metric_on_the_same_images(copy, painter):
+    result = AttackRun(copy / "none", replace(TINY, attacks=("painter", "decoder"))).run()
     attacks = result["attacks"]
-    assert [*attacks] == ["copier", "decoder"]
-    assert attacks["copier"]["after"] == ["decoder"]
+    assert [*attacks] == ["painter", "decoder"]
+    assert attacks["painter"]["after"] == ["decoder"]
     for part, worst in (("metrics", result["worst"]), (TRAINED, result[f"worst_{TRAINED}"])):
-        assert attacks["copier"][part]["images"] == attacks["decoder"][part]["images"]
+        assert attacks["painter"][part]["images"] == attacks["decoder"][part]["images"]
         for metric, sign in METRICS.items():
             values = {name: each[part][metric] for name, each in attacks.items()}
             name = max(values, key=lambda name: sign * values[name])
@@ -189,7 +191,7 @@ def test_an_interrupted_attack_goes_on_to_the_same_numbers_and_a_finished_one_is
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
-def test_a_larger_bound_and_more_attacks_go_on_from_what_there_is(copy, copier, monkeypatch):
+def test_a_larger_bound_and_more_attacks_go_on_from_what_there_is(copy, painter, monkeypatch):
     first, epochs, keep = result_of(copy / "none"), [], run_module.Progress.keep
 
     def count(self, name, content):
@@ -197,15 +199,15 @@ def test_a_larger_bound_and_more_attacks_go_on_from_what_there_is(copy, copier, 
         epochs.append(len(content["curve"]))
 
     monkeypatch.setattr(run_module.Progress, "keep", count)
-    longer = replace(TINY, members={"decoder": replace(SMALL, max_epochs=7, tolerance=SMALL.tolerance)})
+    longer = replace(TINY, members={"decoder": replace(SMALL, max_cycles=3)})
     result = AttackRun(copy / "none", longer).run()
     assert {*epochs} <= {7}
     assert result["attacks"]["decoder"]["curves"][0]["curve"][:3] == first["attacks"]["decoder"]["curves"][0]["curve"]
-    more = AttackRun(copy / "none", replace(longer, attacks=("decoder", "copier"))).run()
-    assert [*more["attacks"]] == ["decoder", "copier"]
+    more = AttackRun(copy / "none", replace(longer, attacks=("decoder", "painter"))).run()
+    assert [*more["attacks"]] == ["decoder", "painter"]
     assert numbers(more["attacks"]["decoder"]) == numbers(result["attacks"]["decoder"])
-    with pytest.raises(UsageError, match=r"other options: --decoder.max-epochs \(was 7, got 3\)"):
-        AttackRun(copy / "none", replace(TINY, attacks=("decoder", "copier")))
+    with pytest.raises(UsageError, match=r"other options: --decoder.max-cycles \(was 3, got 2\)"):
+        AttackRun(copy / "none", replace(TINY, attacks=("decoder", "painter")))
     with pytest.raises(UsageError, match=r"other options: --attacks"):
         AttackRun(copy / "none", longer)
 
@@ -267,7 +269,7 @@ def test_an_undefended_run_beside_it_is_found_wherever_the_results_go_and_pictur
     [
         (lambda content: content["config"].update(queries=4), r"attacked under other options: --queries"),
         (lambda content: content.update(data_checksum=1), "attacked on other images"),
-        (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.3 here"),
+        (lambda content: content["run"].update(noise_std=0.5), "other noise: σ is 0.5 there, 0.1 here"),
         (lambda content: content.pop("config"), "has no finished attack"),
     ],
     ids=["options", "images", "noise", "unfinished"],

@@ -41,7 +41,7 @@ def fitted(model, own, tmp_path):
     def call(loss="mse", *, key=1, report=lambda epoch: None, **options):
         torch.manual_seed(1)
         network = build_network("deconvC8", model.feature_shape, (1, 8, 8))
-        schedule = Schedule(**{"cycle_epochs": 1, "max_epochs": 3, "batch_size": 32, "lr": 1e-3, **options})
+        schedule = Schedule(**{"cycle_epochs": 1, "max_cycles": 2, "batch_size": 32, "lr": 1e-3, **options})
         progress = Progress(logging.getLogger("fit"), tmp_path, {"key": key})
         return fit.fit_network(
             model, network, loss, own, sent, schedule, queries=1, seed=0, progress=progress, name="one", report=report
@@ -58,7 +58,7 @@ def with_validation_errors(monkeypatch, errors):
 
 @pytest.mark.parametrize(("loss", "amp"), [*((loss, False) for loss in LOSSES), ("mse", True)])
 def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(fitted, model, own, loss, amp):
-    found = fitted(loss, max_epochs=7, lr=1e-2, amp=amp)
+    found = fitted(loss, max_cycles=3, lr=1e-2, amp=amp)
     assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"]
     assert found.curve[-1]["val_mse"] < 0.95 * found.curve[0]["val_mse"]
     assert fit.decode(found.network, observe(model, own.val.images.float() / 255)).dtype == torch.float32
@@ -67,18 +67,18 @@ def test_every_loss_trains_also_in_mixed_precision_and_scores_in_single(fitted, 
 @pytest.mark.parametrize(
     ("errors", "bound", "restarts", "converged"),
     [
-        *(([0.5], bound, [], False) for bound in (1, 2)),
-        *(([0.5, 0.4, 0.3], bound, [1], False) for bound in (3, 6)),
-        ([0.5, 0.4, 0.3, 0.3, 0.3, 0.3, 0.2], 7, [1, 3], False),
-        ([0.5, 0.49, 0.486], 100, [1], True),
-        ([0.5, 0.49, 0.484, 0.484, 0.484, 0.484, 0.48], 100, [1, 3], True),
+        ([0.5], 1, [], False),
+        ([0.5, 0.4, 0.3], 2, [1], False),
+        ([0.5, 0.4, 0.3, 0.3, 0.3, 0.3, 0.2], 3, [1, 3], False),
+        ([0.5, 0.49, 0.486], 9, [1], True),
+        ([0.5, 0.49, 0.484, 0.484, 0.484, 0.484, 0.48], 9, [1, 3], True),
     ],
 )
-def test_cycles_double_while_whole_ones_fit_until_one_gains_less_than_the_tolerance(
+def test_cycles_double_until_the_bound_or_until_one_gains_less_than_the_tolerance(
     fitted, monkeypatch, errors, bound, restarts, converged
 ):
     with_validation_errors(monkeypatch, errors)
-    found = fitted(max_epochs=bound, tolerance=0.03)
+    found = fitted(max_cycles=bound, tolerance=0.03)
     assert (len(found.curve), found.converged) == (len(errors), converged)
     rates = [row["lr"] for row in found.curve]
     assert [epoch for epoch in range(1, len(rates)) if rates[epoch] > rates[epoch - 1]] == restarts
@@ -141,7 +141,7 @@ def test_fitting_repeats_and_changes_neither_the_target_nor_the_callers_random_n
 
 @pytest.mark.parametrize("how", ["cut off", "bounded"])
 def test_training_goes_on_after_its_last_whole_cycle_to_the_numbers_of_one_that_was_never_stopped(fitted, how):
-    whole = fitted(max_epochs=7, tolerance=1e-9, key="whole")
+    whole = fitted(max_cycles=3, tolerance=1e-9, key="whole")
     again = []
 
     def stop(epoch):
@@ -150,10 +150,10 @@ def test_training_goes_on_after_its_last_whole_cycle_to_the_numbers_of_one_that_
 
     if how == "cut off":
         with pytest.raises(KeyboardInterrupt):
-            fitted(max_epochs=7, tolerance=1e-9, report=stop)
+            fitted(max_cycles=3, tolerance=1e-9, report=stop)
     else:
-        assert len(fitted(max_epochs=3, tolerance=1e-9).curve) == 3
-    resumed = fitted(max_epochs=7, tolerance=1e-9, report=again.append)
+        assert len(fitted(max_cycles=2, tolerance=1e-9).curve) == 3
+    resumed = fitted(max_cycles=3, tolerance=1e-9, report=again.append)
     assert again == [4, 5, 6, 7]
     assert (resumed.curve, resumed.cycles) == (whole.curve, whole.cycles)
     weights = (each.network.state_dict().values() for each in (resumed, whole))
@@ -173,12 +173,17 @@ def test_the_published_schedule_is_one_cosine_of_fifty_epochs_after_which_nobody
 ):
     assert (fit.PUBLISHED.epochs(), fit.PUBLISHED.batch_size, fit.PUBLISHED.weight_decay) == (50, 256, 1e-4)
     monkeypatch.setattr(fit, "mse", lambda *_: 1.0)
-    found = fitted(**{**vars(fit.PUBLISHED), "cycle_epochs": 4, "max_epochs": 4, "batch_size": 64})
+    found = fitted(**{**vars(fit.PUBLISHED), "cycle_epochs": 4, "batch_size": 64})
     assert found.converged is None
     rates = [row["lr"] for row in found.curve]
     assert rates[0] == pytest.approx(1e-3)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 1e-5
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(1, 5), (591, 5), (6400, 5), (12_000, 3), (48_000, 1), (10**7, 1)])
+def test_a_first_cycle_has_some_five_hundred_steps_but_at_most_five_passes(images, epochs):
+    assert fit.usual_cycle(images, 64) == epochs
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_numbers_that_are_not_finite_end_the_training(fitted, monkeypatch):
     with pytest.raises(DivergedError, match="loss in epoch 1 is nan; lower the rate"):
         fitted(lr=1e30, batch_size=8)
     with_validation_errors(monkeypatch, [0.5, float("nan")])
-    with pytest.raises(DivergedError, match="validation MSE in epoch 2 is not finite"):
+    with pytest.raises(DivergedError, match="validation MSE of one in epoch 2 is not finite"):
         fitted()
 
 

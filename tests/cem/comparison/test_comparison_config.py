@@ -50,12 +50,12 @@ def test_file_gives_back_the_options_and_the_command(tmp_path):
     grid = GridOptions(("none", "s", "centroid"), variants, seeds=(3,), lambds=(1.0, 2.0), noise_stds=(0.5,), jobs=2)
     grid = GridOptions.from_dict(grid.to_dict() | {"centroid": CentroidCEM.Options(momentum=0.97).to_dict()})
     train = TrainConfig(data="mnist", data_root=Path("x"), epochs=4)
-    before = Comparison(grid, train, AttackConfig(aux_size=5, members={"decoder": Decoder.Options(max_epochs=5)}))
+    before = Comparison(grid, train, AttackConfig(aux_size=5, members={"decoder": Decoder.Options(max_cycles=3)}))
     before.to_yaml(tmp_path / "compare.yaml", "python -m cem.compare --out 'a b'")
     after = Comparison.from_yaml(tmp_path / "compare.yaml")
     assert after.to_dict() == before.to_dict()
     assert list(map(after.train_config, after.grid.runs())) == list(map(before.train_config, before.grid.runs()))
-    assert after.attack_config() == before.attack_config()
+    assert after.attack_config().checked() == before.attack_config().checked()
     assert command_of(tmp_path / "compare.yaml") == "python -m cem.compare --out 'a b'"
 
 
@@ -82,8 +82,8 @@ def test_options_of_every_run_and_of_the_attack_are_checked():
         Comparison(train=TrainConfig(epochs=1, penalty_from=2)).checked()
     with pytest.raises(UsageError, match=r"--attack\.queries must be at least 1"):
         Comparison(attack=AttackConfig(queries=0)).checked()
-    own = {"decoder": Decoder.Options(max_epochs=0)}
-    with pytest.raises(UsageError, match=r"--attack\.decoder\.max-epochs must be at least 1"):
+    own = {"decoder": Decoder.Options(max_cycles=0)}
+    with pytest.raises(UsageError, match=r"--attack\.decoder\.max-cycles must be at least 1"):
         Comparison(attack=AttackConfig(members=own)).checked()
     grid = GridOptions(surrogates=("none", "s"), variants=("s: {warmup_epochs: 99}",))
     with pytest.raises(UsageError, match="--variants: s: --warmup-epochs must be at most --epochs 20, got 99"):

@@ -106,7 +106,7 @@ class Another(Attack):
         {"queries": 10},
         {"knowledge": ("auxiliary", "training")},
         {"attacks": (*DEFAULT, f"{__name__}:Another")},
-        {"members": {"decoder": Decoder.Options(max_epochs=1000)}},
+        {"members": {"decoder": Decoder.Options(max_cycles=9)}},
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ class Fussy(Attack):
     """Refuses whatever it sees, in its own words."""
 
     name = "fussy"
+    forecast = run = None
 
     def check(self, target, own, options):
         assert target.sent["val"].shape[1:] == target.model.feature_shape

@@ -145,9 +145,9 @@ def test_gain_is_over_the_first_penalty_and_says_whether_it_is_a_claim(tmp_path,
     comparison = finish(Comparison(grid, TrainConfig(epochs=3), out=tmp_path), curve)
     shown = {row[0]: row[5] for row in table(text_of(comparison), "Settings")}
     assert shown["setting"] == "gain at equal accuracy: over mixture \\[×\\]"
-    assert shown["wide λ 1, σ 0.1"] == shown["wide λ 2, σ 0.1"] == f"1.50 (1.50 to 1.50{called})"
-    assert shown["none, σ 0.1"] == f"0.50 (0.50 to 0.50{called})"
-    assert shown["mixture λ 4, σ 0.1"] == "–"
+    assert shown["wide λ 1, σ 0.3"] == shown["wide λ 2, σ 0.3"] == f"1.50 (1.50 to 1.50{called})"
+    assert shown["none, σ 0.3"] == f"0.50 (0.50 to 0.50{called})"
+    assert shown["mixture λ 4, σ 0.3"] == "–"
     sentence = "At equal accuracy wide leaves attackers 3.00 times the error of none (95 %: 3.00 to 3.00; "
     assert sentence in text_of(comparison)
     assert ("a direction and not a claim" in text_of(comparison).split("## ")[0]) == bool(called)
@@ -195,7 +195,7 @@ def test_second_knowledge_has_a_table_of_its_own_and_stands_in_the_title(tmp_pat
     text = text_of(comparison)
     assert "; attackers who have images of their own, and attackers who have the target's training images\n" in text
     (row,) = table(text, "Settings: attackers who have the target's training images")[1:]
-    assert row[:3] == ["none, σ 0.1", "90.0", "0.0300"]
+    assert row[:3] == ["none, σ 0.3", "90.0", "0.0300"]
 
 
 def test_report_before_the_first_run_is_finished(tmp_path):

@@ -199,5 +199,5 @@ def test_trainings_and_attacks_say_what_was_read(tmp_path, run):
     write_class_folders(tmp_path / "images", count=20)
     line = f"--data=folder --data-root={tmp_path / 'images'} --train-size=4 --surrogate=none --epochs=1 --device=cpu"
     assert f"\n{tmp_path / 'images'}: 40 images" in run(train, line.split(), tmp_path / "run").err
-    line = f"{tmp_path / 'run'} --attacks decoder --decoder.networks=deconvC4 --decoder.max-epochs=1"
+    line = f"{tmp_path / 'run'} --attacks decoder --decoder.networks=deconvC4 --decoder.max-cycles=1"
     assert f"\n{tmp_path / 'images'}: 40 images" in run(attack, line.split()).err

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SURROGATE, DEFENSE = "strangers.brightness:Brightness", "strangers.rival:Rival"
 CHOSEN = ["--surrogate", SURROGATE, "--brightness.decay", "0.8", "--defenses", DEFENSE, "--rival.weight", "0.5"]
 SMALL = ["--train-size", "300", "--epochs", "3", "--arch", "resnet20", "--cut-layer", "1", "--device", "cpu"]
-QUICK = ["attacks=decoder", "decoder.networks=preactN1C8", "decoder.cycle-epochs=1", "decoder.max-epochs=1"]
+QUICK = ["attacks=decoder", "decoder.networks=preactN1C8", "decoder.cycle-epochs=1", "decoder.max-cycles=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
