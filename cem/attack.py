@@ -19,7 +19,7 @@ Examples:
   python -m cem.attack runs/first                         the default attacks
   python -m cem.attack runs/first --queries 10            averages noise away
   python -m cem.attack runs/first --decoder.max-cycles 2  sooner done
-  python -m cem.attack runs/first --knowledge training    the target's own images
+  python -m cem.attack runs/first --knowledge training    the target's images
 
 Exit code: 0; 2 for what a user can mend, such as bad options; 3 if a loss diverged; 130 if it was interrupted.
 """

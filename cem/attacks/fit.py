@@ -76,7 +76,7 @@ class Schedule:
 
 
 def usual_cycle(images: int, batch_size: int) -> int:
-    """Passes over so many images that make about 500 steps: 5 at most, which are fewer steps for small sets, 1 at least."""
+    """Passes over so many images that make about 500 steps, 1 to 5."""
     return min(5, max(1, round(FIRST_STEPS / math.ceil(images / batch_size))))
 
 

@@ -17,7 +17,7 @@ from cem.comparison.results import FIGURES, read_results, write_table
 from cem.comparison.statistics import Spread, spread, summarize
 from cem.training.config import TrainConfig
 
-NONE, MIXTURE = Setting("none", 0.0, 0.1), Setting("mixture", 16.0, 0.1)
+NONE, MIXTURE = Setting("none", 0.0, 0.3), Setting("mixture", 16.0, 0.3)
 MEASURED = {
     ("none", 0): {"accuracy": 0.90, "mse": 0.020, "values": {"mixture": 0.5}},
     ("none", 1): {"accuracy": 0.92, "mse": 0.010, "converged": False},
