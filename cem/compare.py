@@ -67,7 +67,7 @@ def quick() -> Comparison:
     """The comparison that ``--quick`` makes."""
     return Comparison(
         grid=GridOptions(seeds=(0, 1), jobs=2),
-        train=TrainConfig(surrogate=CONTROL, train_size=700, epochs=10),
+        train=TrainConfig(surrogate=CONTROL, train_size=700),
         # Attacks end before they are at their strongest, and the report says so.
         attack=AttackConfig(score_size=200).first_look(),
         out=Path("runs/compare-quick"),

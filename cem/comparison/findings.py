@@ -24,13 +24,15 @@ def shown_settings(rows: Sequence[Row]) -> list[Row]:
     """The settings that stand for all: a control, and what defends best beside it; either may be missing.
 
     That is the setting on which the worst attack errs most, relative to the control at its noise, among those that lose
-    no more than 2 points of accuracy.
+    no more than 2 points of accuracy; where all lose more, the one that loses least.
     """
     scored = [row for row in rows if row.mse]
     controls = {row.setting.noise_std: row for row in scored if row.setting.is_control}
     defended = [row for row in scored if not row.setting.is_control]
     paid = [(row, ratio, lost) for row in defended if (ratio := row.figures["mse_ratio"]) if (lost := row.points_lost)]
     fair = [(row, ratio.mean) for row, ratio, lost in paid if is_payable(lost.mean)]
+    if not fair:
+        fair = [(row, -lost.mean) for row, _, lost in paid]
     if not fair:
         fair = [(row, row.mse.mean) for row in defended or controls.values() if row.mse]
     best = max(fair, key=lambda each: each[1], default=(None,))[0]

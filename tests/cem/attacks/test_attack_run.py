@@ -15,10 +15,13 @@ from cem.attacks.base import TRAINED, UNSEEN, VAL, Attack, Record
 from cem.attacks.config import AttackConfig
 from cem.attacks.decoder import Decoder
 from cem.attacks.fit import decode
+from cem.attacks.gan import Gan
 from cem.attacks.metrics import METRICS, judged
 from cem.attacks.networks import build_network
+from cem.attacks.query_free import QueryFree
 from cem.attacks.run import AttackRun
 from cem.attacks.splits import identities
+from cem.attacks.white_box import WhiteBox
 from cem.data import ImageSet, load_data
 from cem.defenses import Chain
 from cem.errors import CheckpointError, DataError, UsageError
@@ -235,6 +238,43 @@ def test_no_image_of_the_final_test_is_read_while_the_target_is_trained(tmp_path
     assert not read & identities(load_data("digits").test)
 
 
+def test_no_attack_reads_an_image_that_it_is_judged_on_nor_one_whose_features_it_intercepts(
+    attacked, tmp_path, monkeypatch
+):
+    members = {"decoder": SMALL, "white-box": WhiteBox.Options(steps=2), "gan": Gan.Options(epochs=1, critic_steps=2)}
+    members["query-free"] = QueryFree.Options(steps=4, decoder_cycles=1, network="deconvC4")
+    assert {*members} == {*ATTACKS}
+    run = AttackRun(attacked / "none", replace(TINY, attacks=(*ATTACKS,), members=members), tmp_path / "attack")
+    read, original, now = {name: set() for name in ATTACKS}, ImageSet.__getitems__, []
+
+    def spy(self, positions):
+        for name in now:
+            read[name] |= identities(self.subset(positions))
+        return original(self, positions)
+
+    def watched(name, attack):
+        def run(_, *arguments):
+            now.append(name)
+            record = attack(*arguments)
+            now.remove(name)
+            return record
+
+        return run
+
+    monkeypatch.setattr(ImageSet, "__getitems__", spy)
+    for name in ATTACKS:
+        monkeypatch.setattr(ATTACKS[name], "run", watched(name, ATTACKS[name]().run))
+    result = run.run()
+    assert [*result["attacks"]] == [*ATTACKS]
+    # What an attack is given are these two objects, and images are in one of them.
+    assert not any(isinstance(value, ImageSet) for value in vars(run._exposed).values())
+    allowed = identities(run._own.train) | identities(run._own.val)
+    for images in (run.target.splits.test, run.target.splits.trained, run.target.splits.intercepted):
+        assert not allowed & identities(images)
+    assert all(images <= allowed for images in read.values())
+    assert identities(run._own.train) <= read["decoder"]
+
+
 def test_images_of_the_final_test_change_nothing_but_what_is_measured_on_them(attacked, tmp_path):
     run = AttackRun(attacked / "none", TINY, tmp_path / "attack")
     assert identities(run.target._trained) == identities(load_data("digits", train_size=200).train)
@@ -358,18 +398,3 @@ def test_what_changed_since_the_target_was_trained_or_attacked_is_refused_by_nam
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(UsageError, match=message):
         replace(TINY, members={}, **options).checked()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"networks": ("preactN8",)}, "--decoder.networks preactN8: networks are named like preactN8C64"),
-        ({"networks": ("deconvC8:huber",)}, "the loss must be one of mse, l1, ssim, got 'huber'"),
-        ({"networks": ()}, "--decoder.networks needs at least one"),
-        ({"networks": ("deconvC8", "deconvC8:mse")}, "--decoder.networks takes .* once, got deconvC8:mse twice"),
-    ],
-    ids=str,
-)
-def test_bad_options_of_decoders_are_refused_by_name(options, message):
-    with pytest.raises(UsageError, match=message):
-        replace(TINY, members={"decoder": replace(SMALL, **options)}).checked()

@@ -132,6 +132,18 @@ def test_headlines_follow_from_the_figures_and_promise_no_privacy(written):
     assert "Nothing here is a certificate of privacy." in lines[-1]
 
 
+@pytest.mark.parametrize(("lost", "shown"), [({1: 1, 4: 2, 16: 9}, 4), ({1: 3, 4: 4, 16: 9}, 1)])
+def test_setting_that_stands_for_all_costs_little_or_the_least_of_all(tmp_path, lost, shown):
+    grid = GridOptions(surrogates=("none", "mixture"), lambds=(1.0, 4.0, 16.0), seeds=(0,))
+
+    def curve(run):
+        return {"accuracy": 0.9 - lost.get(run.setting.lambd, 0) / 100, "mse": 0.01 * (1 + run.setting.lambd)}
+
+    comparison = finish(Comparison(grid, TrainConfig(epochs=3), out=tmp_path), curve)
+    control, best = shown_settings(summarize(read_results(comparison)))
+    assert (control.setting.is_control, best.setting.lambd) == (True, shown)
+
+
 @pytest.mark.parametrize(("seeds", "called"), [((0, 1), "; direction"), (tuple(range(7)), "")])
 def test_gain_is_over_the_first_penalty_and_says_whether_it_is_a_claim(tmp_path, monkeypatch, seeds, called):
     variant = "wide: {surrogate: mixture, lambd: [1, 2]}"
