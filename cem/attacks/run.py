@@ -148,9 +148,9 @@ class AttackRun:
         }
         self._pictures(attacks, records, controls[CLASS_MEAN][UNSEEN])
         write_json(self.out / "attack.json", result)
-        for metric, found in result["worst"].items():
-            if found["value"] is not None:
-                self._log.info(f"worst {metric}: {found['value']:.4g} ({found['attack']})")
+        known = {metric: found for metric, found in result["worst"].items() if found["value"] is not None}
+        said = (f"{metric} {found['value']:.4g} ({found['attack']})" for metric, found in known.items())
+        self._log.info(f"the worst of all: {', '.join(said)}")
         return result
 
     def _say_what_comes(self, sizes: Mapping[str, int]) -> None:
