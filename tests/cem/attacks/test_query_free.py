@@ -14,7 +14,7 @@ from cem.defenses import Defense
 from cem.errors import DivergedError, UsageError
 from cem.models import SplitModel
 
-OPTIONS = QueryFree.Options(steps=8, batch_size=16, network="deconvC8", decoder_epochs=1)
+OPTIONS = QueryFree.Options(steps=8, batch_size=16, network="deconvC8", decoder_cycles=1)
 
 
 def attack(folder, options=OPTIONS, target=None, show=lambda done, what: None):
@@ -42,7 +42,7 @@ def test_aligned_to_what_went_by_it_beats_the_class_mean_and_a_shadow_that_only_
     errors = {}
     for alignment in (0.0, 1.0):
         options = QueryFree.Options(
-            alignment=alignment, steps=600, batch_size=16, network="preactN1C16", decoder_epochs=35
+            alignment=alignment, steps=600, batch_size=16, network="preactN1C16", decoder_cycles=3
         )
         record = QueryFree().run(scene(each=40)[0], own, options, progress_in(tmp_path / f"{alignment}"))
         errors[alignment] = error(record.guesses["query-free"][UNSEEN], unseen)
@@ -65,7 +65,7 @@ def test_the_shadow_learns_to_serve_the_server_and_the_target_stays_as_it_is():
 
 @pytest.mark.parametrize("stage", ["shadow", "decoder"])
 def test_interrupted_it_goes_on_to_the_same_bits(tmp_path, stage):
-    options = replace(OPTIONS, decoder_epochs=15)
+    options = replace(OPTIONS, decoder_cycles=2)
     shown = []
     whole = attack(tmp_path / "whole", options, show=lambda done, what: shown.append(done))
     assert shown == sorted(shown)
