@@ -169,7 +169,9 @@ class Progress:
 
 
 class Attack(ABC, Generic[O]):
-    """Reconstructs images from features; a member of the family is a class with these, and is never instantiated twice.
+    """Reconstructs images from features.
+
+    It is constructed without arguments and holds nothing: all that a run of it needs are its arguments.
 
     Attributes:
         name: what ``--attacks`` calls it.
