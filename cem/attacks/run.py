@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cem.attacks.base import TRAINED, UNSEEN, VAL, Exposed, Guesses, Own, Progress, Record
 from cem.attacks.config import AttackConfig
 from cem.attacks.control_run import find_control, read_control
 from cem.attacks.controls import CLASS_MEAN, control_guesses
-from cem.attacks.metrics import METRICS, best, judged, score_images, ssim_window
+from cem.attacks.metrics import METRICS, best, judged, ssim_window
+from cem.attacks.pictures import keep_pictures
 from cem.attacks.splits import varied
 from cem.attacks.target import Target
 from cem.errors import CemError, UsageError
-from cem.files import is_unfinished, read_json, replacing, write_json, writing
+from cem.files import is_unfinished, read_json, write_json, writing
 from cem.folders import LOCK, Lock, remove_unfinished
 from cem.machine import enough
 from cem.progress import about, bar
@@ -146,7 +146,7 @@ class AttackRun:
             "seconds": time.perf_counter() - start,
             **runs.origin(target.device),
         }
-        self._pictures(attacks, records, controls[CLASS_MEAN][UNSEEN])
+        self._pictures(result, records, controls[CLASS_MEAN][UNSEEN])
         write_json(self.out / "attack.json", result)
         known = {metric: found for metric, found in result["worst"].items() if found["value"] is not None}
         said = (f"{metric} {found['value']:.4g} ({found['attack']})" for metric, found in known.items())
@@ -269,32 +269,19 @@ class AttackRun:
         )
         return result if same else None
 
-    def _pictures(self, attacks: dict[str, Any], records: Mapping[str, Record], class_mean: torch.Tensor) -> None:
-        n, images = self.target.judged[UNSEEN]
+    def _pictures(self, result: Mapping[str, Any], records: Mapping[str, Record], class_mean: torch.Tensor) -> None:
+        attacks, (n, images) = result["attacks"], self.target.judged[UNSEEN]
         shown = varied(images.subset(range(n)), PICTURES)
         places = (images.indices[:n, None] == shown.indices).int().argmax(0)
-        truth = shown.images.float() / 255
-        guesses = {
-            name: record.guesses[attacks[name]["chosen"]["mse"]][UNSEEN][places] for name, record in records.items()
-        } | {CLASS_MEAN: class_mean[places]}
-        scores = {name: score_images(guess, truth) for name, guess in guesses.items()}
-        pixels = {name: (guess * 255).round().byte().numpy() for name, guess in guesses.items()}
-        nothing = np.full(len(shown), np.nan)
-        ssim = [nothing if each.ssim is None else each.ssim.numpy() for each in scores.values()]
-        kept: dict[str, Any] = {"labels": shown.labels.numpy(), "indices": shown.indices.numpy(), "attacks": [*guesses]}
-        kept |= {"mse": np.stack([each.mse.numpy() for each in scores.values()]), "ssim": np.stack(ssim)}
-        kept |= {"worst": best("mse", {name: each["metrics"] for name, each in attacks.items()})}
-        with replacing(self.out / "images.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, originals=shown.images.numpy(), guesses=np.stack([*pixels.values()]), **kept)
-        rows = {
-            name.replace("_", " "): (pixels[name], None if each.ssim is None else each.ssim.numpy(), each.mse.numpy())
-            for name, each in scores.items()
-        }
-        draw = partial(draw_reconstructions, shown.images.numpy(), rows)
+        guesses = {name: record.guesses[attacks[name]["chosen"]["mse"]][UNSEEN] for name, record in records.items()}
+        guesses = {name: guess[places] for name, guess in {**guesses, CLASS_MEAN: class_mean}.items()}
+        kept = keep_pictures(self.out, shown, guesses, result["worst"]["mse"]["attack"])
+        rows = {name.replace("_", " "): each for name, each in kept.guesses.items()}
+        draw = partial(draw_reconstructions, kept.originals, rows)
         draw_or_log(self._log, self.out / "reconstructions.png", draw)
-        curves = [curve for each in attacks.values() for curve in each.get("curves", [])]
-        if curves:
-            draw_or_log(self._log, self.out / "curves.png", partial(draw_attack_curves, curves, {}))
+        if curves := [curve for each in attacks.values() for curve in each.get("curves", [])]:
+            levels = {name.replace("_", " "): each["metrics"]["mse"] for name, each in result["controls"].items()}
+            draw_or_log(self._log, self.out / "curves.png", partial(draw_attack_curves, curves, levels))
 
 
 def _ordered(members: Mapping[str, Any]) -> list[str]:

@@ -3,65 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cem.attacks.pictures import read_pictures
 from cem.comparison.definitions import TEXTS
-from cem.errors import CheckpointError
+from cem.comparison.results import MOST, RunResult
+from cem.comparison.statistics import Row
 from cem.report.document import Picture
 from cem.report.reconstructions import Images, Scores, draw_reconstructions
 
-if TYPE_CHECKING:
-    from cem.comparison.results import RunResult
-    from cem.comparison.statistics import Row
-
-IMAGES = "images.npz"
 RECONSTRUCTIONS = "reconstructions.png"
-MOST = 8
-"""Images in a row; more would be too small to see."""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What an attack keeps of a few unseen images.
-
-    Attributes:
-        originals: uint8 ``[n, C, H, W]``.
-        guesses: by attack or control: uint8 ``[n, C, H, W]``, and SSIM and MSE ``[n]``; NaN where not defined.
-        worst: the attack with the smallest MSE.
-    """
-
-    originals: Images
-    guesses: dict[str, tuple[Images, Scores, Scores]]
-    worst: str
-
-
-def read_pictures(attack_dir: Path) -> Pictures | None:
-    """The images in an attack's directory, or ``None`` if there are none.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
-    path = attack_dir / IMAGES
-    try:
-        with np.load(path) as content:
-            originals, guesses, ssim, mse = (content[name] for name in ("originals", "guesses", "ssim", "mse"))
-            names, worst = content["attacks"].tolist(), str(content["worst"])
-        originals, guesses, ssim, mse = originals[:MOST], guesses[:, :MOST], ssim[:, :MOST], mse[:, :MOST]
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, zlib and NumPy raise whatever they stumble over in a damaged file
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise CheckpointError(f"cannot read {path}: {reason or 'it is damaged'}") from error
-    expected = {(len(names), *originals.shape): [guesses], (len(names), len(originals)): [ssim, mse]}
-    fits = all(each.shape == shape for shape, arrays in expected.items() for each in arrays)
-    pixels = originals.ndim == 4 and originals.size and originals.dtype == guesses.dtype == np.uint8
-    if not (fits and pixels and worst in names):
-        raise CheckpointError(f"{path} is damaged: expected the same images of every attack")
-    return Pictures(originals, dict(zip(names, zip(guesses, ssim, mse, strict=True), strict=True)), worst)
 
 
 def draw_pictures(shown: Sequence[Row], results: Sequence[RunResult], out: Path) -> Picture | None:
@@ -78,7 +31,7 @@ def draw_pictures(shown: Sequence[Row], results: Sequence[RunResult], out: Path)
     for seed in dict.fromkeys(result.run.seed for result in results):
         of_seed = {each.run.setting: each for each in results if each.run.seed == seed and each.status == "finished"}
         runs = [of_seed[row.setting] for row in shown if row.setting in of_seed]
-        found = [(run, pictures) for run in runs if (pictures := read_pictures(run.attack_dir))]
+        found = [(run, pictures) for run in runs if (pictures := read_pictures(run.attack_dir, MOST))]
         if (
             found
             and len(found) == len(shown)

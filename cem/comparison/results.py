@@ -44,9 +44,9 @@ from statistics import median
 from typing import Any
 
 from cem.attacks.metrics import METRICS
+from cem.attacks.pictures import read_pictures
 from cem.comparison.config import Comparison
 from cem.comparison.grid import Run
-from cem.comparison.pictures import read_pictures
 from cem.comparison.plan import attack_dir, check_options
 from cem.comparison.runner import read_failures
 from cem.errors import CheckpointError
@@ -55,6 +55,8 @@ from cem.training.runs import read_summary
 
 ATTACK = ("knowledge", "attacks", "worst")
 """What every ``attack.json`` has."""
+MOST = 8
+"""Images in a row of pictures; more would be too small to see."""
 FIGURES = (
     "test_accuracy", "points_lost", *(f"worst_{metric}" for metric in METRICS), "chance",
     *(f"worst_train_{metric}" for metric in METRICS), "mse_ratio", "seconds_per_epoch", "surrogate_seconds_per_epoch",
@@ -199,7 +201,7 @@ def _read_attacks(result: RunResult, comparison: Comparison) -> bool:
     result.values = {name: _number(values, name) for name in values}
     attacked = bool(attack)
     if attacked:
-        read_pictures(result.attack_dir)  # what cannot be read is known before anything is drawn
+        read_pictures(result.attack_dir, MOST)  # what cannot be read is known before anything is drawn
     for config in comparison.attack.of_each_knowledge()[1:]:
         other = read_json(result.run_dir / config.directory / "attack.json", *ATTACK)
         (knowledge,) = config.knowledge

@@ -1,4 +1,4 @@
-"""How each decoder's error fell while it was trained."""
+"""How the error of each network fell while it was trained."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
         style = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
         epochs = [row["epoch"] for row in attacker["curve"]]
         errors = [row["val_mse"] for row in attacker["curve"]]
-        best = attacker["best_epoch"] - 1
-        label = attacker["name"] + ("" if attacker["converged"] else " (not converged)")
+        best = epochs.index(attacker["best_epoch"])  # an attack that starts from another has an epoch 0
+        ended = attacker["converged"] is not False  # None: nobody can say
+        label = attacker["name"] + ("" if ended else " (not converged)")
         entries.append((label, *axes.plot(epochs, errors, style, color=color, lw=1.3)))
-        fill = color if attacker["converged"] else "white"
+        fill = color if ended else "white"
         axes.plot(epochs[best], errors[best], "o", color=color, markerfacecolor=fill)
-    for style, (name, mse) in zip(("--", ":"), controls.items(), strict=False):
+    for style, (name, mse) in zip(("--", ":", "-."), controls.items(), strict=False):
         entries.append((name, axes.axhline(mse, color="0.5", linestyle=style, lw=1)))
     axes.set_yscale("log")
-    axes.set_xlabel("epoch of the decoder's training")
+    axes.set_xlabel("epoch of the network's training")
     axes.set_ylabel("MSE on the attacker's validation images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)

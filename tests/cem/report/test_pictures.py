@@ -132,6 +132,14 @@ def test_curves_tell_nine_decoders_apart_and_which_converged_and_show_the_contro
     assert [line.get_markerfacecolor() == "white" for line in lines[1::2]] == [number == 1 for number in range(9)]
 
 
+def test_curve_of_a_network_that_starts_from_another_begins_at_epoch_0_and_its_end_is_open(figures, path):
+    curve = [{"epoch": epoch, "val_mse": 0.1 + epoch} for epoch in range(4)]
+    draw_attack_curves([{"name": "fine", "curve": curve, "best_epoch": 2, "converged": None}], {}, path)
+    (axes,) = figures[0].axes
+    assert legend(axes) == ["fine"]
+    assert tuple(axes.lines[1].get_xydata()[0]) == (2, 2.1)
+
+
 # Comparisons.
 
 
