@@ -181,11 +181,11 @@ OF_ATTACKS = [
     ("RUN --out a", "a", file("a", "x")),
     ("RUN --out a", "a … notes.txt", file("a/notes.txt", "x")),
     ("RUN --out run", "run/config.yaml"),
-    ("RUN --out a --attacks", "--attacks needs at least one"),
+    ("RUN --out a --attacks", "--decoder.networks is an option of decoder, which is not chosen"),
     ("RUN --out a --attacks decoder decoder", "--attacks names decoder twice"),
     ("RUN --out a --decoder.networks", "--decoder.networks needs at least one"),
     ("RUN --out a --decoder.networks deconvC4 deconvC4:mse", "--decoder.networks … deconvC4:mse twice"),
-    ("RUN --out a --aux-size 99999", "--aux-size must be in 1..591 … got 99999"),
+    ("RUN --out a --aux-size 99999", "--aux-size must be in 1..1100 … got 99999"),
     ("RUN --knowledge", "--knowledge needs at least one"),
     ("RUN --out a --config run/config.yaml", "run/config.yaml … no option data"),
 ]
