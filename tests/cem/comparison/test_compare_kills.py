@@ -25,7 +25,7 @@ from cem.training import trainer
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="needs a server of forks")]
 COMMANDS = {"cem.train": train.main, "cem.attack": attack.main, "cem.compare": compare.main}
 TINY = "--bottleneck=noRELU_C2S2 --train-size=64 --epochs=2 --threads=1 --device=cpu"
-WEAK = "--{0}aux-size=60 --{0}score-size=20 --{0}decoder.networks=preactN1C8 --{0}decoder.max-cycles=2"
+WEAK = "--{0}white-box.steps=20 --{0}aux-size=60 --{0}score-size=20 --{0}decoder.networks=preactN1C8 --{0}decoder.max-cycles=2"
 
 
 class Fork:
@@ -93,6 +93,8 @@ def everyone_is_gone(out):
 
 def timeless(found):
     """Figures that must repeat."""
+    if isinstance(found, list):
+        return [timeless(each) for each in found]
     if not isinstance(found, dict):
         return found
     return {name: timeless(each) for name, each in found.items() if "seconds" not in name and "memory" not in name}
