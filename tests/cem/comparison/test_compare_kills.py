@@ -25,7 +25,8 @@ from cem.training import trainer
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="needs a server of forks")]
 COMMANDS = {"cem.train": train.main, "cem.attack": attack.main, "cem.compare": compare.main}
 TINY = "--bottleneck=noRELU_C2S2 --train-size=64 --epochs=2 --threads=1 --device=cpu"
-WEAK = "--{0}white-box.steps=20 --{0}aux-size=60 --{0}score-size=20 --{0}decoder.networks=preactN1C8 --{0}decoder.max-cycles=2"
+WEAK = "--{0}white-box.steps=20 --{0}aux-size=60 --{0}score-size=20 --{0}decoder.networks=preactN1C8"
+WEAK += " --{0}decoder.max-cycles=2"
 
 
 class Fork:
