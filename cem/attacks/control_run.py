@@ -8,6 +8,7 @@ from typing import Any
 
 from cem.attacks.config import AttackConfig
 from cem.attacks.metrics import METRICS
+from cem.attacks.pictures import read_pictures
 from cem.attacks.target import Target
 from cem.errors import CheckpointError, UsageError
 from cem.files import read_json
@@ -25,7 +26,7 @@ _HARMLESS = [each.name for each in fields(AttackConfig) if each.metadata.get("ha
 
 
 def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any]:
-    """The ``attack.json`` of the control run in ``run_dir``, its name in ``run`` ``name``.
+    """The ``attack.json`` of the control run in ``run_dir``, its name in ``run`` ``name``, and its ``pictures``.
 
     Args:
         run_dir: a run without a penalty, on the same data and under the same noise, that was attacked alike.
@@ -38,7 +39,7 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
     """
     path = run_dir / attack_name / "attack.json"
     try:
-        options, control = read_config(run_dir), read_json(path, *_LAYOUT)
+        options, control, pictures = read_config(run_dir), read_json(path, *_LAYOUT), read_pictures(path.parent)
         if control is None:
             raise UsageError(f"there is no {path}")
         for name, layout in _LAYOUT.items():
@@ -58,7 +59,7 @@ def read_control(run_dir: Path, target: Target, attack: AttackConfig, attack_nam
     changed = [flag(name) for name in names if theirs.get(name) != ours.get(name)]
     if changed:
         raise UsageError(f"--control {run_dir} was attacked under other options: {', '.join(changed)}")
-    return control
+    return {**control, "pictures": pictures}
 
 
 def find_control(target: Target, attack: AttackConfig, attack_name: str) -> dict[str, Any] | None:

@@ -61,8 +61,8 @@ def keep_pictures(folder: Path, shown: ImageSet, guesses: Mapping[str, Tensor], 
     return Pictures(originals, found, worst)
 
 
-def read_pictures(folder: Path, most: int) -> Pictures | None:
-    """What :func:`keep_pictures` wrote, of ``most`` images at most; ``None`` if there is nothing.
+def read_pictures(folder: Path, most: int | None = None) -> Pictures | None:
+    """What :func:`keep_pictures` wrote, of the first ``most`` images if not of all; ``None`` if there is nothing.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cem.attacks.base import TRAINED, UNSEEN, VAL, Exposed, Guesses, Own, Progress, Record
@@ -277,6 +278,9 @@ class AttackRun:
         guesses = {name: guess[places] for name, guess in {**guesses, CLASS_MEAN: class_mean}.items()}
         kept = keep_pictures(self.out, shown, guesses, result["worst"]["mse"]["attack"])
         rows = {name.replace("_", " "): each for name, each in kept.guesses.items()}
+        control = self._control or {"pictures": None}
+        if (other := control["pictures"]) and np.array_equal(other.originals, kept.originals):
+            rows = {f"{control['run']['name']}: {other.worst}, the worst attack": other.guesses[other.worst], **rows}
         draw = partial(draw_reconstructions, kept.originals, rows)
         draw_or_log(self._log, self.out / "reconstructions.png", draw)
         if curves := [curve for each in attacks.values() for curve in each.get("curves", [])]:

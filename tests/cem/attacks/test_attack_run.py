@@ -289,9 +289,13 @@ def test_images_of_the_final_test_change_nothing_but_what_is_measured_on_them(at
 
 
 def test_an_undefended_run_beside_it_is_found_wherever_the_results_go_and_pictures_show_the_same_images(
-    attacked, tmp_path
+    attacked, tmp_path, monkeypatch
 ):
+    drawn = []
+    monkeypatch.setattr(run_module, "draw_or_log", lambda log, path, draw: drawn.append((path.name, draw)))
     result, control = AttackRun(attacked / "centroid", TINY, tmp_path / "attack").run(), result_of(attacked / "none")
+    ((_, rows), *_) = (draw.args for name, draw in drawn if name == "reconstructions.png")
+    assert [*rows] == ["none: decoder, the worst attack", "decoder", "class mean"]
     assert result["undefended"] == {"name": "none", "worst": control["worst"]}
     assert control["undefended"] is None
     one, other = (np.load(path / "images.npz") for path in (attacked / "none" / "attack", tmp_path / "attack"))
