@@ -41,18 +41,9 @@ class Painter(Attack):
     name = "painter"
     summary = "for tests"
     needs = ("decoder",)
-    bounds = ("most",)
 
     @dataclass(frozen=True)
     class Options(Options):
-        """Of it.
-
-        Attributes:
-            most: Nothing.
-            gray: Of all pixels.
-        """
-
-        most: int = option(1, least=1)
         gray: float = option(1.0, least=0, most=1)
 
     def forecast(self, target, own, options):
