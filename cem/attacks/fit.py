@@ -165,9 +165,8 @@ def fit_network(
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
     )
-    if schedule.amp:  # the layout for which processors have fast bfloat16 convolutions
-        network = network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    network = network.to(memory_format=torch.channels_last)  # a quarter faster on processors, more under autocast
+    optimizer = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     lengths, curve, cycles, best = schedule.cycles(), [], [], {}
     best_epoch, best_mse, before = 0, math.inf, 0.0
     with isolated_random(seed, device):
@@ -305,7 +304,8 @@ def one_step(
 ) -> Callable[[], Mapping[str, Tensor]]:
     """A step of such a training, for timing; it spoils ``network``."""
     device = next(network.parameters()).device
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)
     x = images.images[: schedule.batch_size].to(device).float() / 255
     with torch.no_grad():
         clean = model.encoder(x)
