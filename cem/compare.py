@@ -49,7 +49,7 @@ class Sources(Options):
     Attributes:
         out: Folder of the comparison (default: runs/compare). It may hold runs of an earlier one under the same
             options.
-        quick: A small comparison on digits, to see what comes out, in a few minutes on two cores. It sets small
+        quick: A small comparison on digits, to see what comes out, in four minutes on two cores. It sets small
             defaults, two jobs, and runs/compare-quick for OUT; --quick --help shows them, and other options override.
         report_only: Run nothing; write the report anew from what OUT holds, also while a comparison is at work there.
             Options come from OUT/compare.yaml.
