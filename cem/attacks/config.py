@@ -57,15 +57,19 @@ class AttackConfig(Composed):
     def check(self) -> None:
         """What no option can say alone."""
         for place in ("attacks", "knowledge"):
-            given = getattr(self, place)
-            if not given:
+            if not getattr(self, place):
                 raise UsageError(f"--{place} needs at least one")
-            if len({*given}) < len(given):
-                raise UsageError(f"--{place} takes every name once, got {' '.join(given)}")
+        if len({*self.knowledge}) < len(self.knowledge):
+            raise UsageError(f"--knowledge takes every name once, got {' '.join(self.knowledge)}")
         for name, member in self.chosen().items():
             if member.required and (missing := [each for each in member.needs if each not in self.chosen()]):
                 raise UsageError(f"--attacks {name} starts from {missing[0]}; give --attacks {missing[0]} {name}")
         resolve_device(self.device)
+
+    @property
+    def trained_size(self) -> int:
+        """How many images that the target was trained on are scored: a quarter as many as unseen ones."""
+        return max(1, self.score_size // 4)
 
     def first_look(self) -> AttackConfig:
         """The same, each attack with the options with which it is soon done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,7 @@ class AttackRun:
         self._say_what_comes(sizes)
         labels = {name: images.labels[:n] for name, (n, images) in target.judged.items()}
         controls = control_guesses(exposed, own, labels)
-        records, seconds = self._attack(exposed, own)
-        attacks = {
-            name: {**self._judged(record), "seconds": seconds[name], **record.facts} for name, record in records.items()
-        }
+        records, attacks = self._attack(exposed, own)
         scored = {f"scored_{name}": n for name, (n, _) in target.judged.items()}
         worst = {
             f"worst{'' if part == 'metrics' else f'_{part}'}": _worst(attacks, part)
@@ -172,17 +170,18 @@ class AttackRun:
         if known < FEW_IMAGES:
             self._log.warning(f"{known} images make a weak attacker; train the target with --train-size to leave more")
 
-    def _attack(self, exposed: Exposed, own: Own) -> tuple[dict[str, Record], dict[str, float]]:
-        """Run the attacks, those first that others start from; records and seconds by name."""
+    def _attack(self, exposed: Exposed, own: Own) -> tuple[dict[str, Record], dict[str, Any]]:
+        """Run the attacks, those first that others start from; by name, their records and what these are worth."""
         config = self.config
         members = {name: member() for name, member in config.chosen().items()}
         forecasts = {name: each.forecast(exposed, own, config.options_of(name)) for name, each in members.items()}
         whole = sum(forecasts.values())
         self._log.info(f"takes about {about(whole)}, less where attacks end early")
         records: dict[str, Record] = {}
-        seconds: dict[str, float] = {}
+        attacks: dict[str, Any] = {}
+        starts = {name: [each for each in member.needs if each in members] for name, member in members.items()}
         with bar(1, "attack") as shown:
-            for name in _ordered(members):
+            for name in TopologicalSorter(starts).static_order():
                 before = sum(forecasts[each] for each in records)
 
                 def show(done: float, what: str, name: str = name, before: float = before) -> None:
@@ -192,10 +191,10 @@ class AttackRun:
                 began = time.perf_counter()
                 progress = self._progress(name, records, show)
                 records[name] = members[name].run(exposed, own, config.options_of(name), progress)
-                seconds[name] = time.perf_counter() - began
-                scores = self._judged(records[name])["metrics"]
-                self._log.info(f"{name}: {_line(scores)} on unseen images, in {about(seconds[name])}")
-        return {name: records[name] for name in members}, seconds
+                seconds = time.perf_counter() - began
+                attacks[name] = {**self._judged(records[name]), "seconds": seconds, **records[name].facts}
+                self._log.info(f"{name}: {_line(attacks[name]['metrics'])} on unseen images, in {about(seconds)}")
+        return {name: records[name] for name in members}, {name: attacks[name] for name in members}
 
     def _progress(self, name: str, records: Mapping[str, Record], show: Any) -> Progress:
         """For one attack: what it may start from, and all that its numbers depend on."""
@@ -265,10 +264,7 @@ class AttackRun:
                 f"{path} is of another best.pt, or of other images, than there are now; remove it or choose --out"
             )
         before = AttackConfig.from_dict(result["config"])
-        same = before.chosen().keys() == self.config.chosen().keys() and not (
-            before.changed(self.config) or _bounds(before) != _bounds(self.config)
-        )
-        return result if same else None
+        return None if before.changed(self.config) or self.config.changed(before) else result
 
     def _pictures(self, result: Mapping[str, Any], records: Mapping[str, Record], class_mean: torch.Tensor) -> None:
         attacks, (n, images) = result["attacks"], self.target.judged[UNSEEN]
@@ -286,25 +282,6 @@ class AttackRun:
         if curves := [curve for each in attacks.values() for curve in each.get("curves", [])]:
             levels = {name.replace("_", " "): each["metrics"]["mse"] for name, each in result["controls"].items()}
             draw_or_log(self._log, self.out / "curves.png", partial(draw_attack_curves, curves, levels))
-
-
-def _ordered(members: Mapping[str, Any]) -> list[str]:
-    """Names such that every attack comes after those that it starts from."""
-    ordered: list[str] = []
-    while len(ordered) < len(members):
-        ordered += [
-            name
-            for name, member in members.items()
-            if name not in ordered and not {*member.needs} & (members.keys() - {*ordered})
-        ][:1]
-    return ordered
-
-
-def _bounds(config: AttackConfig) -> dict[str, Any]:
-    return {
-        name: {each: getattr(config.options_of(name), each) for each in member.bounds}
-        for name, member in config.chosen().items()
-    }
 
 
 def _worst(attacks: Mapping[str, Any], part: str) -> dict[str, dict[str, Any]]:

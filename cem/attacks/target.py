@@ -25,7 +25,6 @@ from cem.training.evaluation import collect_features, isolated_random
 
 INFORMATION_IMAGES = 12_000  # at most, for the information report
 INTERCEPTED = 10_000  # images at most of which an attacker sees the features alone
-TRAINED_SHARE = 4  # as many times fewer images of the target's training set are scored as unseen ones
 BATCH = 500  # images
 
 
@@ -72,9 +71,8 @@ class Target:
         self.num_classes, self.image_shape, self.notes = data.num_classes, data.image_shape, data.notes
         (knowledge,) = config.knowledge
         self._trained = data.train
-        trained_size = max(1, config.score_size // TRAINED_SHARE)
         self.splits = attack_splits(
-            data, everything, knowledge=knowledge, aux_size=config.aux_size, trained_size=trained_size
+            data, everything, knowledge=knowledge, aux_size=config.aux_size, trained_size=config.trained_size
         )
         self.data_checksum = 0
         for images in vars(self.splits).values():

@@ -47,7 +47,7 @@ def rehearse(comparison: Comparison, runs: Sequence[Run]) -> None:
 def _check_attacks(config: AttackConfig, model: SplitModel, data: DataSplits, everything: DataSplits) -> None:
     """What attacks refuse, of a model that is not trained and of blank features."""
     splits = attack_splits(
-        data, everything, knowledge=config.knowledge[0], aux_size=config.aux_size, trained_size=config.score_size
+        data, everything, knowledge=config.knowledge[0], aux_size=config.aux_size, trained_size=config.trained_size
     )
     sizes = {UNSEEN: len(splits.test), TRAINED: len(splits.trained), VAL: len(splits.attacker_val)}
     blank = torch.zeros(1, *model.feature_shape)

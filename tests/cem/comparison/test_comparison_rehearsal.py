@@ -63,3 +63,4 @@ def test_what_is_finished_needs_no_data(tmp_path):
     (tmp_path / "out" / "compare.yaml").touch()
     train = replace(comparison.train, data_root=Path("absent"))
     run_comparison(replace(comparison, train=train), "command")
+    assert "data_root: absent" in (tmp_path / "out" / "compare.yaml").read_text()
