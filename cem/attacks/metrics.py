@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.regression import mean_squared_error
 
 from cem.data import ImageSet
 from cem.progress import over
+
+# torchmetrics is imported where it measures: a command that only shows its help needs none.
 
 SSIM_WINDOW = 11  # pixels; Wang et al. 2004
 SSIM_SIGMA = 1.5  # pixels
@@ -65,6 +65,8 @@ def ssim(reconstructions: Tensor, originals: Tensor) -> Tensor:
     Raises:
         ValueError: a side is below 3 pixels.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     window = ssim_window(*originals.shape[-2:])
     if window is None:
         raise ValueError(f"SSIM needs images of 3x3 pixels or more, got {tuple(originals.shape[-2:])}")
@@ -92,6 +94,9 @@ def score_images(reconstructions: Tensor, originals: Tensor) -> ImageScores:
     Raises:
         ValueError: the shapes differ.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+    from torchmetrics.functional.regression import mean_squared_error
+
     if reconstructions.shape != originals.shape:
         raise ValueError(
             f"reconstructions and originals must have one shape, got {tuple(reconstructions.shape)} "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import nn
-from torchvision.models import MobileNetV2
-from torchvision.ops import Conv2dNormActivation
 
 SMALL_IMAGE = 64  # pixels; below this the first two strides of 2 are dropped
 
@@ -24,6 +22,10 @@ def mobilenet_v2(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequ
     Returns:
         Stages ``stem, block1, ..., block17, conv, head``; the last module of ``head`` is an ``nn.Linear``.
     """
+    # Imported where it builds: a command that only shows its help needs no torchvision.
+    from torchvision.models import MobileNetV2
+    from torchvision.ops import Conv2dNormActivation
+
     channels, height, width = image_shape
     stride = 1 if min(height, width) < SMALL_IMAGE else 2
     # Rows of table 2 of the paper: expansion, channels, repeats, stride of the first repeat.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 
 def resnet(depth: int, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequential:
@@ -44,6 +43,9 @@ def resnet(depth: int, num_classes: int, image_shape: tuple[int, int, int]) -> n
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Module:
+    # Imported where it builds: a command that only shows its help needs no torchvision.
+    from torchvision.models.resnet import BasicBlock
+
     if in_channels == out_channels:
         return BasicBlock(in_channels, out_channels)
     shortcut = nn.Sequential(
