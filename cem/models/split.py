@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cem.defenses.base import Defense
 from cem.errors import UsageError
 from cem.models.bottleneck import parse_bottleneck
+from cem.models.convnet import convnet
 from cem.models.mobilenet import mobilenet_v2
 from cem.models.resnet import resnet
 from cem.models.vgg import vgg
@@ -27,6 +28,8 @@ _BUILDERS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
     "mobilenetv2": mobilenet_v2,
+    "convnet32": partial(convnet, 32),
+    "convnet64": partial(convnet, 64),
 }
 _SIGMOID = "_sgm"
 

@@ -49,8 +49,8 @@ class TrainConfig(Composed):
             all of them have, and get 64 by 64 where sizes differ.
         augment: Crop and mirror training images at random; for cifar10, cifar100, svhn (crop only) and folder.
         num_workers: Processes that load images; 0 loads them in the training process.
-        arch: Network to split: resnet20, resnet32, vgg11, vgg11_bn, vgg13, vgg13_bn or mobilenetv2. With _sgm appended,
-            the encoder ends in a sigmoid.
+        arch: Network to split: resnet20, resnet32, vgg11, vgg11_bn, vgg13, vgg13_bn, mobilenetv2,
+            convnet32 or convnet64. With _sgm appended, the encoder ends in a sigmoid.
         cut_layer: Stages of the network that the client keeps, counted from the image; the server has the rest, and
             features z cross the cut.
         bottleneck: Narrow layer at the cut, or none. [noRELU_][Kk]CcSs is a convolution of kernel k to c channels with
