@@ -27,7 +27,7 @@ from cem.training.evaluation import isolated_random
 PENALTY = 10.0  # of the critic's gradient, as published
 BETAS = (0.5, 0.9)  # of Adam; more momentum and the two chase each other
 SMALLEST_SIDE = 4  # pixels; the critic halves maps down to this
-TYPICAL = "preactN8C64"  # stands for the decoder where a step is timed before there is one
+TYPICAL = "preactN4C64"  # stands for the decoder where a step is timed before there is one
 
 _KEPT = {"generator": dict, "critic": dict, "optimizers": (dict, dict), "best": dict, "curve": ({str: float}, ...)}
 

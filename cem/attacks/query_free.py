@@ -68,7 +68,7 @@ class QueryFree(Attack["QueryFree.Options"]):
         alignment: float = option(1.0, least=0)
         batch_size: int = option(64, least=1)
         lr: float = option(1e-3, above=0)
-        network: str = option("preactN8C64")
+        network: str = option("preactN4C64")
         decoder_cycles: int = option(4, least=1, most=20)
 
         def check(self) -> None:
