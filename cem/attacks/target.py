@@ -19,6 +19,7 @@ from cem.attacks.splits import attack_splits, pick
 from cem.data import DataSplits, load_data, make_loader
 from cem.defenses import Chain
 from cem.errors import DataError, UsageError
+from cem.models import CLIENT_COSTS
 from cem.progress import over
 from cem.training import checkpoint, runs
 from cem.training.evaluation import collect_features, isolated_random
@@ -59,7 +60,7 @@ class Target:
         summary = runs.read_summary(run_dir)
         if summary is None:
             raise UsageError(f"{run_dir} holds no finished run: there is no summary.json")
-        self._test_accuracy = summary["test_accuracy"]
+        self._summary = {name: summary.get(name) for name in ("test_accuracy", *CLIENT_COSTS)}
         self.config, self.model = runs.load_run(run_dir, config.device)
         self._facts = checkpoint.load(run_dir / "best.pt")["data_facts"]
         self.model.requires_grad_(False)
@@ -116,6 +117,7 @@ class Target:
             "arch",
             "centralized",
             "cut_layer",
+            "adapter",
             "bottleneck",
             "surrogate",
             "lambd",
@@ -125,8 +127,8 @@ class Target:
         options = self.config.to_dict()
         facts = {name: options[name] for name in (*names, "defenses", "seed", "epochs", "train_size")}
         if self.config.centralized:
-            facts.update(cut_layer=None, bottleneck=None, noise_std=0.0)
-        return {"name": self.run_dir.resolve().name, **facts, "test_accuracy": self._test_accuracy}
+            facts.update(cut_layer=None, adapter=None, bottleneck=None, noise_std=0.0)
+        return {"name": self.run_dir.resolve().name, **facts, **self._summary}
 
     def information(self, config: AttackConfig) -> dict[str, Any]:
         """What its features say of the images that it was trained on, without an attack: see

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cem.defenses.base import Defense
 from cem.errors import UsageError
+from cem.models.adapter import build_adapter
 from cem.models.bottleneck import parse_bottleneck
 from cem.models.convnet import convnet
 from cem.models.mobilenet import mobilenet_v2
@@ -64,14 +65,14 @@ class SplitModel(nn.Module):
         self.defense = Defense() if defense is None else defense
         self.server = server
 
-        z = _dry_run(encoder, _blank_image(encoder, image_shape))
+        z = dry_run(encoder, blank_image(encoder, image_shape))
         self.feature_shape: tuple[int, ...] = tuple(z.shape[1:])
         last: nn.Module = encoder
         while isinstance(last, nn.Sequential) and len(last) > 0:
             last = last[-1]
         self.bounded = isinstance(last, nn.Sigmoid)
         version = z._version
-        _dry_run(server, z)
+        dry_run(server, z)
         if z._version != version:
             raise UsageError(
                 "the server overwrites the features: it begins with an operation in place, such as "
@@ -85,6 +86,7 @@ class SplitModel(nn.Module):
         cut_layer: int,
         *,
         image_shape: ImageShape,
+        adapter: int = 0,
         bottleneck: str = "none",
         defense: Defense | None = None,
     ) -> SplitModel:
@@ -94,13 +96,14 @@ class SplitModel(nn.Module):
             model: the whole network, images to logits.
             cut_layer: how many stages the client computes, see :func:`split_sequential`.
             image_shape: ``(C, H, W)`` of one image.
+            adapter: residual convolutions that the client has behind the cut, see :func:`cem.models.build_adapter`.
             bottleneck: see :func:`cem.models.parse_bottleneck`.
             defense: see :class:`SplitModel`.
 
         Raises:
-            UsageError: ``cut_layer`` or ``bottleneck`` cannot be used.
+            UsageError: ``cut_layer``, ``adapter`` or ``bottleneck`` cannot be used.
         """
-        encoder, server = _insert_bottleneck(*split_sequential(model, cut_layer), bottleneck, image_shape)
+        encoder, server = _extended(*split_sequential(model, cut_layer), adapter, bottleneck, image_shape)
         return cls(encoder, server, image_shape=image_shape, defense=defense)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +160,7 @@ def build_split_model(
     num_classes: int,
     image_shape: ImageShape,
     cut_layer: int,
+    adapter: int = 0,
     bottleneck: str = "none",
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -169,14 +173,15 @@ def build_split_model(
         num_classes: width of the logits.
         image_shape: ``(C, H, W)`` of one image.
         cut_layer: how many stages the client computes. The stages are named in each architecture's builder.
-        bottleneck: narrow layer at the cut, see :func:`cem.models.parse_bottleneck`.
+        adapter: residual convolutions that the client has behind the cut, see :func:`cem.models.build_adapter`.
+        bottleneck: narrow layer behind both, see :func:`cem.models.parse_bottleneck`.
         mean, std: the encoder, which takes images in [0, 1], begins with ``(x - mean) / std`` per channel.
         centralized: the network is not meant to be split: the encoder is all but the final linear layer, the
             features are that layer's input ``[B, D]``, and ``cut_layer`` is not used.
 
     Raises:
-        UsageError: an argument cannot be used (the message says what it takes), or ``centralized`` comes with a
-            bottleneck.
+        UsageError: an argument cannot be used (the message says what it takes), or ``centralized`` comes with an
+            adapter or a bottleneck.
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
@@ -185,8 +190,8 @@ def build_split_model(
         check_sizes(num_classes=num_classes)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if centralized and bottleneck != "none":
-        raise UsageError(f"a centralized model has no cut for {bottleneck=}")
+    if centralized and (adapter or bottleneck != "none"):
+        raise UsageError(f"a centralized model has no cut for {adapter=} and {bottleneck=}")
     if len(mean) not in (1, image_shape[0]):
         raise UsageError(f"mean and std need 1 or C values each, got {len(mean)} for {image_shape=}")
 
@@ -197,38 +202,42 @@ def build_split_model(
         model = nn.Sequential(*stages, *head)
         cut_layer = len(model) - 1
 
-    encoder, server = _insert_bottleneck(*split_sequential(model, cut_layer), bottleneck, image_shape)
+    encoder, server = _extended(*split_sequential(model, cut_layer), adapter, bottleneck, image_shape)
     encoder = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), **encoder._modules))
     if arch.endswith(_SIGMOID):
         encoder.add_module("sigmoid", nn.Sigmoid())
     return SplitModel(encoder, server, image_shape=image_shape)
 
 
-def _insert_bottleneck(
-    encoder: nn.Sequential, server: nn.Sequential, bottleneck: str, image_shape: ImageShape
+def _extended(
+    encoder: nn.Sequential, server: nn.Sequential, adapter: int, bottleneck: str, image_shape: ImageShape
 ) -> tuple[nn.Sequential, nn.Sequential]:
-    """Put the client's half of the bottleneck behind the encoder, and the server's half before the server."""
+    """Put adapter and the client's half of the bottleneck behind the encoder, the server's half before the server."""
     narrow = parse_bottleneck(bottleneck)
-    if narrow is None:
-        return nn.Sequential(OrderedDict(stages=encoder)), nn.Sequential(OrderedDict(stages=server))
-    z = _dry_run(encoder, _blank_image(encoder, image_shape))
-    if z.ndim != 4:
-        raise UsageError(f"bottleneck {bottleneck!r} needs a map (C, H, W) at the cut, got {tuple(z.shape[1:])}")
-    _, channels, height, width = z.shape
-    return (
-        nn.Sequential(OrderedDict(stages=encoder, bottleneck=narrow.client(channels).to(z))),
-        nn.Sequential(OrderedDict(bottleneck=narrow.server(channels, height, width).to(z), stages=server)),
-    )
+    client: dict[str, nn.Module] = {"stages": encoder}
+    rest: dict[str, nn.Module] = {"stages": server}
+    if adapter or narrow is not None:
+        z = dry_run(encoder, blank_image(encoder, image_shape))
+        if z.ndim != 4:
+            named = f"adapter {adapter}" if adapter else f"bottleneck {bottleneck!r}"
+            raise UsageError(f"{named} needs a map (C, H, W) at the cut, got {tuple(z.shape[1:])}")
+        _, channels, height, width = z.shape
+        if adapter:
+            client["adapter"] = build_adapter(adapter, channels).to(z)
+        if narrow is not None:
+            client["bottleneck"] = narrow.client(channels).to(z)
+            rest = {"bottleneck": narrow.server(channels, height, width).to(z), **rest}
+    return nn.Sequential(OrderedDict(client)), nn.Sequential(OrderedDict(rest))
 
 
-def _blank_image(module: nn.Module, image_shape: ImageShape) -> Tensor:
+def blank_image(module: nn.Module, image_shape: ImageShape) -> Tensor:
     """A batch of one black image, with the device and dtype of the module's parameters."""
     like = next(module.parameters(), torch.empty(0))
     return torch.zeros(1, *image_shape, dtype=like.dtype, device=like.device)
 
 
 @torch.no_grad()
-def _dry_run(module: nn.Module, x: Tensor) -> Tensor:
+def dry_run(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` without a trace: evaluation mode for the time of the call, random state put back."""
     training = {part: part.training for part in module.modules()}
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

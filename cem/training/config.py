@@ -53,10 +53,12 @@ class TrainConfig(Composed):
             convnet32 or convnet64. With _sgm appended, the encoder ends in a sigmoid.
         cut_layer: Stages of the network that the client keeps, counted from the image; the server has the rest, and
             features z cross the cut.
+        adapter: Residual 3x3 convolutions, with batch normalization and ReLU, that the client has between cut and
+            bottleneck: the more it can compute, the less a penalty costs. The server has no share in them.
         bottleneck: Narrow layer at the cut, or none. [noRELU_][Kk]CcSs is a convolution of kernel k to c channels with
             stride s, mirrored on the server. Narrow features are harder to invert.
-        centralized: Train the same network in one piece: no cut, so no bottleneck and no defenses, but the same
-            penalty. NOISE_STD then is only the noise that the penalty reckons with.
+        centralized: Train the same network in one piece: no cut, so no adapter, no bottleneck and no defenses, but the
+            same penalty. NOISE_STD then is only the noise that the penalty reckons with.
         surrogate: Stand-in for the conditional entropy H(x|z), which bounds what an attacker can reconstruct; or
             package.module:Class, one of yours.
         lambd: Weight λ of the penalty; 0 switches it off. Without it: the surrogate's own.
@@ -111,6 +113,7 @@ class TrainConfig(Composed):
 
     arch: str = _model("resnet20")
     cut_layer: int = _model(4, least=1)
+    adapter: int = _model(0, least=0, most=100)
     bottleneck: str = _model("noRELU_C2S2")
     centralized: bool = _model(False)
 
@@ -197,6 +200,8 @@ class TrainConfig(Composed):
             raise UsageError(f"--lambd {self.weight:g}: --surrogate {CONTROL} has no penalty to weigh")
         if self.centralized and set(self.defenses) - {NOISE}:
             raise UsageError(f"--centralized has no cut for --defenses {' '.join(self.defenses)}")
+        if self.centralized and self.adapter:
+            raise UsageError(f"--centralized has no cut for --adapter {self.adapter}")
         device = resolve_device(self.device)
         if self.penalized and self.backend == "triton" and device.type != "cuda" and not backends.INTERPRETING:
             raise UsageError(f"--backend triton needs a CUDA device, got {device} (--device {self.device})")

@@ -165,7 +165,13 @@ def build_undefended(config: TrainConfig, data_facts: Mapping[str, Any]) -> Spli
     # A network in one piece has no cut to narrow or to disturb; noise_std then only scales the penalty.
     bottleneck = "none" if whole else config.bottleneck
     return build_split_model(
-        config.arch, image_shape=shape, cut_layer=config.cut_layer, bottleneck=bottleneck, centralized=whole, **facts
+        config.arch,
+        image_shape=shape,
+        cut_layer=config.cut_layer,
+        adapter=config.adapter,
+        bottleneck=bottleneck,
+        centralized=whole,
+        **facts,
     )
 
 

@@ -176,8 +176,9 @@ class TrainState:
                 twin(torch.zeros(1, *self.data.image_shape, device=self.device))
         except ValueError as error:
             name = "--batch-size" if config.batch_size == 1 else "--train-size"
+            network = f"{config.arch} with an adapter" if config.adapter else config.arch
             raise UsageError(
-                f"{name} 1: {config.arch} normalizes over batches, for which images of this size must be at least 2"
+                f"{name} 1: {network} normalizes over batches, for which images of this size must be at least 2"
             ) from error
 
     def _check_memory(self) -> None:

@@ -20,6 +20,7 @@ from cem.errors import CemError, MachineError
 from cem.files import write_json, writing
 from cem.folders import Lock, remove_unfinished
 from cem.machine import enough
+from cem.models import CLIENT_COSTS, client_budget
 from cem.progress import about, bar, busy, over
 from cem.report.curves import draw_curves
 from cem.report.tsne import MAX_SAMPLES, draw_tsne
@@ -366,6 +367,7 @@ class Trainer:
             "intra_mse": best["intra_mse"] if applied and math.isfinite(best["intra_mse"]) else None,
             "parameters": {SURROGATE: 0}
             | {name: sum(each.numel() for each in part.parameters()) for name, part in state.parts().items()},
+            **self._client_costs(),
             "skipped_steps": state.skipped,
             **runs.origin(state.device),
         }
@@ -377,6 +379,11 @@ class Trainer:
         if self._divergence.guesses(best["cross_entropy"]):
             self._log.warning("the model is no better than guessing: more --epochs, or a lower --lambd or --noise-std")
         return summary
+
+    def _client_costs(self) -> dict[str, int | None]:
+        if self.config.centralized:
+            return dict.fromkeys(CLIENT_COSTS)
+        return {**client_budget(self.state.model, self.state.data.image_shape)}
 
     def _draw_features(self, file: Path) -> None:
         state = self.state

@@ -79,6 +79,7 @@ TRAIN_OPTIONS = [
     ("--bottleneck C4000000S1", "out of memory: the model takes at least 538 … GB … --bottleneck"),
     (f"--image-size {HUGE}", "out of memory … --image-size"),
     ("--arch vgg11_bn --train-size 1", "--train-size 1: vgg11_bn"),
+    ("--arch vgg11 --cut-layer 7 --adapter 1 --batch-size 1", "--batch-size 1: vgg11 with an adapter"),
     ("--arch vgg11_bn --batch-size 1", "--batch-size 1: vgg11_bn"),
     (f"--surrogate mixture --mixture.clusters {HUGE}", "out of memory … GB … of the surrogate"),
 ]

@@ -26,6 +26,7 @@ def test_run_says_what_it_does_where_things_are_and_what_comes_next(trained):
     assert "; no penalty; noise σ 0.3; 2 epochs of 2 steps; cpu; " in trained.err.splitlines()[0]
     assert "s to go\n" in trained.err
     assert f"test accuracy  {summary['test_accuracy']:.1%} (epoch {summary['best_epoch']} of 2)" in trained.out
+    assert "\nclient         5,138 parameters; " in trained.out
     assert trained.out.endswith(f"next           python -m cem.attack {trained.path}\n")
 
 

@@ -25,8 +25,9 @@ from cem.attacks.white_box import WhiteBox
 from cem.data import ImageSet, load_data
 from cem.defenses import Chain
 from cem.errors import CheckpointError, DataError, UsageError
+from cem.models import CLIENT_COSTS
 from cem.options import Options, option
-from cem.training import TrainConfig, checkpoint, train
+from cem.training import TrainConfig, checkpoint, read_summary, train
 
 SMALL = Decoder.Options(networks=("deconvC4", "deconvC8:l1"), cycle_epochs=1, max_cycles=2)
 TINY = AttackConfig(attacks=("decoder",), members={"decoder": SMALL}, aux_size=200, score_size=50, device="cpu")
@@ -97,6 +98,9 @@ def test_everything_is_kept_and_says_what_it_was_measured_on(attacked):
     result = result_of(attacked / "none")
     facts = {"name": "none", "surrogate": "none", "lambd": 0.0, "noise_std": 0.1, "defenses": [], "train_size": 200}
     assert result["run"].items() >= facts.items()
+    summary = read_summary(attacked / "none")
+    assert summary["client_multiply_adds"] > 10**5
+    assert {name: result["run"][name] for name in CLIENT_COSTS} == {name: summary[name] for name in CLIENT_COSTS}
     sizes = {"attacker_train": 200, "attacker_val": 247, "test": 359, "trained": 12, "intercepted": 188}
     assert result["sizes"] == sizes | {"scored_test_target": 50, "scored_train_target": 12}
     assert result["knowledge"] == "auxiliary"
@@ -352,7 +356,8 @@ def test_runs_with_a_penalty_or_of_another_version_are_no_controls(copy):
 def test_a_network_in_one_piece_is_attacked_without_noise(tmp_path):
     train(replace(TARGET, centralized=True, out=tmp_path / "run"))
     result = AttackRun(tmp_path / "run", TINY).run()
-    assert [result["run"][name] for name in ("noise_std", "bottleneck", "cut_layer")] == [0.0, None, None]
+    missing = ("cut_layer", "adapter", "bottleneck", *CLIENT_COSTS)
+    assert [result["run"][name] for name in ("noise_std", *missing)] == [0.0, *[None] * 6]
     assert result["information"]["nats"] is result["undefended"] is None
 
 

@@ -21,7 +21,8 @@ def build(arch, image_shape=(3, 32, 32), cut_layer=4, **options):
 @pytest.mark.parametrize("arch", PLAIN)
 def test_forward_and_backward_reach_everything(arch):
     image_shape = (1, 8, 8) if arch == "vgg13" else (1, 28, 28)
-    model = build(arch, image_shape, bottleneck="noRELU_C8S1")
+    model = build(arch, image_shape, adapter=1, bottleneck="noRELU_C8S1")
+    assert [*model.encoder._modules] == ["normalize", "stages", "adapter", "bottleneck"]
     z = model.encoder(torch.rand(3, *image_shape))
     assert z.shape == (3, *model.feature_shape)
     logits = model.server(model.defense(z))

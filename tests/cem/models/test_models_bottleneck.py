@@ -69,7 +69,8 @@ def test_initial_weights_keep_the_size_of_the_signal(text):
         assert 0.5 < after.square().mean() / before.square().mean() < 2
 
 
-def test_flat_features_cannot_have_a_bottleneck():
+@pytest.mark.parametrize("options", [{"bottleneck": "C8S1"}, {"adapter": 1}], ids=str)
+def test_flat_features_cannot_have_a_bottleneck_or_an_adapter(options):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
-    with pytest.raises(UsageError, match=r"needs a map \(C, H, W\) at the cut, got \(4,\)"):
-        SplitModel.from_sequential(model, 2, image_shape=(3, 2, 2), bottleneck="C8S1")
+    with pytest.raises(UsageError, match=rf"{next(iter(options))} .* needs a map \(C, H, W\) at the cut, got \(4,\)"):
+        SplitModel.from_sequential(model, 2, image_shape=(3, 2, 2), **options)

@@ -108,6 +108,8 @@ def test_the_encoder_begins_with_normalization_of_each_channel_and_the_checkpoin
         {"image_shape": (3, 0, 32)},
         {"num_classes": 0},
         {"centralized": True, "bottleneck": "C8S1"},
+        {"centralized": True, "adapter": 1},
+        {"adapter": -1},
         {"bottleneck": "narrow"},
         {"cut_layer": 11},
     ],

@@ -25,6 +25,7 @@ RUNS = {
     "attention with Adam": attention(trained=1e-4),
     "attention with SGD": attention(trained="shared"),
     "ramp and two passes": attention(ramp_from=0.1) | {"injection": "two_pass"},
+    "an adapter": {"surrogate": "centroid", "adapter": 1},
     "bfloat16": {"amp": True},
 }
 

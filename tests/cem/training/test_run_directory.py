@@ -7,6 +7,7 @@ from small_terms import Scale, surrogate
 
 from cem.data import load_data, make_loader
 from cem.errors import UsageError
+from cem.models import CLIENT_COSTS, client_budget
 from cem.training import TrainConfig, Trainer, load_run, read_summary, train
 from cem.training import checkpoint as checkpoints
 from cem.training import trainer as trainer_module
@@ -48,7 +49,7 @@ def test_summary_has_exactly_the_named_keys(run_dir):
     summary = read_summary(run_dir)
     figures = {"test_accuracy", "best_epoch", "epochs", "train_seconds", "surrogate_seconds", "rob_loss", "intra_mse"}
     of_machine = {"peak_memory_bytes", "device", "threads", "versions"}
-    assert set(summary) == figures | of_machine | {"parameters", "skipped_steps"}
+    assert set(summary) == figures | of_machine | {"parameters", "skipped_steps", *CLIENT_COSTS}
     assert {"python", "torch", "triton", "numpy", "scikit-learn", "cem"} == set(summary["versions"])
 
 
@@ -60,6 +61,8 @@ def test_summary_agrees_with_metrics_and_checkpoints(run_dir):
         assert summary[ours] == pytest.approx(sum(row[theirs] for row in table))
     assert (summary["epochs"], summary["device"], summary["skipped_steps"]) == (4, "cpu", 0)
     assert summary["parameters"]["surrogate"] == 1
+    model, shape = load_run(run_dir, device="cpu")[1], content["data_facts"]["image_shape"]
+    assert {name: summary[name] for name in CLIENT_COSTS} == client_budget(model, shape)
     assert content["best_epoch"] == summary["best_epoch"] == 4  # under the strongest penalty
 
 

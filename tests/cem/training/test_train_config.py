@@ -55,6 +55,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA d
             "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2",
         ),
         ({"warmup_epochs": 21.0}, "--warmup-epochs must be at most --epochs 20, got 21"),
+        ({"centralized": True, "adapter": 2}, "--centralized has no cut for --adapter 2"),
         ({"centralized": True, "defenses": (GAIN,)}, f"--centralized has no cut for --defenses {GAIN}"),
         (CAPTURED | {"surrogate": "none"}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
         (CAPTURED | {"lambd": 0.0}, "--capture: without a penalty there is nothing to capture, got --lambd 0"),
