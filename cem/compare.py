@@ -7,15 +7,17 @@ they have no more than the validation images.
 
 Every run has a directory in --out, named after what varies, such as none-noise0.3-seed0, as cem.train
 and cem.attack leave it. The same command again goes on where it was stopped: what is finished stays, a training
-that was interrupted is resumed, and more --seeds or --noise-stds add runs. A run that fails costs only itself.
+that was interrupted is resumed, and more --seeds, --noise-stds or clients add runs. A run that fails costs only itself.
 
 The report is about the runs that the command names: report.html (one file, opens offline), report.md, table.csv
-(one line a run), tradeoff.png, reconstructions.png. compare.yaml holds all options; --config takes it back.
+(one line a run), tradeoff.png, reconstructions.png, and frontier.png where there are several clients. compare.yaml
+holds all options; --config takes it back.
 
 Examples:
 
   python -m cem.compare --quick                        a few minutes
   python -m cem.compare --quick --noise-stds 0.1 0.3   two levels of noise
+  python -m cem.compare --quick --adapter 0 2          two clients
   python -m cem.compare --quick --report-only          from what is there
 
 Options of the training hold for all runs. Those of the attack begin with --attack.
@@ -106,7 +108,10 @@ def parse(argv: Sequence[str]) -> tuple[Comparison, bool]:
     parser.add_members(attack, prefix="attack.")
     given = parse_options(parser, argv, grid, train, attack=attack)
     comparison = Comparison(
-        overridden(grid, given), overridden(train, given), overridden(attack, given, "attack."), out
+        overridden(grid, given),
+        overridden(train, {name: value for name, value in given.items() if name not in NOT_SHARED}),
+        overridden(attack, given, "attack."),
+        out,
     )
     return comparison, known.report_only
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from cem.attacks import ATTACKS
 from cem.attacks.config import AttackConfig
-from cem.comparison.grid import GridOptions, Run
+from cem.comparison.grid import OF_CLIENT, GridOptions, Run
 from cem.defenses import DEFENSES
 from cem.errors import CemError, UsageError
 from cem.files import write_text
@@ -23,7 +23,7 @@ from cem.training.config import TrainConfig
 
 SET_BY_THE_GRID = {"surrogate": "surrogates", "lambd": "lambds", "noise_std": "noise_stds", "seed": "seeds"}
 """Options of a training that the grid replaces, and what replaces them."""
-NOT_SHARED = (*SET_BY_THE_GRID, "out")
+NOT_SHARED = (*SET_BY_THE_GRID, *OF_CLIENT, "out")
 """Options of a training that a comparison does not have."""
 
 
@@ -33,7 +33,7 @@ class Comparison:
 
     Attributes:
         grid: what varies.
-        train: options that all trainings share; those in :data:`SET_BY_THE_GRID` and ``out`` are ignored.
+        train: options that all trainings share; those in :data:`NOT_SHARED` are ignored.
         attack: options that all attacks share, with those of the attacks themselves; ``control`` is ignored: every run
             has its own.
         out: folder of the runs, the tables and the report.
@@ -52,6 +52,7 @@ class Comparison:
         """The options of one training, without ``out``."""
         setting = run.setting
         own = self.grid.training_of(setting.method) | {"lambd": setting.lambd, "noise_std": setting.noise_std}
+        own |= asdict(setting.client)
         shared = self._shared(own)
         for name, value in own.items():
             if isinstance(value, Mapping) and isinstance(shared.get(name), Mapping):
@@ -131,7 +132,7 @@ class Comparison:
         except UsageError as error:
             raise UsageError(f"attack: {error}") from error
         defenses = TrainConfig.from_dict({"surrogate": CONTROL, "defenses": values.get("defenses", [])}).chosen()
-        of_train = {*hints(TrainConfig), *DEFENSES, *defenses}
+        of_train = {*hints(TrainConfig), *DEFENSES, *defenses} - {*OF_CLIENT}
         train = {name: value for name, value in values.items() if name in of_train}
         grid = {name: value for name, value in values.items() if name not in of_train and name != "attack"}
         return cls(

@@ -24,7 +24,7 @@ class Correlation:
 
     Attributes:
         value: whose value it is.
-        noise_std: the noise level that the runs share, or ``None`` for all runs.
+        level: noise and client that the runs share, or ``None`` for all runs.
         n: runs that have both figures.
         rho: in [−1, 1], or ``None`` where ``note`` says why there is none.
         low: lower end of the 95 % interval, or ``None``.
@@ -33,7 +33,7 @@ class Correlation:
     """
 
     value: str
-    noise_std: float | None
+    level: str | None
     n: int
     rho: float | None
     low: float | None
@@ -42,21 +42,21 @@ class Correlation:
 
 
 def correlate(results: Sequence[RunResult]) -> list[Correlation]:
-    """Correlations of every value, over all runs and, if there are several, within every noise level."""
+    """Correlations of every value, over all runs and, if there are several, within every level."""
     names = dict.fromkeys(name for result in results for name in result.values)
-    noises = sorted({result.run.setting.noise_std for result in results})
+    levels = dict.fromkeys(result.run.setting.level for result in results)
     found = []
     for name in names:
-        for noise_std in (None, *(noises if len(noises) > 1 else ())):
+        for level in (None, *(levels if len(levels) > 1 else ())):
             pairs = [
                 (value, mse)
                 for result in results
-                if noise_std in (None, result.run.setting.noise_std)
+                if level in (None, result.run.setting.level)
                 if (value := result.values.get(name)) is not None
                 if (mse := result.figures["worst_mse"]) is not None
             ]
             rho, low, high, note = spearman([value for value, _ in pairs], [mse for _, mse in pairs])
-            found.append(Correlation(name, noise_std, len(pairs), rho, low, high, note))
+            found.append(Correlation(name, level, len(pairs), rho, low, high, note))
     return found
 
 

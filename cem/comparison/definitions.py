@@ -45,6 +45,8 @@ def attacked(prefix: str, group: str = "") -> tuple[Shown, ...]:
 
 ACCURACY = Shown("test_accuracy", Column("accuracy [%]"), 100.0, 1)
 EPOCH = Shown("seconds_per_epoch", Column("epoch [s]", "cost"))
+MULTIPLY_ADDS = Shown("client_multiply_adds", Column("multiply-adds [M]", "client"), 1e-6)
+SENT = Shown("sent_bytes", Column("sent [bytes]", "client"), 1.0, 0)
 MAIN = (ACCURACY, *attacked("worst_", _WORST))
 """Columns of the table of settings, before gain and cost."""
 
@@ -58,7 +60,8 @@ MORE = (
     Shown("surrogate_seconds_per_epoch", Column("in surrogate [s]", "cost")),
     Shown("peak_memory_bytes", Column("memory [MiB]", "cost"), 2.0**-20, 0),
     Shown("client_parameters", Column("parameters", "client"), 1.0, 0),
-    Shown("values_sent", Column("values sent", "client"), 1.0, 0),
+    MULTIPLY_ADDS,
+    SENT,
 )
 """What else there is of a setting."""
 

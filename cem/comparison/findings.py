@@ -23,11 +23,11 @@ MOST_METHODS = 8
 def shown_settings(rows: Sequence[Row]) -> list[Row]:
     """The settings that stand for all: a control, and what defends best beside it; either may be missing.
 
-    That is the setting on which the worst attack errs most, relative to the control at its noise, among those that lose
+    That is the setting on which the worst attack errs most, relative to the control at its level, among those that lose
     no more than 2 points of accuracy; where all lose more, the one that loses least.
     """
     scored = [row for row in rows if row.mse]
-    controls = {row.setting.noise_std: row for row in scored if row.setting.is_control}
+    controls = {row.setting.level: row for row in scored if row.setting.is_control}
     defended = [row for row in scored if not row.setting.is_control]
     paid = [(row, ratio, lost) for row in defended if (ratio := row.figures["mse_ratio"]) if (lost := row.points_lost)]
     fair = [(row, ratio.mean) for row, ratio, lost in paid if is_payable(lost.mean)]
@@ -38,7 +38,7 @@ def shown_settings(rows: Sequence[Row]) -> list[Row]:
     best = max(fair, key=lambda each: each[1], default=(None,))[0]
     if best is None:
         return []
-    control = controls.get(best.setting.noise_std)
+    control = controls.get(best.setting.level)
     return [best] if control in (None, best) else [control, best]
 
 
@@ -70,15 +70,15 @@ def price(lost: Spread) -> str:
     return f"for {with_spread(lost.mean, lost.std, decimals=1)} points of accuracy"
 
 
-def headlines(rows: Sequence[Row], results: Sequence[RunResult], fits: Mapping[float, Fit]) -> list[str]:
+def headlines(rows: Sequence[Row], results: Sequence[RunResult], fits: Mapping[str, Fit]) -> list[str]:
     """Gains of what defends best, which attacks were the worst, and what speaks against it all."""
     lines = []
     for row in shown_settings(rows)[-1:]:
-        method, noise_std = row.setting.method, row.setting.noise_std
-        others = dict.fromkeys(each.setting.method for each in rows if each.setting.noise_std == noise_std)
-        fit = fits.get(noise_std)
+        method, level = row.setting.method, row.setting.level
+        others = dict.fromkeys(each.setting.method for each in rows if each.setting.level == level)
+        fit = fits.get(level)
         if fit is None and others.keys() != {CONTROL}:
-            lines.append(f"At equal accuracy nothing can be said: no run of {CONTROL} is finished at σ {noise_std:g}.")
+            lines.append(f"At equal accuracy nothing can be said: no run of {CONTROL} is finished at {level}.")
         elif fit is not None and not row.setting.is_control:
             gains = [_sentence(method, other, fit.gain(method, other)) for other in others if other != method]
             lines += gains[:MOST_METHODS]

@@ -1,7 +1,7 @@
 """How much more a method makes attackers err at equal accuracy, read from all runs together.
 
-Points lost are the accuracy of the run without a penalty, of the same seed and noise, minus a run's own. Over all runs
-with 0 to 2 points lost, by ordinary least squares::
+Points lost are the accuracy of the run without a penalty, of the same seed, noise and client, minus a run's own. Over
+all runs with 0 to 2 points lost, by ordinary least squares::
 
     log MSE = method + b · points lost + seed          one b for all methods
 
@@ -86,7 +86,7 @@ class Fit:
     """The regression over the runs that count.
 
     Args:
-        observations: of one noise level, runs that do not count among them.
+        observations: at one noise, behind one client, runs that do not count among them.
 
     Attributes:
         runs: how many observations there were.
@@ -141,17 +141,17 @@ class Fit:
         return np.allclose(contrast @ self._identified, contrast, atol=1e-6)
 
 
-def fit_noise_levels(results: Sequence[RunResult]) -> dict[float, Fit]:
-    """A regression for every noise level that has a finished control, of the finished runs at that level.
+def fit_levels(results: Sequence[RunResult]) -> dict[str, Fit]:
+    """A regression for every level, noise and client, that has a finished control, of the finished runs at that level.
 
-    More noise makes every attacker err more and accuracy cheaper to lose, so neither ``b`` nor a method's term needs be
-    the same at two levels.
+    More noise, or a client that computes more, makes every attacker err more and accuracy cheaper to lose, so neither
+    ``b`` nor a method's term needs be the same at two levels.
     """
-    levels: dict[float, list[Observation]] = {}
+    levels: dict[str, list[Observation]] = {}
     for result in results:
         lost, mse = result.figures["points_lost"], result.figures["worst_mse"]
         if result.status == "finished" and lost is not None and mse is not None:
             setting = result.run.setting
-            level = levels.setdefault(setting.noise_std, [])
+            level = levels.setdefault(setting.level, [])
             level.append(Observation(setting.method, result.run.seed, lost, mse))
-    return {noise_std: Fit(observations) for noise_std, observations in levels.items()}
+    return {level: Fit(observations) for level, observations in levels.items()}

@@ -8,21 +8,42 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import yaml
 
 from cem.errors import UsageError
+from cem.models import parse_bottleneck
 from cem.options import Composed, flag, nearest, option
 from cem.surrogates import COMPARED, CONTROL, RECOMMENDED, SURROGATES
 from cem.terms import Family
 from cem.training.config import TrainConfig
 
-NOT_OF_A_VARIANT = ("noise_std", "seed", "out", "device", "data", "data_root", "profile_steps")
+OF_CLIENT = ("cut_layer", "adapter", "bottleneck")
+"""Options of a training that say what the client computes."""
+NOT_OF_A_VARIANT = (*OF_CLIENT, "noise_std", "seed", "out", "device", "data", "data_root", "profile_steps")
 """Options of a training that the grid or the comparison decides, so that runs can be set against each other."""
 
 _grid = partial(option, group="what varies")
+_client = partial(option, group="what varies of the client")
 _FORM = "such as 'strong: {surrogate: NAME, lambd: [1, 2]}'"
+
+
+@dataclass(frozen=True, order=True)
+class Client:
+    """What the client computes: options of ``cem.train`` of the same names, with their defaults."""
+
+    cut_layer: int = TrainConfig.cut_layer
+    adapter: int = TrainConfig.adapter
+    bottleneck: str = TrainConfig.bottleneck
+
+    @property
+    def parts(self) -> list[str]:
+        """Those that are not at their defaults, in words: ``["cut 2", "adapter 1"]``."""
+        default = Client()
+        given = ((name, getattr(self, name)) for name in OF_CLIENT if getattr(self, name) != getattr(default, name))
+        return [f"{name.removesuffix('_layer')} {value}" for name, value in given]
 
 
 @dataclass(frozen=True, order=True)
@@ -33,11 +54,18 @@ class Setting:
         method: a surrogate's name, or that of a variant.
         lambd: weight λ of the penalty; 0 for the control.
         noise_std: standard deviation σ of the noise on the features.
+        client: what computes the features.
     """
 
     method: str
     lambd: float
     noise_std: float
+    client: Client = Client()
+
+    @property
+    def level(self) -> str:
+        """What it shares with the settings that it can be set against: noise and client, as ``"σ 0.3, adapter 1"``."""
+        return ", ".join([f"σ {self.noise_std:g}", *self.client.parts])
 
     @property
     def is_control(self) -> bool:
@@ -46,7 +74,7 @@ class Setting:
 
     def __str__(self) -> str:
         weight = f" λ {self.lambd:g}" if self.lambd else ""
-        return f"{self.method}{weight}, σ {self.noise_std:g}"
+        return f"{self.method}{weight}, {self.level}"
 
 
 @dataclass(frozen=True)
@@ -58,10 +86,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its directory, such as ``"wide-lambd16-noise0.3-seed0"``; λ is left out for the control."""
+        """Name of its directory, such as ``"wide-lambd16-noise0.3-seed0"``.
+
+        Without λ for the control; with what of the client is not at its default, as in ``"none-cut2-noise0.3-seed0"``.
+        """
         setting = self.setting
         weight = f"-lambd{setting.lambd:g}" if setting.lambd else ""
-        return f"{setting.method}{weight}-noise{setting.noise_std:g}-seed{self.seed}"
+        client = "".join(f"-{part}" for part in setting.client.parts).replace(" ", "")
+        return f"{setting.method}{weight}{client}-noise{setting.noise_std:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +104,7 @@ class GridOptions(Composed):
 
     Attributes:
         surrogates: Surrogates to compare, and names of --variants. The control is the one without a penalty: every
-            other one is set against it at the same noise and seed, so leaving it out leaves those columns empty.
+            other one is set against it at the same noise, client and seed, so without it those columns are empty.
         variants: Sets of options of cem.train under a name that --surrogates can take, as YAML, such as
             'strong: {surrogate: NAME, lambd: [1, 2]}'. One that sets lambd, a number or a list of them, is run with
             these weights instead of --lambds: surrogates differ in what a weight means.
@@ -81,6 +113,10 @@ class GridOptions(Composed):
             in cem.train. The control has no penalty and is run once, and variants may bring weights of their own.
         noise_stds: Standard deviations σ of the noise on z. Noise alone defends too: with several of them, the table
             and the trade-off plot show whether a surrogate is worth more than more noise.
+        cut_layer: Stages of the network that the client keeps; as the next two, one or several. With several clients
+            the report draws what each buys for what it costs, and methods are compared behind the same one.
+        adapter: Residual 3x3 convolutions that the client has between cut and bottleneck.
+        bottleneck: Narrow layers behind both, [noRELU_][Kk]CcSs (kernel k, channels c, stride s), or none.
         jobs: Runs at a time. Each gets its share of the processor cores (OMP_NUM_THREADS, unless that is set). On two
             cores, two processes of one thread are 1.2 times as fast as one of two threads after the other. Seconds in
             the table are then those of a run that had company.
@@ -93,6 +129,9 @@ class GridOptions(Composed):
     seeds: tuple[int, ...] = _grid((0, 1, 2), least=0)
     lambds: tuple[float, ...] = _grid((), least=0)
     noise_stds: tuple[float, ...] = _grid((0.3,), least=0)
+    cut_layer: tuple[int, ...] = _client((Client.cut_layer,), least=1)
+    adapter: tuple[int, ...] = _client((Client.adapter,), least=0, most=100)
+    bottleneck: tuple[str, ...] = _client((Client.bottleneck,))
     jobs: int = option(1, least=1, group="how it is run")
 
     def chosen(self) -> dict[str, Any]:
@@ -122,9 +161,11 @@ class GridOptions(Composed):
 
     def check(self) -> None:
         """What no option can say alone."""
-        for name in ("surrogates", "seeds", "noise_stds"):
+        for name in ("surrogates", "seeds", "noise_stds", *OF_CLIENT):
             if not getattr(self, name):
                 raise UsageError(f"{flag(name)} needs at least one value")
+        for each in self.bottleneck:
+            parse_bottleneck(each)
         unused = self.defined().keys() - {*self.surrogates}
         if unused:
             raise UsageError(f"--variants: no run has {min(unused)}; give it to --surrogates, or leave it out")
@@ -149,8 +190,10 @@ class GridOptions(Composed):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], prefix: str = "") -> GridOptions:
-        """Inverse of :meth:`to_dict`; variants may also be a list of texts, as on the command line."""
+        """Inverse of :meth:`to_dict`; variants may also be a list of texts, as on the command line, and what says what
+        the client computes a single value, as for a training."""
         given = dict(values)
+        given |= {name: [given[name]] for name in OF_CLIENT if isinstance(given.get(name), int | str)}
         if isinstance(given.get("variants"), Mapping):
             given["variants"] = tuple(
                 yaml.safe_dump({name: own}, default_flow_style=True, width=math.inf).strip()
@@ -159,9 +202,10 @@ class GridOptions(Composed):
         return super().from_dict(given)
 
     def settings(self) -> list[Setting]:
-        """The rows of the table: by noise, and within a noise in the order of ``surrogates`` and ``lambds``."""
+        """The rows of the table: by client and noise, and within both in the order of ``surrogates`` and ``lambds``."""
         return [
-            Setting(method, lambd, noise_std)
+            Setting(method, lambd, noise_std, Client(*client))
+            for client in product(self.cut_layer, self.adapter, self.bottleneck)
             for noise_std in self.noise_stds
             for method in self.methods()
             for lambd in self._lambds_of(method)

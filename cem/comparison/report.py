@@ -19,6 +19,8 @@ from cem.comparison.definitions import (
     KNOWLEDGE,
     MAIN,
     MORE,
+    MULTIPLY_ADDS,
+    SENT,
     TEXTS,
     Shown,
     attacked,
@@ -26,11 +28,13 @@ from cem.comparison.definitions import (
     of_attack,
 )
 from cem.comparison.findings import LIMITS, headlines, interval, lead, shown_settings
-from cem.comparison.gain import MOST_POINTS, Fit, fit_noise_levels, is_payable
+from cem.comparison.frontier import frontier, priced
+from cem.comparison.gain import MOST_POINTS, Fit, fit_levels, is_payable
 from cem.comparison.pictures import draw_pictures
 from cem.comparison.results import RunResult, mapping, write_table
 from cem.comparison.statistics import Row, Spread, spread, summarize
 from cem.report.document import NOTHING, Cell, Column, Link, Noted, Picture, Report, Section, Table
+from cem.report.frontier import draw_frontier
 from cem.report.html import write_html
 from cem.report.markdown import write_markdown
 from cem.report.numbers import figure, signed, with_spread
@@ -54,11 +58,12 @@ def write_report(comparison: Comparison, results: Sequence[RunResult]) -> Path:
     """
     out = comparison.out
     write_table(results, out / "table.csv")
-    rows, fits = summarize(results), fit_noise_levels(results)
+    rows, fits = summarize(results), fit_levels(results)
     sections = [
         _main_section(rows, results, fits),
         *(_knowledge_section(rows, each) for each in comparison.attack.knowledge[1:]),
         _tradeoff_section(results, out),
+        *([_frontier_section(rows, out)] if _varies(rows) else []),
         _gain_section(rows, fits),
         _attacks_section(rows, results),
         _more_section(rows),
@@ -82,15 +87,17 @@ def title(comparison: Comparison) -> str:
     names = ", ".join(grid.surrogates)
     what = names if len(grid.surrogates) <= MOST_NAMES else f"{len(grid.surrogates)} methods"
     knowledge = ", and ".join(KNOWLEDGE[each] for each in comparison.attack.knowledge)
-    return f"{what} on {train.data}: {train.arch}, {train.epochs} epochs, {seeds}; {knowledge}"
+    clients = len({setting.client for setting in grid.settings()})
+    behind = f", {clients} clients" if clients > 1 else ""
+    return f"{what} on {train.data}: {train.arch}{behind}, {train.epochs} epochs, {seeds}; {knowledge}"
 
 
-def _main_section(rows: Sequence[Row], results: Sequence[RunResult], fits: Mapping[float, Fit]) -> Section:
-    over = _comparator(rows)
+def _main_section(rows: Sequence[Row], results: Sequence[RunResult], fits: Mapping[str, Fit]) -> Section:
+    over, cost = _comparator(rows), MULTIPLY_ADDS if _varies(rows) else EPOCH
     gain = Column(f"over {over} [×]", "gain at equal accuracy")
-    heads = [Column("setting"), *(each.head for each in MAIN), gain, Column("epoch [s]", "cost")]
+    heads = [Column("setting"), *(each.head for each in MAIN), gain, cost.head]
     lines: list[list[Cell]] = [
-        [_name(row), *_figures(row, MAIN), _gain(row, over, fits), *_figures(row, [EPOCH])] for row in rows
+        [_name(row), *_figures(row, MAIN), _gain(row, over, fits), *_figures(row, [cost])] for row in rows
     ]
     for name in BLIND:
         errors = [
@@ -117,7 +124,8 @@ def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
     for result in results:
         setting, mse, accuracy = result.run.setting, result.figures["worst_mse"], result.figures["test_accuracy"]
         if result.status == "finished" and mse is not None and accuracy is not None:
-            points.append(Point(setting.method, setting.lambd, setting.noise_std, mse, accuracy))
+            method = ", ".join([setting.method, *setting.client.parts])
+            points.append(Point(method, setting.lambd, setting.noise_std, mse, accuracy))
     if not points:
         return section
     controls = {
@@ -130,17 +138,34 @@ def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
     return section
 
 
-def _gain_section(rows: Sequence[Row], fits: Mapping[float, Fit]) -> Section:
+def _varies(rows: Sequence[Row]) -> bool:
+    """Whether there is more than one client."""
+    return len({row.setting.client for row in rows}) > 1
+
+
+def _frontier_section(rows: Sequence[Row], out: Path) -> Section:
+    section = Section("Where to cut")
+    if not (settings := priced(rows)):
+        return section
+    section.paragraphs = list(TEXTS["frontier"])
+    section.table = _settings_table(frontier(settings), (MULTIPLY_ADDS, SENT, *MAIN))
+    drawn = [each for _, each in settings]
+    draw_frontier(drawn, max(each.accuracy for each in drawn) - MOST_POINTS / 100, out / "frontier.png")
+    section.picture = Picture(Path("frontier.png"), TEXTS["frontier_picture"])
+    return section
+
+
+def _gain_section(rows: Sequence[Row], fits: Mapping[str, Fit]) -> Section:
     section = Section("Gain at equal accuracy", [TEXTS["gain"]], folded=True)
     methods = list(dict.fromkeys(row.setting.method for row in rows))
     lines: list[list[Cell]] = []
-    for noise_std, fit in fits.items():
+    for level, fit in fits.items():
         for index, method in enumerate(methods):
             for over in methods[:index]:
                 gain = fit.gain(method, over)
                 lines.append(
                     [
-                        *(f"{method} over {over}", f"{noise_std:g}", figure(gain.factor, decimals=2)),
+                        *(f"{method} over {over}", level, figure(gain.factor, decimals=2)),
                         *(NOTHING if gain.low is None else interval(gain), str(gain.df), gain.called or NOTHING),
                         gain.note or NOTHING,
                     ]
@@ -148,12 +173,18 @@ def _gain_section(rows: Sequence[Row], fits: Mapping[float, Fit]) -> Section:
         slope = "cannot be told" if fit.slope is None else f"{signed(fit.slope, decimals=3)} a point"
         scatter = NOTHING if fit.scatter is None else f"{figure(100 * fit.scatter, decimals=1)} %"
         counted = f"{len(fit.counted)} of {fit.runs} runs have lost 0 to {MOST_POINTS:g} points"
-        section.facts.append((f"σ {noise_std:g}", f"{counted}; b {slope}; scatter of a single run {scatter}"))
-    heads = [Column("method"), Column("σ"), Column("gain [×]"), Column("95 % interval"), Column("degrees of freedom")]
+        section.facts.append((level, f"{counted}; b {slope}; scatter of a single run {scatter}"))
+    heads = [
+        Column("method"),
+        Column("at", words=True),
+        Column("gain [×]"),
+        Column("95 % interval"),
+        Column("degrees of freedom"),
+    ]
     if lines:
         section.table = Table([*heads, Column("called", words=True), Column("note", words=True)], lines)
     else:
-        section.paragraphs.append("No run of two methods at the same noise and seed is finished.")
+        section.paragraphs.append("No run of two methods at the same noise, client and seed is finished.")
     return section
 
 
@@ -213,9 +244,9 @@ def _comparator(rows: Sequence[Row]) -> str:
     return penalized[0] if len(penalized) > 1 else methods[0]
 
 
-def _gain(row: Row, over: str, fits: Mapping[float, Fit]) -> Cell:
+def _gain(row: Row, over: str, fits: Mapping[str, Fit]) -> Cell:
     setting = row.setting
-    fit = fits.get(setting.noise_std)
+    fit = fits.get(setting.level)
     if fit is None or setting.method == over or not row.points_lost or not is_payable(row.points_lost.mean):
         return NOTHING  # nobody would pay that, and the runs do not count
     gain = fit.gain(setting.method, over)
@@ -237,12 +268,11 @@ def _count(row: Row) -> str:
 def _correlation_section(results: Sequence[RunResult]) -> Section:
     lines: list[list[Cell]] = []
     for each in correlate(results):
-        scope = "all runs" if each.noise_std is None else f"σ {each.noise_std:g}"
         rho = NOTHING if each.rho is None else signed(each.rho)
         interval = NOTHING
         if each.low is not None and each.high is not None:
             interval = f"{signed(each.low)} to {signed(each.high)}"
-        lines.append([each.value, scope, str(each.n), rho, interval, each.note or NOTHING])
+        lines.append([each.value, each.level or "all runs", str(each.n), rho, interval, each.note or NOTHING])
     section = Section("Do the surrogates' values say what leaks?", list(TEXTS["correlation"]), folded=True)
     if lines:
         heads = [Column("value of"), Column("runs", words=True), Column("n"), Column("ρ"), Column("95 % interval")]

@@ -3,7 +3,7 @@
 Figures of a run:
 
 * ``test_accuracy``: fraction of test images that the server classifies correctly, under the noise
-* ``points_lost``: test accuracy of none at this noise and seed minus its own [percentage points]
+* ``points_lost``: test accuracy of none at this noise, client and seed minus its own [percentage points]
 * ``worst_mse``: smallest mean squared error that any attack has on unseen images; pixels in [0, 1]
 * ``worst_mse_p05``: smallest 5th percentile over images of the same
 * ``worst_psnr``: highest peak signal-to-noise ratio of the same images [dB]
@@ -15,14 +15,15 @@ Figures of a run:
 * ``worst_train_psnr``
 * ``worst_train_ssim``
 * ``worst_train_identified``
-* ``mse_ratio``: worst_mse over that of none at this noise and seed
+* ``mse_ratio``: worst_mse over that of none at this noise, client and seed
 * ``seconds_per_epoch``: median over the epochs [s]
 * ``surrogate_seconds_per_epoch``: seconds spent in the surrogate, median over the epochs [s]
 * ``train_seconds``: all epochs together [s]
 * ``attack_seconds``: the whole attack [s]
 * ``peak_memory_bytes``: most memory of the training process [bytes]; on CUDA, most memory of the device
 * ``client_parameters``: numbers in the part of the network that the client runs
-* ``values_sent``: numbers that the client sends for an image
+* ``client_multiply_adds``: multiplications, each with an addition, that it takes the client for an image
+* ``sent_bytes``: what the client sends for an image [bytes]
 * ``nats``: upper estimate of I(x; z) from variances inside classes and clusters [nats]
 * ``within_variance``: variance of clean features inside classes, mean over columns
 * ``between_variance``: variance of the classes' means of clean features, mean over columns
@@ -37,7 +38,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -46,11 +47,12 @@ from typing import Any
 from cem.attacks.metrics import METRICS
 from cem.attacks.pictures import read_pictures
 from cem.comparison.config import Comparison
-from cem.comparison.grid import Run
+from cem.comparison.grid import OF_CLIENT, Run
 from cem.comparison.plan import attack_dir, check_options
 from cem.comparison.runner import read_failures
 from cem.errors import CheckpointError
 from cem.files import read_json, replacing
+from cem.models import CLIENT_COSTS
 from cem.training.runs import read_summary
 
 ATTACK = ("knowledge", "attacks", "worst")
@@ -60,8 +62,8 @@ MOST = 8
 FIGURES = (
     "test_accuracy", "points_lost", *(f"worst_{metric}" for metric in METRICS), "chance",
     *(f"worst_train_{metric}" for metric in METRICS), "mse_ratio", "seconds_per_epoch", "surrogate_seconds_per_epoch",
-    "train_seconds", "attack_seconds", "peak_memory_bytes", "client_parameters", "values_sent", "nats",
-    "within_variance", "between_variance",
+    "train_seconds", "attack_seconds", "peak_memory_bytes", *CLIENT_COSTS, "nats", "within_variance",
+    "between_variance",
 )  # fmt: skip
 """Figures that every run has, see above. One that was not measured, or is not finite, is ``None``."""
 
@@ -141,13 +143,24 @@ def names_of(results: Sequence[RunResult]) -> list[str]:
 def write_table(results: Sequence[RunResult], path: Path) -> None:
     """Write one line a run in full precision; what was not measured is empty."""
     names, values = names_of(results), list(dict.fromkeys(name for result in results for name in result.values))
-    header = ["run", "method", "lambd", "noise_std", "seed", "status", "reason", "worst_attack", "not_converged"]
+    header = [
+        "run",
+        "method",
+        "lambd",
+        "noise_std",
+        *OF_CLIENT,
+        "seed",
+        "status",
+        "reason",
+        "worst_attack",
+        "not_converged",
+    ]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([*header, *names, *(f"value_{name}" for name in values)])
         for result in results:
             run, setting = result.run, result.run.setting
-            row = [run.name, setting.method, setting.lambd, setting.noise_std, run.seed]
+            row = [run.name, setting.method, setting.lambd, setting.noise_std, *astuple(setting.client), run.seed]
             row += [result.status, result.reason, result.worst, " ".join(result.restless)]
             row += [*(result.figures.get(name) for name in names), *(result.values.get(name) for name in values)]
             table.writerow(row)
@@ -181,9 +194,8 @@ def _read(comparison: Comparison, run: Run, failure: Mapping[str, Any] | None) -
 def _read_training(result: RunResult) -> None:
     result.summary = summary = read_summary(result.run_dir) or {}
     figures = result.figures
-    for name in ("test_accuracy", "train_seconds", "peak_memory_bytes"):
+    for name in ("test_accuracy", "train_seconds", "peak_memory_bytes", *CLIENT_COSTS):
         figures[name] = _number(summary, name)
-    figures["client_parameters"] = _number(summary, "parameters", "encoder")
     if summary:
         figures["seconds_per_epoch"] = _median(result.run_dir, "seconds")
         figures["surrogate_seconds_per_epoch"] = _median(result.run_dir, "surrogate_seconds")
@@ -196,7 +208,6 @@ def _read_attacks(result: RunResult, comparison: Comparison) -> bool:
     result.figures["attack_seconds"] = _number(attack, "seconds")
     for name in ("nats", "within_variance", "between_variance"):
         result.figures[name] = _number(attack, "information", name)
-    result.figures["values_sent"] = _number(attack, "information", "feature_dims")
     values = mapping(attack, "information", "values")
     result.values = {name: _number(values, name) for name in values}
     attacked = bool(attack)
@@ -234,12 +245,12 @@ def _describe(failure: Mapping[str, Any]) -> str:
 
 
 def _relate(results: Sequence[RunResult]) -> None:
-    """Set every run against the one without a penalty at the same noise and seed."""
+    """Set every run against the one without a penalty at the same noise, client and seed."""
     controls = {
-        (result.run.setting.noise_std, result.run.seed): result for result in results if result.run.setting.is_control
+        (result.run.setting.level, result.run.seed): result for result in results if result.run.setting.is_control
     }
     for result in results:
-        control = controls.get((result.run.setting.noise_std, result.run.seed))
+        control = controls.get((result.run.setting.level, result.run.seed))
         if control is None:
             continue
         ours, theirs = result.figures, control.figures

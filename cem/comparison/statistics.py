@@ -62,7 +62,7 @@ class Row:
 
     @property
     def points_lost(self) -> Spread | None:
-        """Against the control of the same noise and seed."""
+        """Against the control of the same noise, client and seed."""
         return self.figures["points_lost"]
 
     @property

@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cem.files import replacing
 
@@ -48,6 +49,16 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write ``figure`` as PNG to ``path``, at 150 dots per inch; a file that exists is complete."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def logarithmic(axes: Axes, low: float, high: float) -> None:
+    """Let the horizontal axis, from ``low`` to ``high``, be logarithmic, with ticks that say what they stand for."""
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs) if high / low > 4 else MaxNLocator(6))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def plain(axes: Axes, *, grid: bool = True) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import fmean
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from cem.report.figure import COLORS, add_legend, drawn, new_figure, plain, save_figure
+from cem.report.figure import COLORS, add_legend, drawn, logarithmic, new_figure, plain, save_figure
 
 ROOM = 1.25
 """Times the smallest and the largest error, where the axis ends."""
@@ -106,12 +105,7 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
             entries.append((f"{name}: {mse:.3g}", Line2D([], [], color="0.45", ls=style, lw=1.2)))
         else:
             entries.append((f"{name}: {mse:.3g}, beyond", Line2D([], [], color="0.45", lw=0, marker=">", ms=5)))
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    subs = (1, 2, 5) if high / low > 30 else (1, 1.5, 2, 3, 5, 7)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs) if high / low > 4 else MaxNLocator(6))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes, low, high)
     axes.set_xlabel("MSE of the worst attack on unseen images, logarithmic (higher: more private)")
     axes.set_ylabel("test accuracy [%]")
     plain(axes)

@@ -29,7 +29,9 @@ def fake_training(comparison: Comparison, run: Run, *, accuracy: float = 0.9) ->
     summary = {
         "test_accuracy": accuracy,
         "train_seconds": sum(seconds),
-        "parameters": {"encoder": 15352, "server": 259162},
+        "client_parameters": 15352,
+        "client_multiply_adds": 10**6 * (run.setting.client.cut_layer + run.setting.client.adapter),
+        "sent_bytes": 128,
         "peak_memory_bytes": 700 * 2**20,
         "device": "cpu",
         "versions": {"python": "3.11.7", "torch": "2.13.0", "triton": None},

@@ -51,12 +51,12 @@ def test_correlations_are_over_all_runs_and_within_every_noise_level():
     # Within a level the value falls as the error rises; from level to level both rise.
     results = [result(10 - i, 0.01 * i, 0.1) for i in range(1, 6)]
     results += [result(100 - i, 0.1 + 0.01 * i, 0.2) for i in range(1, 6)]
-    found = {each.noise_std: each for each in correlate(results)}
-    assert found[0.1].rho == found[0.2].rho == pytest.approx(-1.0)
+    found = {each.level: each for each in correlate(results)}
+    assert found["σ 0.1"].rho == found["σ 0.2"].rho == pytest.approx(-1.0)
     assert found[None].rho > 0
-    assert (found[None].n, found[0.1].n) == (10, 5)
+    assert (found[None].n, found["σ 0.1"].n) == (10, 5)
 
 
 def test_runs_without_a_value_or_an_attack_are_left_out_and_a_single_noise_level_is_listed_once():
     (found,) = correlate([result(4 - i, 0.1 * i) for i in range(4)] + [result(None, 0.1), result(1.0, None)])
-    assert (found.noise_std, found.n, found.rho) == (None, 4, pytest.approx(-1.0))
+    assert (found.level, found.n, found.rho) == (None, 4, pytest.approx(-1.0))

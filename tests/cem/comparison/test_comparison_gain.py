@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cem.comparison.gain import Fit, Observation, fit_noise_levels
+from cem.comparison.gain import Fit, Observation, fit_levels
 from cem.comparison.grid import Run, Setting
 from cem.comparison.results import RunResult
 
@@ -103,5 +103,8 @@ def test_levels_of_noise_are_told_apart_and_only_finished_runs_beside_a_control_
         result = RunResult(Run(Setting("mixture", 16.0, noise), 0), Path(), Path(), status)
         result.figures |= {"points_lost": lost, "worst_mse": 0.02}
         results.append(result)
-    fits = fit_noise_levels(results)
-    assert {noise: [each.points_lost for each in fit.counted] for noise, fit in fits.items()} == {0.1: [1], 0.2: [0]}
+    fits = fit_levels(results)
+    assert {level: [each.points_lost for each in fit.counted] for level, fit in fits.items()} == {
+        "σ 0.1": [1],
+        "σ 0.2": [0],
+    }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cem.comparison.grid import GridOptions, Setting
+from cem.comparison.grid import Client, GridOptions, Setting
 from cem.errors import UsageError
 from cem.surrogates import SlotCrossAttentionCEM
 
@@ -28,6 +28,9 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
         ({"variants": ("mixture: {}",)}, "is none of none, mixture, attention, centroid; got 'mixture'"),
         ({"surrogates": ("s",), "variants": ("s: {surrogate: 5}",)}, "surrogate of s must be a name, got 5"),
         ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
+        ({"surrogates": ("s",), "variants": ("s: {adapter: 3}",)}, "--variants: s cannot set 'adapter'"),
+        ({"bottleneck": ("none", "C0S1")}, "bottleneck 'C0S1': "),
+        ({"adapter": ()}, "--adapter needs at least one value"),
         ({"variants": ("s: {epochs: 3}",)}, "--variants: no run has s; give it to --surrogates"),
     ],
 )
@@ -51,9 +54,21 @@ def test_a_variant_has_the_options_of_its_surrogate_which_is_the_recommended_one
 
 
 def test_a_variant_with_weights_of_its_own_is_run_with_those_alone_and_one_without_a_penalty_with_none():
-    variants = ("s: {lambd: 3}", "curve: {lambd: [4, 5e-1]}", "narrow: {surrogate: none, bottleneck: C4S1}")
-    grid = GridOptions(surrogates=("s", "curve", "narrow", "mixture"), variants=variants, lambds=(1.0, 2.0)).checked()
-    weights = [("s", 3.0), ("curve", 4.0), ("curve", 0.5), ("narrow", 0.0), ("mixture", 1.0), ("mixture", 2.0)]
+    variants = ("s: {lambd: 3}", "curve: {lambd: [4, 5e-1]}", "plain: {surrogate: none, epochs: 3}")
+    grid = GridOptions(surrogates=("s", "curve", "plain", "mixture"), variants=variants, lambds=(1.0, 2.0)).checked()
+    weights = [("s", 3.0), ("curve", 4.0), ("curve", 0.5), ("plain", 0.0), ("mixture", 1.0), ("mixture", 2.0)]
     assert [(setting.method, setting.lambd) for setting in grid.settings()] == weights
-    assert grid.runs()[3].name == "narrow-noise0.3-seed0"
+    assert grid.runs()[3].name == "plain-noise0.3-seed0"
     assert not grid.settings()[3].is_control
+
+
+def test_every_client_is_run_at_every_noise_and_is_named_by_what_is_not_its_default():
+    given = {"surrogates": ["none"], "noise_stds": [0.1, 0.2], "seeds": [0], "cut_layer": [4, 2], "bottleneck": "none"}
+    grid = GridOptions.from_dict(given).checked()
+    clients = [Client(cut, 0, "none") for cut in (4, 4, 2, 2)]
+    assert [setting.client for setting in grid.settings()] == clients
+    assert [setting.noise_std for setting in grid.settings()] == [0.1, 0.2, 0.1, 0.2]
+    assert [grid.runs()[i].name for i in (0, 2)] == [
+        f"none{cut}-bottlenecknone-noise0.1-seed0" for cut in ("", "-cut2")
+    ]
+    assert str(Setting("none", 0.0, 0.3, Client(adapter=1))) == "none, σ 0.3, adapter 1"

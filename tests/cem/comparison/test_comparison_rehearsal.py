@@ -10,7 +10,7 @@ from cem.attacks import Attack
 from cem.attacks.config import AttackConfig
 from cem.comparison import runner
 from cem.comparison.config import Comparison
-from cem.comparison.grid import GridOptions
+from cem.comparison.grid import OF_CLIENT, GridOptions
 from cem.comparison.runner import run_comparison
 from cem.errors import CemError, UsageError
 from cem.training.config import TrainConfig
@@ -37,8 +37,8 @@ ABSENT = {"data": "fashion-mnist", "data_root": Path("absent")}
         ("", {"train_size": 5000}, {}, "train_size must be in 1..1294 for digits, got 5000"),
         ("", {"arch": "resnet21"}, {}, "arch must be one of "),
         ("", {"init_from": Path("absent")}, {}, "absent"),
-        ("s: {cut_layer: 99}", {}, {}, "--variants: s: cut_layer must be in 1.."),
-        ("s: {bottleneck: C0S1}", {}, {}, "--variants: s: bottleneck "),
+        ("", {"cut_layer": (4, 99)}, {}, "cut_layer must be in 1.."),
+        ("s: {arch: resnet21}", {}, {}, "--variants: s: arch must be one of "),
         ("s: {train_size: 5000}", {}, {}, "--variants: s: train_size must be in"),
         ("", {}, {"aux_size": 5000}, "--attack.aux-size must be in 1.."),
         ("", {}, {"aux_size": 5000, "knowledge": ("auxiliary", "training")}, "--attack.aux-size must be in 1.."),
@@ -50,7 +50,9 @@ def test_what_cannot_be_run_is_refused_in_the_words_of_the_comparison_and_nothin
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "run_queues", lambda *_, **__: pytest.fail("it is run"))
-    grid = GridOptions(surrogates=("none", "s") if variant else ("none",), variants=(variant,) if variant else ())
+    client, train = ({name: train[name] for name in train if (name in OF_CLIENT) == of} for of in (True, False))
+    variants = (variant,) if variant else ()
+    grid = GridOptions(surrogates=("none", "s") if variant else ("none",), variants=variants, **client)
     comparison = Comparison(grid, TrainConfig(surrogate="none", **train), AttackConfig(**attack), Path("out")).checked()
     with pytest.raises(CemError) as refused:
         run_comparison(comparison, "command")

@@ -15,7 +15,7 @@ from cem.attacks.config import AttackConfig
 from cem.comparison import pictures, report
 from cem.comparison.config import Comparison
 from cem.comparison.findings import headlines, lead, shown_settings
-from cem.comparison.gain import fit_noise_levels
+from cem.comparison.gain import fit_levels
 from cem.comparison.grid import GridOptions
 from cem.comparison.report import write_report
 from cem.comparison.results import read_results
@@ -125,7 +125,7 @@ def test_headlines_follow_from_the_figures_and_promise_no_privacy(written):
         "0.0210 against 0.00800, SSIM 0.50 against 0.50, 60 against 60 % of images identified (chance 5 %), for "
         "2.0 ± 0.0 points of accuracy."
     )
-    gain, *lines = headlines(rows, results, fit_noise_levels(results))
+    gain, *lines = headlines(rows, results, fit_levels(results))
     assert gain.startswith("At equal accuracy nothing can be said of mixture over none: too few runs")
     assert lines[0] == "The worst attack by MSE, of 8 runs: decoder in 7, white-box in 1."
     assert lines[1].startswith("In 1 of 8 runs an attack had not converged (decoder)")
@@ -231,3 +231,28 @@ def test_report_of_one_seed_has_no_spread_and_no_column_without_figures(comparis
     assert "MSE" in cells
     assert "±" not in cells
     assert "training images" not in cells
+
+
+def test_several_clients_have_a_frontier_of_settings_that_no_other_beats_and_their_work_in_the_table(tmp_path):
+    grid = GridOptions(surrogates=("none", "mixture"), seeds=(0,), cut_layer=(2, 4))
+    found = {
+        (2, "none"): (0.90, 0.01),
+        (2, "mixture"): (0.88, 0.03),
+        (4, "none"): (0.91, 0.02),
+        (4, "mixture"): (0.85, 0.03),
+    }
+
+    def measured(run):
+        accuracy, mse = found[run.setting.client.cut_layer, run.setting.method]
+        return {"accuracy": accuracy, "mse": mse}
+
+    text = text_of(finish(Comparison(grid, TrainConfig(epochs=3), out=tmp_path), measured))
+    assert text.startswith("# none, mixture on digits: resnet20, 2 clients, 3 epochs, 1 seed;")
+    # The same error as at the other cut, for twice the work and three points more, is no bargain.
+    head, *rows = table(text, "Where to cut")
+    assert [row[0] for row in rows] == ["none, σ 0.3, cut 2", "mixture λ 16, σ 0.3, cut 2", "none, σ 0.3"]
+    assert (len(head), [row[1] for row in rows]) == (7, ["2.00", "2.00", "4.00"])
+    assert "![" in text.split("## Where to cut")[1].split("##")[0]
+    assert (tmp_path / "frontier.png").exists()
+    settings = table(text, "Settings")
+    assert (len(settings[0]), settings[0][-1], settings[1][-1]) == (7, "client: multiply-adds \\[M\\]", "2.00")

@@ -12,6 +12,7 @@ from fake_runs import change, fake_attack, fake_training, finish, scores
 from cem.attacks.config import AttackConfig
 from cem.attacks.metrics import METRICS
 from cem.comparison.config import Comparison
+from cem.comparison.gain import fit_levels
 from cem.comparison.grid import GridOptions, Run, Setting
 from cem.comparison.results import FIGURES, read_results, write_table
 from cem.comparison.statistics import Spread, spread, summarize
@@ -48,7 +49,8 @@ def test_every_figure_is_read_from_its_file(comparison):
             expected |= {f"{name}.{prefix}{metric}": value for metric, value in scores(mse).items()}
     expected |= {"nats": 100.0, "within_variance": 0.25, "between_variance": 0.5, "chance": 0.05}
     expected |= {"test_accuracy": 0.90, "points_lost": 0.0, "mse_ratio": 1.0, "peak_memory_bytes": 700 * 2**20}
-    expected |= {"train_seconds": 12.0, "attack_seconds": 64.2, "client_parameters": 15352, "values_sent": 512}
+    expected |= {"train_seconds": 12.0, "attack_seconds": 64.2}
+    expected |= {"client_parameters": 15352, "client_multiply_adds": 4e6, "sent_bytes": 128}
     # Of 1, 2 and 9 seconds the median, and a tenth of it.
     assert first.figures == pytest.approx(expected | {"seconds_per_epoch": 2.0, "surrogate_seconds_per_epoch": 0.2})
 
@@ -67,6 +69,23 @@ def test_rows_have_means_and_sample_deviations_over_seeds_and_are_set_against_no
     assert mixture.figures["mse_ratio"] == Spread(pytest.approx(2.0), pytest.approx(math.sqrt(0.5)), 2)
     assert [(row.converged, row.finished, row.planned) for row in (none, mixture)] == [(1, 2, 3), (2, 3, 3)]
     assert (spread([0.5, None]), spread([None])) == (Spread(0.5, None, 1), None)
+
+
+def test_runs_are_set_against_none_behind_the_same_client(tmp_path):
+    grid = GridOptions(surrogates=("none", "mixture"), seeds=(0,), cut_layer=(2, 4), adapter=(0, 1))
+    accuracy = {(2, 0): 0.80, (2, 1): 0.85, (4, 0): 0.90, (4, 1): 0.95}
+
+    def measured(run):
+        client, penalized = run.setting.client, not run.setting.is_control
+        return {
+            "accuracy": accuracy[client.cut_layer, client.adapter] - 0.01 * penalized,
+            "mse": 0.01 * (1 + penalized),
+        }
+
+    results = read_results(finish(Comparison(grid, TrainConfig(epochs=3), out=tmp_path), measured))
+    found = {str(each.run.setting): (each.figures["points_lost"], each.figures["mse_ratio"]) for each in results}
+    assert found["mixture λ 16, σ 0.3, cut 2"] == found["mixture λ 16, σ 0.3, adapter 1"] == pytest.approx((1, 2))
+    assert [len(fit.counted) for fit in fit_levels(results).values()] == [2] * 4
 
 
 def test_status_tells_how_far_a_run_got_and_others_count_only_while_none_is_finished(comparison):
@@ -95,6 +114,7 @@ def test_table_has_a_line_a_run_in_full_precision_and_leaves_empty_what_was_not_
     assert float(lines[0]["worst_mse"]) == float(lines[0]["decoder.mse"]) == 1 / 3
     assert [lines[0][name] for name in ("worst_ssim", "white-box.mse", "nats", "value_mixture")] == [""] * 4
     assert {"lambd", "noise_std", "seed", *FIGURES} < set(lines[0])
+    assert [lines[0][name] for name in ("cut_layer", "adapter", "bottleneck")] == ["4", "0", "noRELU_C2S2"]
     shown = [tuple(line[name] for name in ("method", "status", "test_accuracy", "not_converged")) for line in lines[:2]]
     assert shown == [("none", "finished", "0.9", "decoder"), ("none", "not begun", "", "")]
 

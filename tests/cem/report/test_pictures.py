@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from cem.report.attack_curves import draw_attack_curves
 from cem.report.curves import draw_curves
+from cem.report.frontier import Priced, draw_frontier
 from cem.report.reconstructions import draw_reconstructions
 from cem.report.tradeoff import ROOM, Point, draw_tradeoff
 from cem.report.tsne import draw_tsne
@@ -186,6 +187,18 @@ def test_tradeoff_numbers_methods_that_colors_cannot_tell_apart(path, figures, m
     assert ("8 s7 λ 16" in labels) == bool(numbers)
 
 
+def test_frontier_joins_the_largest_errors_of_what_is_accurate_enough_client_by_client(path, figures):
+    found = [("a", 1, 0.02, 0.9), ("a", 1, 0.03, 0.9), ("a", 2, 0.04, 0.9), ("a", 2, 0.08, 0.8), ("b", 2, 0.05, 0.8)]
+    settings = [Priced(method, f"cut {cut}", cut * 1e6, mse, accuracy) for method, cut, mse, accuracy in found]
+    draw_frontier(settings, 0.85, path)
+    (axes,) = figures[0].axes
+    lines = [[tuple(point) for point in line.get_xydata()] for line in axes.lines]
+    assert lines == [[(1, 0.03), (2, 0.04)], []]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"cut 1": (1, 0.03), "cut 2": (2, 0.04)}
+    assert [each.get_facecolors()[:, 3].tolist() for each in axes.collections] == [[1, 1, 1, 0.25], [0.25]]
+    assert "at least 85.0 % accurate" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
 CURVES = [attacker("_background_"), attacker("$5_bill$"), attacker("a$b"), attacker("two\nlines"), attacker("x" * 99)]
 POINTS = [point(each["name"], lambd=0.0) for each in CURVES]
 
@@ -196,6 +209,7 @@ POINTS = [point(each["name"], lambd=0.0) for each in CURVES]
         (draw_tsne, [torch.randn(5, 4), torch.arange(5), [each["name"] for each in CURVES]]),
         (draw_attack_curves, [CURVES, {}]),
         (draw_tradeoff, [POINTS, {}]),
+        (draw_frontier, [[Priced(each["name"], each["name"], 1e6, 0.1, 0.9) for each in CURVES], 0.5]),
         (draw_reconstructions, [IMAGES, {each["name"]: (IMAGES, None, None) for each in CURVES}]),
     ],
 )
@@ -216,6 +230,7 @@ def test_names_from_outside_stand_there_as_they_are_on_one_line(path, figures, d
         (draw_tsne, [torch.full((5, 4), torch.nan), torch.zeros(5).long(), NAMES], "not finite"),
         (draw_attack_curves, [[], {}], "no attackers"),
         (draw_tradeoff, [[], {}], "no runs"),
+        (draw_frontier, [[], 0.9], "no settings"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(path, draw, arguments, message):
