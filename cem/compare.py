@@ -17,7 +17,6 @@ Examples:
 
   python -m cem.compare --quick                        a few minutes
   python -m cem.compare --quick --noise-stds 0.1 0.3   two levels of noise
-  python -m cem.compare --quick --adapter 0 2          two clients
   python -m cem.compare --quick --report-only          from what is there
 
 Options of the training hold for all runs. Those of the attack begin with --attack.

@@ -101,7 +101,7 @@ def _train(argv: Sequence[str]) -> int:
     print(f"training time  {seconds:.0f} s, of which surrogate {surrogate_seconds:.0f} s")
     if parameters := summary.get("client_parameters"):
         work, sent = f"{summary['client_multiply_adds'] / 1e6:.3g}", summary["sent_bytes"]
-        print(f"client         {parameters:,} parameters; {work} million multiply-adds and {sent:,} bytes an image")
+        print(f"client         {parameters:,} parameters; an image: {work} M multiply-adds, {sent:,} bytes sent")
     print(f"results        {where}")
     print(f"               curves.png and tsne.png there, or: tensorboard --logdir {where}")
     print(f"next           python -m cem.attack {where}")

@@ -14,8 +14,8 @@ def priced(rows: Sequence[Row]) -> list[tuple[Row, Priced]]:
     for row in rows:
         costs, accuracy, mse = row.figures["client_multiply_adds"], row.accuracy, row.mse
         if row.finished and costs and accuracy and mse:
-            client = ", ".join(row.setting.client.parts) or "defaults"
-            found.append((row, Priced(row.setting.method, client, costs.mean, mse.mean, accuracy.mean)))
+            setting = row.setting
+            found.append((row, Priced(setting.method, str(setting.client), costs.mean, mse.mean, accuracy.mean)))
     return found
 
 

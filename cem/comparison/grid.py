@@ -45,6 +45,9 @@ class Client:
         given = ((name, getattr(self, name)) for name in OF_CLIENT if getattr(self, name) != getattr(default, name))
         return [f"{name.removesuffix('_layer')} {value}" for name, value in given]
 
+    def __str__(self) -> str:
+        return ", ".join(self.parts) or "defaults"
+
 
 @dataclass(frozen=True, order=True)
 class Setting:

@@ -120,12 +120,12 @@ def _knowledge_section(rows: Sequence[Row], knowledge: str) -> Section:
 
 def _tradeoff_section(results: Sequence[RunResult], out: Path) -> Section:
     section = Section("Trade-off")
-    points = []
+    points, several = [], len({result.run.setting.client for result in results}) > 1
     for result in results:
         setting, mse, accuracy = result.run.setting, result.figures["worst_mse"], result.figures["test_accuracy"]
         if result.status == "finished" and mse is not None and accuracy is not None:
-            method = ", ".join([setting.method, *setting.client.parts])
-            points.append(Point(method, setting.lambd, setting.noise_std, mse, accuracy))
+            client = str(setting.client) if several else ""
+            points.append(Point(setting.method, setting.lambd, setting.noise_std, mse, accuracy, client))
     if not points:
         return section
     controls = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cem.models.split import ImageShape, SplitModel, blank_image, dry_run
 
@@ -24,6 +23,8 @@ def client_budget(model: SplitModel, image_shape: ImageShape) -> dict[str, int]:
         ``client_parameters``; ``client_multiply_adds`` of an image, those of convolutions and matrix products, as
         PyTorch's ``FlopCounterMode`` counts them; ``sent_bytes`` of an image, at four bytes a feature.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # only here: it brings Triton, half a second
+
     with FlopCounterMode(display=False) as counter:
         dry_run(model.encoder, blank_image(model.encoder, image_shape))
     parameters = sum(each.numel() for each in model.encoder.parameters())

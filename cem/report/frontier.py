@@ -66,7 +66,8 @@ def draw_frontier(settings: Sequence[Priced], least: float, path: Path) -> None:
         place = (each.multiply_adds / 1e6, each.mse)
         axes.annotate(drawn(client), place, (0, 7), textcoords="offset points", ha="center", fontsize=8, zorder=5)
     entries.append((f"at least {100 * least:.1f} % accurate", Line2D([], [], color="0.4", lw=0, marker="o", ms=6)))
-    entries.append(("less", Line2D([], [], color="0.4", lw=0, marker="o", ms=6, alpha=0.25)))
+    if len(enough) < len(settings):
+        entries.append(("less", Line2D([], [], color="0.4", lw=0, marker="o", ms=6, alpha=0.25)))
     costs = [each.multiply_adds / 1e6 for each in settings]
     logarithmic(axes, min(costs) / ROOM, max(costs) * ROOM)
     axes.margins(y=0.15)

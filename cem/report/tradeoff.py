@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +27,7 @@ class Point:
         noise_std: σ of the noise: has a marker.
         mse: of the worst attack on unseen images.
         accuracy: on the test set, in [0, 1].
+        client: what computes the features, in words; empty where all have the same.
     """
 
     method: str
@@ -33,14 +35,15 @@ class Point:
     noise_std: float
     mse: float
     accuracy: float
+    client: str = ""
 
 
 def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: Path) -> None:
     """Draw accuracy over the error of the worst attack; up and to the right is better.
 
     Every run has a full marker, every setting a hollow one at its mean. Solid lines join the settings of one
-    method and λ by their noise: that of the control is what noise alone buys. Dashed lines join those of one method
-    and noise by λ. The axes follow the runs: a control that lies beyond them is named, and not drawn.
+    method, client and λ by their noise: that of the control is what noise alone buys. Dashed lines join those of one
+    method, client and noise by λ. The axes follow the runs: a control that lies beyond them is named, and not drawn.
 
     Args:
         points: one a run; methods are colored in the order in which they come, and numbered where there are
@@ -64,24 +67,24 @@ def draw_tradeoff(points: Sequence[Point], controls: Mapping[str, float], path: 
         color = COLORS[index % len(COLORS)]
         # Where colors do not suffice, numbers tell methods apart.
         number = f"{index + 1} " if len(methods) > len(COLORS) else ""
-        settings: dict[tuple[float, float], list[Point]] = {}
+        settings: dict[tuple[str, float, float], list[Point]] = {}
         for point in points:
             if point.method == method:
-                settings.setdefault((point.lambd, point.noise_std), []).append(point)
-        lambds = sorted({lambd for lambd, _ in settings})
+                settings.setdefault((point.client, point.lambd, point.noise_std), []).append(point)
+        clients, lambds = dict.fromkeys(key[0] for key in settings), sorted({key[1] for key in settings})
         means = {}
-        for (lambd, noise), runs in settings.items():
+        for (client, lambd, noise), runs in settings.items():
             x, y = [run.mse for run in runs], [100 * run.accuracy for run in runs]
-            mean = means[lambd, noise] = fmean(x), fmean(y)
+            mean = means[client, lambd, noise] = fmean(x), fmean(y)
             axes.scatter(*mean, marker=markers[noise], s=130, facecolors="white", edgecolors=color, lw=1.5, zorder=3)
             axes.scatter(x, y, marker=markers[noise], s=20, color=color, alpha=0.7, linewidths=0, zorder=4)
-            text = number + (f"λ {lambd:g}" if len(lambds) > 1 else "")
+            text = number + ", ".join(filter(None, (f"λ {lambd:g}" if len(lambds) > 1 else "", drawn(client))))
             axes.annotate(text, mean, (8, 6), textcoords="offset points", fontsize=8, color=color, zorder=5)
-        for lambd in lambds:
-            joined = [means[lambd, noise] for noise in noises if (lambd, noise) in means]
+        for client, lambd in product(clients, lambds):
+            joined = [means[client, lambd, noise] for noise in noises if (client, lambd, noise) in means]
             axes.plot(*zip(*joined, strict=True), color=color, lw=1.5, zorder=2)
-        for noise in noises:
-            joined = [means[lambd, noise] for lambd in lambds if (lambd, noise) in means]
+        for client, noise in product(clients, noises):
+            joined = [means[client, lambd, noise] for lambd in lambds if (client, lambd, noise) in means]
             if len(joined) > 1:
                 dashed = True
                 axes.plot(*zip(*joined, strict=True), color=color, lw=1.2, ls=(0, (4, 3)), zorder=2)

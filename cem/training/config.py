@@ -54,7 +54,7 @@ class TrainConfig(Composed):
         cut_layer: Stages of the network that the client keeps, counted from the image; the server has the rest, and
             features z cross the cut.
         adapter: Residual 3x3 convolutions, with batch normalization and ReLU, that the client has between cut and
-            bottleneck: the more it can compute, the less a penalty costs. The server has no share in them.
+            bottleneck, so that the encoder can follow a penalty. The server has nothing in their place.
         bottleneck: Narrow layer at the cut, or none. [noRELU_][Kk]CcSs is a convolution of kernel k to c channels with
             stride s, mirrored on the server. Narrow features are harder to invert.
         centralized: Train the same network in one piece: no cut, so no adapter, no bottleneck and no defenses, but the

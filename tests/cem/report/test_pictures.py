@@ -178,6 +178,14 @@ def test_tradeoff_has_a_mark_a_run_and_a_hollow_one_at_the_mean_of_a_setting(pat
     np.testing.assert_allclose(runs.get_offsets(), [[0.02, 90], [0.04, 90]])
 
 
+def test_tradeoff_joins_no_settings_of_two_clients_and_names_both(path, figures):
+    found = [replace(point(noise_std=noise), client=client) for noise in (0.1, 0.2) for client in ("cut 2", "cut 4")]
+    draw_tradeoff(found, {}, path)
+    (axes,) = figures[0].axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [2, 2]
+    assert {text.get_text() for text in axes.texts} == {"cut 2", "cut 4"}
+
+
 @pytest.mark.parametrize(("methods", "numbers"), [(7, set()), (8, set("12345678"))])
 def test_tradeoff_numbers_methods_that_colors_cannot_tell_apart(path, figures, methods, numbers):
     draw_tradeoff([replace(point(), method=f"s{index}") for index in range(methods)], {}, path)
