@@ -122,9 +122,9 @@ class Decoder(Attack["Decoder.Options"]):
             guesses[name] = {each: decode(fit.network, sent) for each, sent in target.sent.items()}
             facts.append(_facts(name, fit))
             progress.log.info(
-                f"{name}: validation MSE {fit.cycles[-1]:.5f} after {len(fit.curve)} epochs; {_state(fit, options)}"
+                f"{name}: validation MSE {fit.val_mse:.5f} after {len(fit.curve)} epochs; {_state(fit, options)}"
             )
-        best = min(fitted, key=lambda each: fitted[each].cycles[-1])
+        best = min(fitted, key=lambda each: fitted[each].val_mse)
         network, note = fitted[best].network, _state(fitted[best], options)
         return Record(
             guesses,
@@ -177,10 +177,11 @@ def _slug(name: str) -> str:
 def _facts(name: str, fit: Fitted) -> dict[str, Any]:
     return {
         "name": name,
-        "parameters": sum(parameter.numel() for parameter in fit.network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in fit.network.members[0].parameters()),
+        "averaged": len(fit.network.members),
         "epochs": len(fit.curve),
         "best_epoch": fit.best_epoch,
-        "val_mse": fit.cycles[-1],
+        "val_mse": fit.val_mse,
         "converged": fit.converged,
         "gains": fit.gains,
         "extrapolated_gain": fit.extrapolated_gain,

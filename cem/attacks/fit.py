@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cem.attacks.base import Own, Progress
 from cem.attacks.losses import LOSSES
+from cem.attacks.networks import Average
 from cem.attacks.observe import clean_features, defended, observe
 from cem.data import ImageSet, make_loader
 from cem.errors import DivergedError
@@ -23,17 +24,17 @@ from cem.training.evaluation import eval_mode, isolated_random
 
 BATCH = 500  # images, where nothing is learned
 FIRST_STEPS = 500  # of a first cycle, about
+MOST_AVERAGED = 3  # networks whose answers are averaged
 MOST_HOPE = 0.9
 """At most, what a cycle is taken to gain relative to the cycle before it, in extrapolation."""
 
 _KEPT = {
     "network": dict,
-    "best": dict,
+    "snapshots": ({"epoch": int, "val_mse": float, "state": dict}, ...),
     "optimizer": dict,
     "random": dict,
     "curve": ({str: float}, ...),
     "cycles": (float, ...),
-    "best_epoch": int,
     "seconds": float,
 }
 
@@ -89,7 +90,8 @@ class Fitted:
     """What came of a training.
 
     Attributes:
-        network: with the weights of ``best_epoch``, in evaluation mode.
+        network: the average of the best networks of some cycles, in evaluation mode; of ``best_epoch`` the first.
+        val_mse: its validation MSE.
         curve: per epoch ``epoch``, ``lr`` (of its last step), ``train_loss`` and ``val_mse``.
         cycles: the smallest ``val_mse`` until the end of each cycle.
         best_epoch: with the smallest ``val_mse``, from 1.
@@ -97,7 +99,8 @@ class Fitted:
         seconds: of training and validation.
     """
 
-    network: nn.Module
+    network: Average
+    val_mse: float
     curve: list[dict[str, float]]
     cycles: list[float]
     best_epoch: int
@@ -138,6 +141,9 @@ def fit_network(
 ) -> Fitted:
     """Train ``network`` to invert what crosses the cut of ``model``, and keep it after every cycle.
 
+    What comes of it is the average of the best networks of one, two or three cycles, as many as do best on validation
+    images: cycles end in different minima, and what those get wrong differs (Huang et al., "Snapshot Ensembles", 2017).
+
     Every pass sees new draws of the defense. Where an earlier call was cut off, or had a smaller bound, training goes
     on after its last whole cycle, to the numbers of a call that was never cut off.
 
@@ -167,13 +173,12 @@ def fit_network(
     )
     network = network.to(memory_format=torch.channels_last)  # a quarter faster on processors, more under autocast
     optimizer = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
-    lengths, curve, cycles, best = schedule.cycles(), [], [], {}
-    best_epoch, best_mse, before = 0, math.inf, 0.0
+    lengths, curve, cycles, before = schedule.cycles(), [], [], 0.0
+    snapshots: list[dict[str, Any]] = []  # the smallest error first
     with isolated_random(seed, device):
         kept = progress.kept(name, _KEPT)
         if kept is not None and sum(lengths[: len(kept["cycles"])]) == len(kept["curve"]):
-            curve, cycles, best = kept["curve"], kept["cycles"], kept["best"]
-            best_epoch, best_mse, before = kept["best_epoch"], cycles[-1], kept["seconds"]
+            curve, cycles, snapshots, before = kept["curve"], kept["cycles"], kept["snapshots"], kept["seconds"]
             network.load_state_dict(kept["network"])
             optimizer.load_state_dict(kept["optimizer"])
             _restore(kept["random"], batches.generator, device)
@@ -181,6 +186,7 @@ def fit_network(
         for length in lengths[len(cycles) :]:
             if _converged(cycles, schedule):
                 break
+            best: dict[str, Any] = {}
             for number in range(length):
                 rates = _cosine(schedule, length * len(batches), number * len(batches))
                 train_loss, lr = _epoch(view, network, loss, batches, optimizer, rates, schedule.amp, len(curve) + 1)
@@ -191,17 +197,35 @@ def fit_network(
                     )
                 curve.append({"epoch": len(curve) + 1, "lr": lr, "train_loss": train_loss, "val_mse": val_mse})
                 report(len(curve))
-                if val_mse < best_mse:
-                    best_mse, best_epoch, best = val_mse, len(curve), copy.deepcopy(network.state_dict())
-            cycles.append(best_mse)
+                if not best or val_mse < best["val_mse"]:
+                    state = copy.deepcopy(network.state_dict())
+                    best = {"epoch": len(curve), "val_mse": val_mse, "state": state}
+            snapshots = sorted([*snapshots, best], key=lambda each: each["val_mse"])[:MOST_AVERAGED]
+            cycles.append(snapshots[0]["val_mse"])
             seconds = before + time.perf_counter() - began
-            state = {"network": network.state_dict(), "best": best, "optimizer": optimizer.state_dict()}
-            state["random"] = _random_state(batches.generator, device)
-            facts = {"curve": curve, "cycles": cycles, "best_epoch": best_epoch, "seconds": seconds}
-            progress.keep(name, {**state, **facts})
-    network.load_state_dict(best)
+            going_on = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            going_on["random"] = _random_state(batches.generator, device)
+            facts = {"curve": curve, "cycles": cycles, "snapshots": snapshots, "seconds": seconds}
+            progress.keep(name, {**going_on, **facts})
+    average, val_mse = _average(network, [each["state"] for each in snapshots], val_sent, own.val, loss)
     converged = None if schedule.tolerance is None else _converged(cycles, schedule)
-    return Fitted(network.eval(), curve, cycles, best_epoch, converged, before + time.perf_counter() - began)
+    seconds = before + time.perf_counter() - began
+    return Fitted(average, val_mse, curve, cycles, snapshots[0]["epoch"], converged, seconds)
+
+
+def _average(
+    network: nn.Module, states: list[dict[str, Any]], sent: Tensor, images: ImageSet, loss: str
+) -> tuple[Average, float]:
+    """Of the averages of the first networks with these ``states``, the one that does best, and its MSE."""
+    members, scores, pixels = [], [], images.images.float() / 255
+    total = torch.zeros_like(pixels)
+    for number, state in enumerate(states, start=1):
+        members.append(copy.deepcopy(network))
+        members[-1].load_state_dict(state)
+        total += decode(members[-1], sent)
+        scores.append((LOSSES[loss](total / number, pixels).item(), F.mse_loss(total / number, pixels).item()))
+    best = min(range(len(scores)), key=lambda number: scores[number][0])
+    return Average(members[: best + 1]).eval(), scores[best][1]
 
 
 def _converged(cycles: list[float], schedule: Schedule) -> bool:

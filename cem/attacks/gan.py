@@ -15,7 +15,7 @@ from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, second
 from cem.attacks.decoder import Decoder
 from cem.attacks.fit import decode
 from cem.attacks.metrics import ssim, ssim_window
-from cem.attacks.networks import build_network
+from cem.attacks.networks import Average, build_network
 from cem.attacks.observe import clean_features, defended
 from cem.data import make_loader
 from cem.errors import DivergedError, UsageError
@@ -89,6 +89,8 @@ class Gan(Attack["Gan.Options"]):
         """See :class:`Attack`."""
         decoder = progress.earlier[Decoder.name].network
         assert decoder is not None
+        if isinstance(decoder, Average):
+            decoder = decoder.members[0]
         with isolated_random(target.seed, target.device):
             game = _Game(copy.deepcopy(decoder), target.image_shape, options)
         curve = [{"epoch": 0, **game.validated(target, own)}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +52,22 @@ def build_network(name: str, feature_shape: tuple[int, ...], image_shape: ImageS
     # last resizing is lost.
     doublings = max(0, *(math.ceil(math.log2(image / own)) for image, own in zip(size, side, strict=True)))
     return _Decoder([*start, *body(channels_in, blocks, channels, doublings, colors)], size)
+
+
+class Average(nn.Module):
+    """The mean of what networks of one shape answer.
+
+    Args:
+        members: the best one first.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, z: Tensor) -> Tensor:
+        answers = [member(z) for member in self.members]
+        return answers[0] if len(answers) == 1 else sum(answers[1:], answers[0]) / len(answers)
 
 
 def parse_network(name: str) -> tuple[int, int, Callable[..., list[nn.Module]]]:

@@ -153,7 +153,7 @@ def test_scores_are_those_of_the_networks_that_are_kept(attacked):
     run, result = AttackRun(attacked / "none", TINY), result_of(attacked / "none")
     content = checkpoint.load(attacked / "none" / "attack" / "decoder-deconvC4.pt")
     network = build_network("deconvC4", run.target.model.feature_shape, run.target.image_shape)
-    network.to(memory_format=torch.channels_last).load_state_dict(content["best"])
+    network.to(memory_format=torch.channels_last).load_state_dict(content["snapshots"][0]["state"])
     scores = judged(decode(network, run._exposed.sent[UNSEEN]), run.target.judged[UNSEEN][1])
     assert scores == result["attacks"]["decoder"]["candidates"]["deconvC4"]["metrics"]
 

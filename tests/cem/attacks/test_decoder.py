@@ -1,10 +1,10 @@
 """Options of decoders, and what is said of one that had not converged."""
 
 import pytest
-import torch
 
 from cem.attacks.decoder import Decoder, _state
 from cem.attacks.fit import PUBLISHED, Fitted
+from cem.attacks.networks import Average
 from cem.errors import UsageError
 
 
@@ -43,4 +43,4 @@ def test_the_first_cycle_follows_the_images_unless_it_is_given_and_the_published
     ],
 )  # fmt: skip
 def test_a_network_that_had_not_converged_says_what_would_help_and_how_much(converged, cycles, said):
-    assert _state(Fitted(torch.nn.Identity(), [], cycles, 1, converged, 0.0), Decoder.Options()) == said
+    assert _state(Fitted(Average([]), 0.0, [], cycles, 1, converged, 0.0), Decoder.Options()) == said

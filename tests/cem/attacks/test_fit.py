@@ -1,6 +1,7 @@
 """Training and scoring of a decoder: what it sees, when it stops, and that it repeats."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cem.attacks import fit
 from cem.attacks.base import Own, Progress
 from cem.attacks.fit import Fitted, Schedule
 from cem.attacks.losses import LOSSES
-from cem.attacks.networks import build_network
+from cem.attacks.networks import Average, build_network
 from cem.attacks.observe import clean_features, defended, observe
 from cem.attacks.splits import attack_splits, identities
 from cem.data import ImageSet, load_data
@@ -97,6 +98,28 @@ def test_weights_of_the_best_epoch_are_kept(fitted, monkeypatch):
     torch.testing.assert_close(next(found.network.parameters()), seen[1], rtol=0, atol=0)
     assert not torch.equal(seen[1], seen[2])
     assert not found.network.training
+
+
+class Gray(torch.nn.Module):
+    """Answers one gray level for all pixels."""
+
+    def __init__(self, level):
+        super().__init__()
+        self.level = torch.nn.Parameter(torch.tensor(level))
+
+    def forward(self, z):
+        return self.level.expand(len(z), 1, 8, 8)
+
+
+@pytest.mark.parametrize(("levels", "averaged"), [([0.6, 0.4, 0.9], 2), ([0.5, 0.3, 0.1], 1), ([0.7, 0.7, 0.1], 3)])
+def test_answers_of_as_many_snapshots_are_averaged_as_do_best_on_validation_images(own, levels, averaged):
+    images = replace(own.val, images=torch.full_like(own.val.images, 128))
+    states = [Gray(level).state_dict() for level in levels]
+    average, mse = fit._average(Gray(0.0), states, torch.zeros(64, 2), images, "mse")
+    assert len(average.members) == averaged
+    mean = sum(levels[:averaged]) / averaged
+    torch.testing.assert_close(average(torch.zeros(3, 2)), torch.full((3, 1, 8, 8), mean))
+    assert mse == pytest.approx((mean - 128 / 255) ** 2, abs=1e-8)
 
 
 def test_only_the_attackers_own_images_are_read(fitted, own, monkeypatch):
@@ -197,7 +220,7 @@ def test_a_first_cycle_has_some_five_hundred_steps_but_at_most_five_passes(image
     ],
 )
 def test_what_more_cycles_might_gain_is_extrapolated_from_the_last_two(cycles, gain):
-    found = Fitted(torch.nn.Identity(), [], cycles, 1, False, 0.0).extrapolated_gain
+    found = Fitted(Average([]), 0.0, [], cycles, 1, False, 0.0).extrapolated_gain
     assert found == (None if gain is None else pytest.approx(gain))
 
 

@@ -13,7 +13,7 @@ from cem.attacks.base import UNSEEN, VAL, Record
 from cem.attacks.config import AttackConfig
 from cem.attacks.fit import decode
 from cem.attacks.gan import Gan, _Game
-from cem.attacks.networks import build_network
+from cem.attacks.networks import Average, build_network
 from cem.errors import DivergedError, UsageError
 
 OPTIONS = Gan.Options(epochs=3, critic_steps=2, batch_size=16)
@@ -34,10 +34,11 @@ def curve_of(record):
     return record.facts["curves"][0]["curve"]
 
 
-def test_it_starts_from_the_decoder_and_leaves_that_as_it_is(tmp_path):
+@pytest.mark.parametrize("others", [0, 1])
+def test_it_starts_from_the_best_network_of_the_decoder_and_leaves_that_as_it_is(tmp_path, others):
     decoder, target = a_decoder(), scene()[0]
     before = copy.deepcopy(decoder.state_dict())
-    record = attack(tmp_path, decoder=decoder)
+    record = attack(tmp_path, decoder=Average([decoder, *[torch.nn.Identity()] * others]))
     assert all(torch.equal(before[name], value) for name, value in decoder.state_dict().items())
     truth = scene()[1].val.images.float() / 255
     assert curve_of(record)[0]["val_mse"] == pytest.approx((decode(decoder, target.sent[VAL]) - truth).square().mean())
