@@ -9,17 +9,20 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cem.attacks.base import VAL, Attack, Exposed, Own, Progress, Record, seconds_of
 from cem.attacks.decoder import Decoder
+from cem.attacks.networks import Average
 from cem.data import ImageSet
 from cem.options import Options as BaseOptions
 from cem.options import option
 from cem.training.evaluation import isolated_random
 
-WEIGHTS = {"decoder": (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.0), "mean image": (10.0, 3.0, 1.0, 0.3, 0.1)}
-"""By start, weights of the prior that are tried. At 1, pixels as far from the decoder's answer as usual cost half a nat
+NEAR = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.0)
+SMOOTH = (10.0, 3.0, 1.0, 0.3, 0.1)
+WEIGHTS = {"decoder": NEAR, "its best network": NEAR, "mean image": SMOOTH}
+"""By start, weights of the prior that are tried. At 1, pixels as far from a network's answer as usual cost half a nat
 each, pixels as unlike their neighbors as usual a nat."""
 
 SEARCH_IMAGES = 64  # of the attacker's validation images
@@ -113,11 +116,11 @@ def descend(
 class WhiteBox(Attack["WhiteBox.Options"]):
     """Searches for pixels ``x`` in [0, 1] that minimize ``−log p(sent | x)`` and a prior of what images are like.
 
-    From the best decoder's answer ``D``, the prior is ``w · Σ (x − D)² / 2s²``, where ``s²`` is the decoder's mean
-    squared error in that pixel on validation images; at ``w = ∞`` nothing is searched and the answer stays. From the
-    mean image it is ``w · TV(x) / b``, where ``b`` is the total variation of a pixel of the attacker's images (He et
-    al., "Model Inversion Attacks Against Collaborative Inference", ACSAC 2019: their rMLE). Start and weight with the
-    smallest MSE on validation images are taken.
+    From the best decoder's answer ``D``, and from that of the best of the networks that it averages, the prior is
+    ``w · Σ (x − D)² / 2s²``, where ``s²`` is the mean squared error of ``D`` in that pixel on validation images; at
+    ``w = ∞`` nothing is searched and the answer stays. From the mean image it is ``w · TV(x) / b``, where ``b`` is the
+    total variation of a pixel of the attacker's images (He et al., "Model Inversion Attacks Against Collaborative
+    Inference", ACSAC 2019: their rMLE). Start and weight with the smallest MSE on validation images are taken.
 
     A failure says little: the search follows gradients, and an encoder that has saturated has none.
     """
@@ -173,14 +176,13 @@ class _Search:
         self.mean = known.mean(0).to(target.device)
         self.variation = max(total_variation(known).mean().item() / self.mean.numel(), TINY)
         self.energy = surprise(target, max(0.1 * self.sent.var(0, correction=0).mean().sqrt().item(), TINY))
-        self.weights, self.decoder, self.error = dict(WEIGHTS), None, torch.zeros(())
-        if Decoder.name in progress.earlier:
-            self.decoder = progress.earlier[Decoder.name].network
-            answers = [self._start("decoder", part.to(target.device)).cpu() for part in target.sent[VAL].split(BATCH)]
+        self.networks = _networks(progress)
+        self.errors: dict[str, Tensor] = {}
+        for start in self.networks:
+            answers = [self._start(start, part.to(target.device)).cpu() for part in target.sent[VAL].split(BATCH)]
             errors = (torch.cat(answers) - _pixels(own.val, len(own.val))).square().mean(0)
-            self.error = errors.clamp(min=max(0.01 * errors.mean().item(), TINY)).to(target.device)
-        else:
-            del self.weights["decoder"]
+            self.errors[start] = errors.clamp(min=max(0.01 * errors.mean().item(), TINY)).to(target.device)
+        self.weights = {start: each for start, each in WEIGHTS.items() if start in self.networks or each is SMOOTH}
         self.done, self.work = 0, _work(target, self.weights, steps)
 
     def choose(self) -> dict[str, Any]:
@@ -235,24 +237,37 @@ class _Search:
                 return begin.cpu()
 
             def energy(x: Tensor) -> Tensor:
-                if start == "decoder":
-                    prior = ((x - begin).square() / (2 * self.error)).flatten(1).sum(1)
+                if start in self.errors:
+                    prior = ((x - begin).square() / (2 * self.errors[start])).flatten(1).sum(1)
                 else:
                     prior = total_variation(x) / self.variation
                 return self.energy(x, sent) + weight * prior
 
-            lr = self.error.mean().sqrt().item() if start == "decoder" else LARGE
+            lr = self.errors[start].mean().sqrt().item() if start in self.errors else LARGE
             return descend(energy, begin, steps, lr, after).cpu()
 
     @torch.no_grad()
     def _start(self, start: str, sent: Tensor) -> Tensor:
-        if start == "decoder":
-            assert self.decoder is not None
-            return self.decoder(sent).clamp(0, 1)
+        if start in self.networks:
+            return self.networks[start](sent).clamp(0, 1)
         return self.mean.repeat(len(sent), 1, 1, 1)
 
     def _mse(self, found: Tensor) -> float:
         return (found - self.images).square().mean().item()
+
+
+def _networks(progress: Progress) -> dict[str, nn.Module]:
+    """By start, what gives it: where the decoder is an average of several networks, also the best of them.
+
+    An average has the smaller error, and yet not always the better prior.
+    """
+    earlier = progress.earlier.get(Decoder.name)
+    if earlier is None or earlier.network is None:
+        return {}
+    starts = {"decoder": earlier.network}
+    if isinstance(earlier.network, Average) and len(earlier.network.members) > 1:
+        starts["its best network"] = earlier.network.members[0]
+    return starts
 
 
 def _pixels(images: ImageSet, count: int) -> Tensor:

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from cem.attacks import white_box
 from cem.attacks.base import UNSEEN, VAL, Exposed, Own, Progress, Record
+from cem.attacks.networks import Average
 from cem.attacks.white_box import WhiteBox, descend, surprise, total_variation
 from cem.data import ImageSet
 from cem.data.synthetic import make_test_images
@@ -41,7 +44,9 @@ def answers(target, images, off):
     """A decoder that knows every image, and answers with an error of ``off`` in each pixel."""
     known, sent = torch.cat([pixels(each) for each in images]), torch.cat([*target.sent.values()]).flatten(1)
     known = known + off * torch.randn(known.shape, generator=torch.Generator().manual_seed(3))
-    return lambda z: known[torch.cdist(z.flatten(1), sent).argmin(1)]
+    network = nn.Module()
+    network.forward = lambda z: known[torch.cdist(z.flatten(1), sent).argmin(1)]
+    return network
 
 
 def a_case(model=None, queries=1, unseen=1):
@@ -54,8 +59,11 @@ def a_case(model=None, queries=1, unseen=1):
 
 
 def attack(case, folder, off=None, steps=40, show=lambda done, what: None):
+    """By a decoder, or with several in ``off`` by the average of such, the best one first."""
     target, own, judged = case
-    earlier = {} if off is None else {"decoder": Record({}, {}, answers(target, (own.val, judged), off))}
+    decoders = [answers(target, (own.val, judged), each) for each in (off if isinstance(off, list) else [off]) if each]
+    decoder = Average(decoders) if len(decoders) > 1 else [*decoders, None][0]
+    earlier = {} if decoder is None else {"decoder": Record({}, {}, decoder)}
     folder.mkdir(exist_ok=True)
     progress = Progress(logging.getLogger("test"), folder, {}, earlier, show)
     return WhiteBox().run(target, own, WhiteBox.Options(steps=steps), progress)
@@ -147,13 +155,15 @@ def test_a_decoder_that_can_is_bettered_with_a_weight_that_fits_its_error_and_th
     assert weights[0] < weights[1]
 
 
-def test_all_weights_are_tried_briefly_and_the_best_of_each_start_with_all_steps(tmp_path):
-    record = attack(a_case(), tmp_path, off=0.1)
-    grid, starts = record.facts["grid"], white_box.WEIGHTS
+@pytest.mark.parametrize(("off", "left_out"), [(0.1, ["its best network"]), ([0.1, 0.2], [])])
+def test_all_weights_are_tried_briefly_and_the_best_of_each_start_with_all_steps(tmp_path, off, left_out):
+    record = attack(a_case(), tmp_path, off=off)
+    grid = record.facts["grid"]
+    starts = {start: weights for start, weights in white_box.WEIGHTS.items() if start not in left_out}
     brief = [(row["start"], row["weight"]) for row in grid if row["steps"] == 10]
     assert brief == [(start, weight) for start in starts for weight in starts[start] if math.isfinite(weight)]
     whole = [row for row in grid if row["steps"] in (0, 40)]
-    assert [row["start"] for row in whole] == ["decoder"] * 3 + ["mean image"] * 2
+    assert Counter(row["start"] for row in whole) == {start: 2 if start == "mean image" else 3 for start in starts}
     best = min(whole, key=lambda row: row["mse"])
     assert (best["start"], best["weight"]) == (record.facts["start"], record.facts["weight"])
     assert mse(found(record, VAL), a_case()[1].val) == pytest.approx(best["mse"])
@@ -205,5 +215,5 @@ def test_what_a_defense_drew_cannot_be_drawn_again(tmp_path, monkeypatch):
 def test_it_takes_at_most_what_was_forecast_in_steps(monkeypatch):
     monkeypatch.setattr(white_box, "seconds_of", lambda step: 3 * 8)  # a second for an image and step
     target, own, _ = a_case()
-    tried = sum(map(math.isfinite, [*white_box.WEIGHTS["decoder"], *white_box.WEIGHTS["mean image"]]))
-    assert WhiteBox().forecast(target, own, WhiteBox.Options(steps=40)) == 8 * (tried * 10 + 4 * 40) + 8 * 40
+    tried = sum(map(math.isfinite, chain(*white_box.WEIGHTS.values())))
+    assert WhiteBox().forecast(target, own, WhiteBox.Options(steps=40)) == 8 * (tried * 10 + 6 * 40) + 8 * 40
