@@ -43,7 +43,7 @@ ATTACK = "--attacks decoder --decoder.networks=deconvC4 --decoder.cycle-epochs=1
 ON_COMPARE = "--config compare/compare.yaml --out compare"
 INIT = "--cut-layer 2 --init-from run"
 MNIST, FOLDER = "--data mnist --data-root mnist", "--data folder --data-root pets"
-ONE = "compare/none-noise0.3-seed0"
+ONE = "compare/none-cut2-noise0.3-seed0"
 LONG, HUGE = "x" * 300, "1" + "0" * 12
 
 
@@ -96,7 +96,7 @@ YAML = [
     ("--config a.yaml", "a.yaml … mixture, which is not chosen", file("a.yaml", "mixture: {clusters: 2}\n")),
     ("--config a.yaml", "a.yaml", file("a.yaml", "!!python/object/apply:os.system [touch harm]\n")),
     ("--config a.yaml", "a.yaml", file("a.yaml", "[" * 5000)),
-    ("--config compare/compare.yaml", "compare/compare.yaml … no option surrogates; did you mean surrogate?"),
+    ("--config compare/compare.yaml", "compare/compare.yaml: --cut-layer takes a whole number, got [2]"),
 ]
 DATA = [
     ("--data mnist --data-root mnist", "train-images-idx3-ubyte … mnist", file("mnist/")),
@@ -221,7 +221,7 @@ def home(trained, run, tmp_path_factory):
     assert run(attack, [str(path / "run"), *ATTACK.split(), "--device=cpu"]).code == 0
     shutil.copytree(path / "run", path / "begun", ignore=shutil.ignore_patterns("summary.json", "attack"))
     shutil.copytree(path / "run", path / ONE)
-    grid = GridOptions(surrogates=("none",), seeds=(0,))
+    grid = GridOptions(surrogates=("none",), seeds=(0,), cut_layer=(2,))
     comparison = Comparison(
         grid, TrainConfig.from_yaml(path / "run/config.yaml"), AttackConfig.from_yaml(path / "run/attack/config.yaml")
     )
