@@ -73,5 +73,5 @@ def test_they_are_compared_under_their_own_name(tmp_path, run):
     assert run(compare, grid, tmp_path / "out").code == 0
     with open(tmp_path / "out" / "table.csv", newline="") as file:
         assert [(row["method"], row["status"]) for row in csv.DictReader(file)] == [("brightness", "finished")]
-    config = yaml.safe_load((tmp_path / "out" / "brightness-lambd0.5-noise0.3-seed0" / "config.yaml").read_text())
+    config = yaml.safe_load((tmp_path / "out" / "brightness-lambd0.5-cut1-noise0.3-seed0" / "config.yaml").read_text())
     assert config["brightness"] == {"decay": 0.8}
