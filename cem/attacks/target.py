@@ -113,19 +113,11 @@ class Target:
     def facts(self) -> dict[str, Any]:
         """What tells this run from others, as plain values; ``None`` for what a network in one piece does not have."""
         names = (
-            "data",
-            "arch",
-            "centralized",
-            "cut_layer",
-            "adapter",
-            "bottleneck",
-            "surrogate",
-            "lambd",
-            "noise_std",
-            "defenses",
+            *("data", "arch", "centralized", "cut_layer", "adapter", "bottleneck", "surrogate", "lambd"),
+            *("noise_std", "defenses", "seed", "epochs", "train_size"),
         )
         options = self.config.to_dict()
-        facts = {name: options[name] for name in (*names, "defenses", "seed", "epochs", "train_size")}
+        facts = {name: options[name] for name in names}
         if self.config.centralized:
             facts.update(cut_layer=None, adapter=None, bottleneck=None, noise_std=0.0)
         return {"name": self.run_dir.resolve().name, **facts, **self._summary}

@@ -20,8 +20,8 @@ from cem.options import option
 from cem.training.evaluation import isolated_random
 
 NEAR = (math.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.0)
-SMOOTH = (10.0, 3.0, 1.0, 0.3, 0.1)
-WEIGHTS = {"decoder": NEAR, "its best network": NEAR, "mean image": SMOOTH}
+MEAN = "mean image"
+WEIGHTS = {"decoder": NEAR, "its best network": NEAR, MEAN: (10.0, 3.0, 1.0, 0.3, 0.1)}
 """By start, weights of the prior that are tried. At 1, pixels as far from a network's answer as usual cost half a nat
 each, pixels as unlike their neighbors as usual a nat."""
 
@@ -182,7 +182,7 @@ class _Search:
             answers = [self._start(start, part.to(target.device)).cpu() for part in target.sent[VAL].split(BATCH)]
             errors = (torch.cat(answers) - _pixels(own.val, len(own.val))).square().mean(0)
             self.errors[start] = errors.clamp(min=max(0.01 * errors.mean().item(), TINY)).to(target.device)
-        self.weights = {start: each for start, each in WEIGHTS.items() if start in self.networks or each is SMOOTH}
+        self.weights = {start: each for start, each in WEIGHTS.items() if start in self.networks or start == MEAN}
         self.done, self.work = 0, _work(target, self.weights, steps)
 
     def choose(self) -> dict[str, Any]:

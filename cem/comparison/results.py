@@ -144,16 +144,8 @@ def write_table(results: Sequence[RunResult], path: Path) -> None:
     """Write one line a run in full precision; what was not measured is empty."""
     names, values = names_of(results), list(dict.fromkeys(name for result in results for name in result.values))
     header = [
-        "run",
-        "method",
-        "lambd",
-        "noise_std",
-        *OF_CLIENT,
-        "seed",
-        "status",
-        "reason",
-        "worst_attack",
-        "not_converged",
+        *("run", "method", "lambd", "noise_std", *OF_CLIENT, "seed"),
+        *("status", "reason", "worst_attack", "not_converged"),
     ]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)

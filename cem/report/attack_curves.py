@@ -17,7 +17,7 @@ def draw_attack_curves(attackers: Sequence[Mapping[str, Any]], controls: Mapping
 
     Args:
         attackers: as in ``attack.json``: ``name``, ``curve``, ``best_epoch``, ``converged``. A filled dot marks
-            the epoch that was kept, a hollow one the decoder that had not converged.
+            the best epoch, a hollow one that of a decoder that had not converged.
         controls: name → MSE of attackers who look at no features, as horizontal lines.
         path: the PNG to write.
 
