@@ -171,6 +171,11 @@ class Composed(Options):
         """Inverse of :meth:`to_dict`."""
         known = hints(cls)
         assert issubclass(cls, Composed)
+        families = [name for family in cls.families.values() for name in family]
+        for key, given in values.items():
+            # Before values are read: in a file of another command names mislead less than values do.
+            if key not in known and key not in families and not isinstance(given, Mapping):
+                raise UsageError(cls.stranger(str(key), ()))
         own: Any = super().from_dict({key: value for key, value in values.items() if key in known})
         chosen, members = own.chosen(), {}
         for key, given in values.items():

@@ -96,7 +96,7 @@ YAML = [
     ("--config a.yaml", "a.yaml … mixture, which is not chosen", file("a.yaml", "mixture: {clusters: 2}\n")),
     ("--config a.yaml", "a.yaml", file("a.yaml", "!!python/object/apply:os.system [touch harm]\n")),
     ("--config a.yaml", "a.yaml", file("a.yaml", "[" * 5000)),
-    ("--config compare/compare.yaml", "compare/compare.yaml: --cut-layer takes a whole number, got [2]"),
+    ("--config compare/compare.yaml", "compare/compare.yaml: there is no option surrogates"),
 ]
 DATA = [
     ("--data mnist --data-root mnist", "train-images-idx3-ubyte … mnist", file("mnist/")),
