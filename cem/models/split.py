@@ -29,8 +29,10 @@ _BUILDERS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
     "mobilenetv2": mobilenet_v2,
-    "convnet32": partial(convnet, 32),
-    "convnet64": partial(convnet, 64),
+    "convnet32": partial(convnet, 32, False),
+    "convnet64": partial(convnet, 64, False),
+    "convnet32_pool": partial(convnet, 32, True),
+    "convnet64_pool": partial(convnet, 64, True),
 }
 _SIGMOID = "_sgm"
 

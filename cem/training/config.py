@@ -50,7 +50,7 @@ class TrainConfig(Composed):
         augment: Crop and mirror training images at random; for cifar10, cifar100, svhn (crop only) and folder.
         num_workers: Processes that load images; 0 loads them in the training process.
         arch: Network to split: resnet20, resnet32, vgg11, vgg11_bn, vgg13, vgg13_bn, mobilenetv2,
-            convnet32 or convnet64. With _sgm appended, the encoder ends in a sigmoid.
+            convnet32, convnet64, convnet32_pool or convnet64_pool. With _sgm appended, the encoder ends in a sigmoid.
         cut_layer: Stages of the network that the client keeps, counted from the image; the server has the rest, and
             features z cross the cut.
         adapter: Residual 3x3 convolutions, with batch normalization and ReLU, that the client has between cut and

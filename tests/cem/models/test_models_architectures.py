@@ -61,6 +61,7 @@ def test_neither_the_place_of_the_cut_nor_centralizing_changes_the_network(arch)
         ("resnet20", (3, 32, 32), "none", (16, 32, 32)),
         ("mobilenetv2", (3, 64, 64), "none", (24, 16, 16)),
         ("convnet32", (1, 28, 28), "none", (128, 4, 4)),
+        ("convnet32_pool", (1, 28, 28), "none", (128, 3, 3)),
     ],
 )
 def test_features_after_four_stages(arch, image_shape, bottleneck, feature_shape):
