@@ -17,6 +17,7 @@ from cem.errors import UsageError
 from cem.options import Composed, differences, option, resolve_device
 from cem.surrogates import CONTROL, RECOMMENDED, SURROGATES
 from cem.terms import Family
+from cem.training.schedule import Shape
 from cem_kernels import backends
 
 PENALTY = "penalty"
@@ -75,9 +76,11 @@ class TrainConfig(Composed):
             small batches and networks, where the GPU waits for the host. Needs a CUDA device and --injection combined.
         noise_std: Standard deviation σ of the Gaussian noise on z, in training and in use; 0 for none.
         defenses: What is done to z or to training besides, in this order; or package.module:Class, one of yours.
-        epochs: Passes over the training set. The learning rate falls to a fifth after each quarter of them.
+        epochs: Passes over the training set.
         batch_size: Samples in a step.
-        lr: Learning rate of SGD in the first quarter.
+        lr: Learning rate of SGD at the beginning.
+        lr_schedule: How it falls. steps, the original's: to a fifth after each quarter of the epochs. cosine: evenly,
+            step by step, to 0.
         sgd_momentum: Momentum of SGD.
         weight_decay: L2 penalty on everything that SGD trains.
         warmup_epochs: Epochs, fractions allowed, over which the learning rate rises step by step to its full value.
@@ -131,6 +134,7 @@ class TrainConfig(Composed):
     epochs: int = _training(20, least=1)
     batch_size: int = _training(128, least=1)
     lr: float = _training(0.05, above=0, most=LARGEST)
+    lr_schedule: Shape = _training("steps")
     sgd_momentum: float = _training(0.9, least=0, below=1)
     weight_decay: float = _training(0.0005, least=0, most=LARGEST)
     warmup_epochs: float = _training(1.0, least=0)

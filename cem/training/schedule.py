@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 DECAY = 5
 """Divisor of the learning rate after each quarter of the epochs: 60, 120 and 180 of the original's 240."""
@@ -11,18 +13,27 @@ LOW_LR = 4.1e-4
 """Learning rate below which the penalty applies in full; the original's constant."""
 
 
-def epoch_lr(lr: float, epoch: int, epochs: int) -> float:
-    """Scheduled learning rate of ``epoch`` (counted from 0), before warm-up.
+Shape = Literal["steps", "cosine"]
+
+
+def epoch_lr(lr: float, epoch: float, epochs: int, shape: Shape = "steps") -> float:
+    """Scheduled learning rate after ``epoch`` epochs, before warm-up.
 
     Args:
-        lr: rate of the first quarter.
-        epoch: from 0 to ``epochs - 1``.
+        lr: rate at the beginning.
+        epoch: from 0 to ``epochs``.
         epochs: length of the run.
+        shape: ``steps`` falls to a fifth after each quarter of the run, ``cosine`` falls evenly to 0.
     """
-    return lr / DECAY ** (4 * epoch // epochs)
+    if shape == "cosine":
+        return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    # After the last step LambdaLR asks for another one.
+    return lr / DECAY ** min(4 * int(epoch) // epochs, 3)
 
 
-def lr_factor(epochs: int, steps_per_epoch: int, warmup_epochs: float) -> Callable[[int], float]:
+def lr_factor(
+    epochs: int, steps_per_epoch: int, warmup_epochs: float, shape: Shape = "steps"
+) -> Callable[[int], float]:
     """Factor on the base rate as a function of the step, for :class:`torch.optim.lr_scheduler.LambdaLR`.
 
     The warm-up counts steps. Counting it in batches while stepping it in epochs, as the original did, made
@@ -31,10 +42,8 @@ def lr_factor(epochs: int, steps_per_epoch: int, warmup_epochs: float) -> Callab
     warmup_steps = warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
-        # LambdaLR also asks for the step after the last one.
-        epoch = min(step // steps_per_epoch, epochs - 1)
         rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
-        return rise * epoch_lr(1.0, epoch, epochs)
+        return rise * epoch_lr(1.0, step / steps_per_epoch, epochs, shape)
 
     return factor
 

@@ -215,7 +215,8 @@ class TrainState:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"sgd": sgd}
         for each in self.terms:
             self.optimizers |= {f"{each.key}.{name}": own for name, own in each.term.optimizers().items()}
-        self.scheduler = LambdaLR(sgd, lr_factor(config.epochs, len(self.train), config.warmup_epochs))
+        factor = lr_factor(config.epochs, len(self.train), config.warmup_epochs, config.lr_schedule)
+        self.scheduler = LambdaLR(sgd, factor)
 
 
 def _constant(weight: float, epoch: int) -> float:

@@ -264,7 +264,7 @@ class Trainer:
         self._divergence.check_epoch(epoch + 1, means["cross_entropy"], state.model)
         fitted = self._after_epoch(epoch)
         row = dict.fromkeys(COLUMNS, 0.0) | means | {"train_loss": means["cross_entropy"]}
-        row |= {"epoch": epoch + 1, "lr": epoch_lr(config.lr, epoch, config.epochs)}
+        row |= {"epoch": epoch + 1, "lr": self._lr(epoch)}
         for each in state.terms:
             found = measured.get(each.key, {})
             self._count_skipped(each.name, int(found.pop("skipped", 0)), epoch)
@@ -286,7 +286,11 @@ class Trainer:
         """Weight of the penalty in an epoch, counted from 0, relative to λ, where it rises; 0 before there is one."""
         if epoch + 1 < self.config.first_penalized:
             return 0.0
-        return lambda_eff(1.0, epoch_lr(self.config.lr, epoch, self.config.epochs), self.config.init_from is not None)
+        return lambda_eff(1.0, self._lr(epoch), self.config.init_from is not None)
+
+    def _lr(self, epoch: int) -> float:
+        """The learning rate with which an epoch begins, counted from 0."""
+        return epoch_lr(self.config.lr, epoch, self.config.epochs, self.config.lr_schedule)
 
     def _steps(self, epoch: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """The training steps of an epoch, and what they measured; see :meth:`EpochMeter.read`."""

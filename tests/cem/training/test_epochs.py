@@ -38,6 +38,12 @@ def test_rate_falls_where_the_original_lets_it_fall():
     assert [epoch_lr(1.0, epoch, 3) for epoch in range(3)] == pytest.approx([1.0, 0.2, 0.04])  # two falls at once
 
 
+def test_rate_falls_evenly_to_nothing_along_a_cosine():
+    factor = lr_factor(epochs=4, steps_per_epoch=10, warmup_epochs=0.0, shape="cosine")
+    assert [factor(step) for step in (0, 10, 20, 30, 40)] == pytest.approx([1.0, 0.85355339, 0.5, 0.14644661, 0.0])
+    assert epoch_lr(0.05, 1, 4, "cosine") == pytest.approx(0.05 * 0.85355339)
+
+
 def test_warm_up_rises_step_by_step_never_from_zero_and_then_the_schedule_rules():
     factor = lr_factor(epochs=8, steps_per_epoch=10, warmup_epochs=1.5)
     assert [factor(number) for number in range(15)] == pytest.approx([(number + 1) / 15 for number in range(15)])
