@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu.cases import seconds
-from benchmarks.gpu.picture import draw_sweep, size_of
-from benchmarks.operators import OWN
+from benchmarks.gpu import model
+from benchmarks.picture import draw_sweep, size_of
 from benchmarks.table import quartiles_of
 from cem.files import write_text
 from cem.report.numbers import figure
@@ -26,6 +25,7 @@ DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 RESOURCES = ROOT / "tests" / "cem_kernels" / "kernel_resources.csv"
 TARGETS = {"sm80": "sm_80", "sm90": "sm_90", "sm100": "sm_100"}
 NOTHING_YET = "**No kernel has run on a GPU yet.** There is no time of a kernel, measured or predicted, on this page."
+VERDICTS = {True: "reached", False: "missed", None: "not measured"}
 
 Part = Mapping[str, Any]
 
@@ -114,17 +114,27 @@ def sweep(part: Part) -> str:
 
 
 def device(run: Part) -> str:
-    """Forward and backward of every case of a device on which it was measured, and the strongest peer with a time."""
-    rows = []
-    for case in run["cases"]:
-        taken = seconds(case, "triton", "both")
-        peers = {name: s for name in case["variants"] if name not in OWN and (s := seconds(case, name, "both"))}
-        if taken is not None and peers:
-            best = min(peers, key=lambda name: peers[name])
-            floor = figure(case["variants"]["triton"]["both"]["times_floor"])
-            rows.append([case["name"], figure(1e6 * taken), floor, f"{figure(peers[best] / taken)} {best}"])
-    head = ["case", "µs, forward and backward", "× floor", "× strongest peer"]
-    return f"Measured on {run['environment']['device']}:\n\n{table(head, rows)}"
+    """What a device took, beside what was predicted, and the targets."""
+    records = [record for record in run["records"] if record["kind"] == "time"]
+    rows = [
+        [
+            row["case"],
+            row["direction"],
+            figure(row["microseconds"]),
+            figure(row["measured"]),
+            figure(row["ratio"]),
+            row["why"],
+        ]
+        for row in model.measured(model.read(), records)
+        if row["measured"] is not None
+    ]
+    head = ["case", "direction", "µs, predicted", "µs, measured", "ratio", "why, where it is off by half or more"]
+    found = run["environment"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("driver", "torch", "triton") if name in found)
+    times = table(head, rows, words=2)
+    judged = [[each["target"], figure(each["measured"]), VERDICTS[each["reached"]]] for each in run.get("targets", ())]
+    targets = table(["target", "measured", "verdict"], judged)
+    return f"Measured on {found['device']}, {versions}:\n\n{times}\n\n{targets}"
 
 
 def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
@@ -133,7 +143,7 @@ def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu/*.json"))]
     with open(RESOURCES, newline="", encoding="utf-8") as file:
         found = {"needs": needs(list(csv.DictReader(file)))}
-    found["gpu"] = "\n\n".join(device(run) for run in runs if "ceilings" in run) or NOTHING_YET
+    found["gpu"] = "\n\n".join(map(device, runs)) or NOTHING_YET
     found |= {"speed": speed(parts["speed"]), "training": training(parts["speed"]), "memory": memory(parts["memory"])}
     found |= {"sizes": sizes(parts["sizes"]), "sweep": sweep(parts["sweep"])}
     page = (docs / "performance.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.gpu.sweep import SWEEP
+from benchmarks.gpu.cases import SWEEP
 from benchmarks.interleaved import in_turns
 from benchmarks.operators import CASES, Spec
 from benchmarks.steps import steps_of

@@ -1,56 +1,52 @@
-"""What a figure was measured on: enough to judge it, nothing that names a host."""
+"""What a figure was measured on: enough to judge it, nothing that names a host; and what is missing here."""
 
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu.timing import cache_bytes
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def driver_version() -> str | None:
-    """As ``nvidia-smi`` tells it, or None where that tool is not there."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def missing() -> list[str]:
+    """Requirements of the package and of its tests that are not installed, or too old."""
+    if sys.version_info < (3, 11):  # which has no reader of TOML
+        return []
+    import tomllib  # type: ignore[import-not-found, unused-ignore]
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    wanted = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
+    needed = {each: version_of(each.name) for each in wanted if each.marker is None or each.marker.evaluate()}
+    fits = [each for each, found in needed.items() if found and each.specifier.contains(found, prereleases=True)]
+    return [f"{each.name}{each.specifier}" for each in needed if each not in fits]
+
+
+def version_of(package: str) -> str | None:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        return version(package)
+    except PackageNotFoundError:
         return None
-    return answer.split()[0] if answer.split() else None
 
 
 def versions() -> dict[str, Any]:
-    try:
-        import triton
+    import torch
 
-        installed = triton.__version__
-    except ImportError:
-        installed = None
-    return {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": installed,
-        "python": platform.python_version(),
-    }
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": version_of("triton")}
+    return {**found, "python": platform.python_version()}
 
 
 def environment() -> dict[str, Any]:
     """The first CUDA device, its driver, and the versions of the software."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": cache_bytes(),
-        "driver": driver_version(),
-        **versions(),
-    }
+    import torch
 
-
-def slug(name: str) -> str:
-    """A device's name as a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    device = torch.cuda.get_device_properties(0)
+    names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+    found = {"device": device.name, **{name: getattr(device, name, None) for name in names}}
+    command = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.split()
+    return {**found, "driver": answer[0] if answer else None, **versions()}

@@ -9,35 +9,46 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.errors import describe
+from benchmarks.gpu.report import describe
+from benchmarks.interleaved import in_turns
 from benchmarks.steps import Step
 
+SAMPLES = 20  # of a figure
 SAMPLE_SECONDS = 2e-3
-MOST_SECONDS = 1.5  # for all samples of one figure, but never fewer than five samples
+MOST_SECONDS = 1.0  # for all samples of one figure, but never fewer than three samples
+WARM_SECONDS = 0.05  # of work before the first sample: an idle device raises its clocks only then
 MOST_COPIES = 64
 
-
-class Timer(Protocol):
-    """What the runner needs of a clock; the tests bring one that needs no device."""
-
-    def device_time(self, steps: Sequence[Step], uncapturable: str | None) -> dict[str, Any]: ...
-
-    def wall_time(self, steps: Sequence[Step]) -> dict[str, Any]: ...
-
-    def peak_bytes(self, step: Step) -> int: ...
+# Of an H200, for predictions before anything is measured: a large copy's bytes a second, read and written; operations
+# a second of large products; seconds from one small kernel of a graph to the next; seconds for which a load waits,
+# somewhere between the L2 cache and memory.
+ASSUMED = {"copy": 4.3e12, "bf16": 780e12, "fp32": 50e12, "gap": 2.0e-6, "latency": 0.5e-6}
 
 
-def quantiles(samples: list[float]) -> dict[str, Any]:
-    """Seconds of a call: the samples, their median, and the quantiles at 20 and 80 %."""
-    low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 2
-    rounded = [float(f"{sample:.5g}") for sample in samples]
-    return {"q20": low, "median": statistics.median(samples), "q80": high, "samples": rounded}
+class Play(NamedTuple):
+    """All steps as one call, and ``how`` they are played: ``graph``, or ``events: `` and why there is no graph.
+
+    ``written`` is what a graph writes: results that share an address would stay in the cache.
+    """
+
+    call: Callable[[], object]
+    steps: Sequence[Step]
+    how: str
+    written: object = None
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Median of seconds (or of anything else), and the quantiles at 20 and 80 %."""
+    low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 2
+    found = {"q20": low, "median": statistics.median(samples), "q80": high}
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 
 def copies_for(call_bytes: float, cache_bytes: float) -> int:
@@ -50,81 +61,64 @@ def cache_bytes() -> int:
     return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) or 60 * 2**20
 
 
-class DeviceTimer:
-    """Times on one side stream, on which inputs are made and graphs of autograd built too: a capture allows no other.
+class Timer:
+    """Times on one side stream, on which inputs and graphs of autograd are made too: a capture allows no other."""
 
-    Args:
-        samples: of each figure.
-    """
+    def __init__(self) -> None:
+        self.stream: Any = torch.cuda.Stream()
+        self.cache: float = cache_bytes()
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self.stream = torch.cuda.Stream()
+    def play(self, steps: Sequence[Step], uncapturable: str | None = None) -> Play:
+        """Steps made ready, each run once, so that nothing is compiled or allocated for the first time in a capture.
 
-    def device_time(self, steps: Sequence[Step], uncapturable: str | None) -> dict[str, Any]:
-        """Seconds of device time of one step; ``uncapturable`` says why no capture is tried."""
+        Args:
+            steps: of equal work.
+            uncapturable: why no capture is tried.
+        """
         for step in steps:
             step()
         torch.cuda.synchronize()
         if uncapturable is None:
+            graph = torch.cuda.CUDAGraph()
             try:
-                return {"how": "graph replay", **self.replays(steps)}
+                with torch.cuda.graph(graph, stream=self.stream):
+                    written = [step() for step in steps]
+                return Play(graph.replay, steps, "graph", written)
             except Exception as error:
                 torch.cuda.synchronize()
                 uncapturable = describe(error)
-        return {"how": "events", "why_no_graph": uncapturable, **self.events(steps)}
+        return Play(lambda: [step() for step in steps], steps, f"events: {uncapturable}")
 
-    def replays(self, steps: Sequence[Step]) -> dict[str, Any]:
-        graph = torch.cuda.CUDAGraph()
-        written = []  # kept until the end: results that share an address would stay in the cache
-        with torch.cuda.graph(graph, stream=self.stream):
-            for step in steps:
-                written.append(step())
-        with torch.cuda.stream(self.stream):
-            return self.sampled(graph.replay, len(steps))
-
-    def events(self, steps: Sequence[Step]) -> dict[str, Any]:
-        def round_of_calls() -> None:
-            for step in steps:
-                step()
-
-        return self.sampled(round_of_calls, len(steps))
-
-    def sampled(self, play: Callable[[], object], calls: int) -> dict[str, Any]:
-        """Times ``play``, which makes ``calls`` calls: enough of it in a sample, and as many samples as fit."""
-        self.elapsed(play, 1)
+    def samples(self, play: Play, calls: int | None = None) -> list[float]:
+        """Seconds of device time of a step, or of one of so many ``calls``: enough of them in a sample."""
         once = self.elapsed(play, 1)
+        for _ in range(math.ceil(WARM_SECONDS / max(once, 1e-6)) - 2):
+            play.call()
         repeats = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
-        samples = max(5, min(self.samples, int(MOST_SECONDS / (once * repeats))))
-        times = [self.elapsed(play, repeats) / (repeats * calls) for _ in range(samples)]
-        return {"calls_per_sample": repeats * calls, **quantiles(times)}
+        count = max(3, min(SAMPLES, int(MOST_SECONDS / (once * (repeats + 1)))))
+        return [self.elapsed(play, repeats) / (repeats * (calls or len(play.steps))) for _ in range(count)]
 
-    def elapsed(self, play: Callable[[], object], repeats: int) -> float:
+    def elapsed(self, play: Play, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        play()  # keeps the device busy while the rest is enqueued
+        play.call()  # keeps the device busy while the rest is enqueued
         start.record()
         for _ in range(repeats):
-            play()
+            play.call()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e-3
 
-    def wall_time(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """Seconds of a call on the host's clock, launches included: many calls between two synchronizations."""
-        torch.cuda.synchronize()
+    def wall(self, play: Play) -> list[float]:
+        """Seconds of a call on the host's clock, launches included: a round of all, and the device awaited."""
 
-        def elapsed(rounds: int) -> float:
-            start = time.perf_counter()
-            for _ in range(rounds):
-                for step in steps:
-                    step()
+        def launched() -> None:
+            for step in play.steps:
+                step()
             torch.cuda.synchronize()
-            return time.perf_counter() - start
 
-        rounds = max(1, math.ceil(10e-3 / max(elapsed(1), 1e-6)))
-        return quantiles([elapsed(rounds) / (rounds * len(steps)) for _ in range(5)])
+        return [each / len(play.steps) for each in in_turns({"": launched}, 5, 10e-3)[""]]
 
-    def peak_bytes(self, step: Step) -> int:
+    def peak(self, step: Step) -> int:
         """Most bytes that a step holds above what was allocated before it, its results included."""
         step()
         torch.cuda.synchronize()
@@ -134,3 +128,30 @@ class DeviceTimer:
         torch.cuda.synchronize()
         del written
         return int(torch.cuda.max_memory_allocated()) - before
+
+
+def rates_of(timer: Timer, device: str, size: int = 8192, chain: int = 200) -> dict[str, float]:
+    """``copy``, the matrix rates ``bf16``, ``fp32`` (TF32 off) and ``tf32``, and the ``gap`` between small kernels.
+
+    Args:
+        size: of the square random matrices; copied are sixteen of them, 4 GiB.
+        chain: kernels in the graph whose every kernel needs the one before.
+    """
+
+    def seconds(step: Step, calls: int = 1) -> float:
+        return statistics.median(timer.samples(timer.play([step]), calls))
+
+    def product(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        return (left @ right,)
+
+    source = torch.randn(16 * size, size, device=device)
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.nbytes / seconds(lambda: (target.copy_(source),))}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("tf32", torch.float32)):
+        pair = source[:size].to(dtype), source[size : 2 * size].to(dtype)
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        found[name] = 2 * size**3 / seconds(partial(product, *pair))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    small = torch.randn(1024, device=device)
+    found["gap"] = seconds(lambda: tuple(small.mul_(1.0) for _ in range(chain)), chain)
+    return {name: float(f"{value:.4g}") for name, value in found.items()}

@@ -135,6 +135,14 @@ class Case(abc.ABC):
     def cost(spec: Spec, direction: str) -> Cost:
         """The fewest bytes and operations: every input read once, every output written once, products done once."""
 
+    @staticmethod
+    def trips(spec: Spec, direction: str) -> int:
+        """Round trips to memory in the longest program of this library's kernels, each waiting for the one before.
+
+        Of a launch: bounds of the class, its samples, their rows; arrival, what others have left, the result.
+        """
+        return 12 if direction == "both" else 6
+
     def draw_labels(self, generator: torch.Generator) -> Tensor:
         spec = self.spec
         if spec.labels == "one":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,11 @@ class ClassVarianceCase(Case):
         if direction == "forward":
             return Cost(elements * spec.item + index, 4 * elements)
         return Cost(2 * elements * spec.item + index, 2 * elements)
+
+    @staticmethod
+    def trips(spec: Spec, direction: str) -> int:
+        """A program walks the rows of a class, or of a part of it, 16 at a time: which they are, what they hold."""
+        blocks = math.ceil(spec.T * spec.D * spec.item / 512)
+        parts = max(1, min(math.ceil(spec.B / 64 / spec.K), math.ceil(2112 / blocks / spec.K)))
+        rows = spec.B / parts / (1 if spec.labels == "one" else spec.K)
+        return (Case.trips(spec, "forward") + 2 * math.ceil(rows / 16)) * (2 if direction == "both" else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,3 +95,11 @@ class SlotAttentionCase(Case):
         logits = 2 * tokens * spec.S * d
         forward = ITERATIONS * (2 * logits + 22 * rows * d * d)
         return moved(direction, inputs, 4 * rows * d, 8 * spec.B, forward, 2 * forward + ITERATIONS * logits)
+
+    @staticmethod
+    def trips(spec: Spec, direction: str) -> int:
+        """Of every iteration: tiles of 32 tokens, of at most 256 a program, are read twice, and slot rows meet matrices
+        of ``10·D²`` numbers in blocks of 2,048, each waited for. Backward does so for each product's two."""
+        tiles = math.ceil(min(spec.B * spec.T / (1 if spec.labels == "one" else spec.K), 256) / 32)
+        forward = ITERATIONS * (2 * tiles + math.ceil(10 * spec.D**2 / 2048))
+        return Case.trips(spec, direction) + forward * {"forward": 1, "backward": 2, "both": 3}[direction]

@@ -125,9 +125,15 @@ class SurrogateCase(Case):
 
         What one operator hands to the next is not counted: it could stay where it is computed.
         """
-        parts = (SlotAttentionCase, CrossAttentionCase, ClassVarianceCase)
-        forward, backward = (sum(part.cost(spec, d).operations for part in parts) for d in ("forward", "backward"))
+        forward, backward = (sum(part.cost(spec, d).operations for part in PARTS) for d in ("forward", "backward"))
         d = spec.D
         features, draw = spec.B * spec.T * d * spec.item, 4 * spec.K * spec.S * d
         parameters = 4 * (25 * d * d + 29 * d + 2)
         return moved(direction, features + parameters, 0, 8 * spec.B + draw, forward, backward)
+
+    @staticmethod
+    def trips(spec: Spec, direction: str) -> int:
+        return sum(part.trips(spec, direction) for part in PARTS)
+
+
+PARTS = (SlotAttentionCase, CrossAttentionCase, ClassVarianceCase)

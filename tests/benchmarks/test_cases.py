@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from fake_device import setting
 from small import SMALL
 
 from benchmarks.check import errors_of
-from benchmarks.gpu import correctness
+from benchmarks.gpu.cases import CHECKS
+from benchmarks.gpu.jobs import Job, Performer
 from benchmarks.operators import CASES, Spec
 
 SLOWLY_INTERPRETED = ("slot_attention", "cross_attention", "surrogate")
@@ -100,10 +102,10 @@ def cheap(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", [pytest.param(s, id=s.name, marks=[] if cheap(s) else pytest.mark.slow) for s in correctness.SPECS]
+    "spec", [pytest.param(s, id=s.name, marks=[] if cheap(s) else pytest.mark.slow) for s in CHECKS]
 )
 def test_eager_passes_the_checks_that_kernels_have_to_pass(spec):
-    record = correctness.check_spec(spec, "cpu", variant="eager")
+    record = Performer(setting(repeats=1)).check(Job("check", spec.name, 1, spec, "eager"))
     assert record["status"] == "ok", record
 
 
@@ -116,5 +118,20 @@ def test_a_kernel_that_differs_between_two_calls_is_found(monkeypatch):
         return lambda x: tuple(output + next(calls) * 1e-7 for output in call(x))
 
     monkeypatch.setattr(case, "plain", drifting)
-    record = correctness.check_spec(SMALL["class_variance"], "cpu", variant="eager")
-    assert record["status"] == "unrepeatable"
+    spec = SMALL["class_variance"]
+    record = Performer(setting()).check(Job("check", spec.name, 1, spec, "eager"))
+    assert (record["status"], record["why"]) == ("unrepeatable", "output 0, output 1 at repeat 1")
+
+
+def test_memory_that_nobody_has_written_is_found(monkeypatch):
+    case = CASES["class_variance"]
+    plain = case.plain
+
+    def unwritten(self, variant):
+        call = plain(self, variant)
+        return lambda x: tuple(output + 0 * torch.empty(()) for output in call(x))
+
+    monkeypatch.setattr(case, "plain", unwritten)
+    spec = SMALL["class_variance"]
+    record = Performer(setting()).check(Job("check", spec.name, 1, spec, "eager"))
+    assert record["status"] == "wrong"

@@ -9,6 +9,7 @@ from small import SMALL
 
 from benchmarks import performance_page, runner, table
 from benchmarks.cases import SPECS, rivals_of
+from benchmarks.gpu import model
 from benchmarks.operators import CASES
 
 
@@ -47,13 +48,18 @@ def test_the_committed_page_is_what_the_committed_files_say(tmp_path):
     assert imread(performance_page.DOCS / "sweep-cpu.png").std() > 0.01  # not blank
 
 
-def test_a_device_brings_its_times_and_its_strongest_peer():
-    both = {"device": {"median": 1e-5}, "times_floor": 1.25}
-    peers = {name: {"both": {"device": {"median": at}}} for name, at in (("padded", 3e-5), ("flex-compiled", 2e-5))}
-    cases = [{"name": "a case", "variants": {"triton": {"both": both}, "eager": {"both": both}, **peers}}]
-    text = performance_page.device({"environment": {"device": "Some GPU"}, "cases": cases})
+def test_a_device_brings_its_times_beside_what_was_predicted_and_its_targets():
+    row = model.read()[0]
+    figure = {"device": {"median": 2e-6 * row["microseconds"]}}
+    records = [{"kind": "time", "name": row["case"], row["direction"]: figure}]
+    targets = [{"target": "be fast", "measured": 1.25, "reached": True}]
+    text = performance_page.device({"environment": {"device": "Some GPU"}, "records": records, "targets": targets})
     assert "Measured on Some GPU" in text
-    assert "| a case | 10.0 | 1.25 | 2.00 flex-compiled |" in text
+    assert (
+        f"| {row['case']} | forward | {row['microseconds']:.0f} | {2 * row['microseconds']:.0f} | 2.00 | REASON? |"
+        in text
+    )
+    assert "| be fast | 1.25 | reached |" in text
 
 
 def test_resources_are_the_most_of_every_version_and_a_spill_is_told():

@@ -1,9 +1,7 @@
-"""``python -m benchmarks.gpu.picture JSON PNG``: how time grows, from what ``python -m benchmarks.gpu`` has left."""
+"""How time grows with sizes, drawn from the points of a sweep."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 from cem.report.figure import COLORS, new_figure, plain, save_figure
 
 
-def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw time over tokens and over classes, each beside the line on which twice the size takes twice the time.
+def draw_sweep(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw time over tokens, classes and widths, each beside the line on which twice the size takes twice the time.
 
     Args:
         points: entries of the report's ``sweep``.
@@ -33,10 +31,12 @@ def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         ends = sorted((size_of(point), 1e6 * point["seconds"]) for point in chosen)
         (first, _), (last, longest) = ends[0], ends[-1]
         panel.plot([first, last], [longest * first / last, longest], color="0.5", ls="--", lw=1, label="slope 1")
-        fixed = f"K = {chosen[0]['K']}" if axis == "tokens" else f"B·T = {chosen[0]['B'] * chosen[0]['T']}"
-        panel.set(xscale="log", yscale="log", xlabel="tokens, B·T" if axis == "tokens" else "classes, K")
-        panel.set_ylabel("forward and backward, µs")
-        panel.set_title(f"{fixed}, D = {chosen[0]['D']}", fontsize=10, loc="left")
+        letters = {"tokens": "B·T", "classes": "K", "width": "D"}
+        fixed = [
+            f"{letter} = {size_of(chosen[0] | {'axis': other})}" for other, letter in letters.items() if other != axis
+        ]
+        panel.set(xscale="log", yscale="log", xlabel=f"{axis}, {letters[axis]}", ylabel="forward and backward, µs")
+        panel.set_title(", ".join(fixed), fontsize=10, loc="left")
         panel.legend(frameon=False)
         plain(panel)
     save_figure(figure, path)
@@ -44,10 +44,5 @@ def draw_sweep(points: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def size_of(point: Mapping[str, Any]) -> int:
     """What the point's axis counts."""
-    size: int = point["B"] * point["T"] if point["axis"] == "tokens" else point["K"]
+    size: int = {"tokens": point["B"] * point["T"], "classes": point["K"], "width": point["D"]}[point["axis"]]
     return size
-
-
-if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    draw_sweep(json.loads(source.read_text(encoding="utf-8"))["sweep"], target)
