@@ -63,7 +63,7 @@ class Worker:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # its own group, once it has come so far
         self.process.kill()
-        self.process.join()
+        self.process.join(5)  # one that a driver holds does not even die
         self.connection.close()
 
 
