@@ -30,6 +30,20 @@ def test_failure_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_an_interrupt_in_the_middle_of_a_file_stays_one(tmp_path, monkeypatch):
+    whole, writes = checkpoint._Summed.write, iter(range(9))
+
+    def third(file, data):
+        if next(writes) == 2:
+            raise KeyboardInterrupt
+        return whole(file, data)
+
+    monkeypatch.setattr(checkpoint._Summed, "write", third)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "a.pt", {"weights": torch.zeros(1000)})
+    assert not list(tmp_path.iterdir())
+
+
 def write(path, content=None, cut=None):
     save(path, {"weights": torch.arange(300.0), "plain": [1, (2.5, "x")]} if content is None else content)
     path.write_bytes(path.read_bytes()[:cut])
