@@ -80,7 +80,7 @@ class TrainConfig(Composed):
         batch_size: Samples in a step.
         lr: Learning rate of SGD at the beginning.
         lr_schedule: How it falls. steps, the original's: to a fifth after each quarter of the epochs. cosine: evenly,
-            step by step, to 0.
+            step by step, to 0; a rising λ is for a while above its final value then, up to 2.4 times.
         sgd_momentum: Momentum of SGD.
         weight_decay: L2 penalty on everything that SGD trains.
         warmup_epochs: Epochs, fractions allowed, over which the learning rate rises step by step to its full value.
