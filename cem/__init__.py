@@ -7,6 +7,7 @@ from cem.surrogates import (
     CentroidCEM,
     GaussianMixtureCEM,
     Ramp,
+    SlotCEM,
     SlotCrossAttentionCEM,
     Surrogate,
     conv_reduction,
@@ -16,7 +17,7 @@ from cem.terms import Batch, Context, Measured, Term
 
 __all__ = [
     "DEFENSES", "SURROGATES", "Batch", "CemError", "CentroidCEM", "Context", "Defense", "GaussianMixtureCEM",
-    "GaussianNoise", "Measured", "Ramp", "SlotCrossAttentionCEM", "Surrogate", "Term", "conv_reduction",
-    "linear_reduction",
+    "GaussianNoise", "Measured", "Ramp", "SlotCEM", "SlotCrossAttentionCEM", "Surrogate", "Term",
+    "conv_reduction", "linear_reduction",
 ]  # fmt: skip
 __version__ = "0.2.0.dev0"

@@ -5,7 +5,8 @@ Operators live in their packages, each a documented function that validates its 
 * :func:`cem_kernels.slot_attention.slot_attention`: the tokens of a class to its slots;
 * :func:`cem_kernels.cross_attention.cross_attention`: every token reads its class's slots;
 * :func:`cem_kernels.variance.class_variance`: what the variance inside each class costs;
-* :func:`cem_kernels.variance.centroid_variance`: the same around running centroids of the classes.
+* :func:`cem_kernels.variance.centroid_variance`: the same around running centroids of the classes;
+* :func:`cem_kernels.slot_variance.slot_variance`: the same around several running slots a class.
 
 Here are the types that they take and return, the penalties, and the errors. Importing this package needs neither a GPU
 nor Triton.
@@ -16,6 +17,7 @@ from cem_kernels.cross_attention.weights import CrossAttentionWeights
 from cem_kernels.groups import IGNORED, ClassGroups
 from cem_kernels.penalty import LogHinge, Nats, Penalty
 from cem_kernels.slot_attention.weights import SlotAttentionWeights
+from cem_kernels.slot_variance.running import RunningSlots
 from cem_kernels.validation import set_debug
 from cem_kernels.variance.running import ClassVariance, RunningMoments
 
@@ -30,6 +32,7 @@ __all__ = [
     "Nats",
     "Penalty",
     "RunningMoments",
+    "RunningSlots",
     "SlotAttentionWeights",
     "set_debug",
 ]

@@ -4,12 +4,13 @@ from cem.surrogates.attention import SlotCrossAttentionCEM, conv_reduction, line
 from cem.surrogates.base import NoSurrogate, Surrogate
 from cem.surrogates.centroid import CentroidCEM
 from cem.surrogates.mixture import GaussianMixtureCEM
+from cem.surrogates.slots import SlotCEM
 from cem.surrogates.threshold import Ramp
 from cem.terms import Family
 
 SURROGATES: Family[type[Surrogate]] = Family("surrogate", Surrogate, aliases={"gmm": "mixture"})
 """The surrogates by the name that ``--surrogate`` takes."""
-for _member in (NoSurrogate, GaussianMixtureCEM, SlotCrossAttentionCEM, CentroidCEM):
+for _member in (NoSurrogate, GaussianMixtureCEM, SlotCrossAttentionCEM, CentroidCEM, SlotCEM):
     SURROGATES.register(_member)
 
 RECOMMENDED = CentroidCEM.name
@@ -18,5 +19,5 @@ COMPARED = (CONTROL, GaussianMixtureCEM.name, RECOMMENDED)
 
 __all__ = [
     "COMPARED", "CONTROL", "RECOMMENDED", "SURROGATES", "CentroidCEM", "GaussianMixtureCEM", "NoSurrogate", "Ramp",
-    "SlotCrossAttentionCEM", "Surrogate", "conv_reduction", "linear_reduction",
+    "SlotCEM", "SlotCrossAttentionCEM", "Surrogate", "conv_reduction", "linear_reduction",
 ]  # fmt: skip

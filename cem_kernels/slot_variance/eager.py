@@ -1,0 +1,164 @@
+"""What variances around running slots cost, for all classes at once, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cem_kernels.groups import ClassGroups
+from cem_kernels.penalty import Nats
+from cem_kernels.slot_variance.running import CENTROIDS_MOVE, DEAD, MOST, VARIANCES_MOVE, RunningSlots
+from cem_kernels.validation import values_are_checked
+from cem_kernels.variance.running import Spread, judged
+
+State = tuple[Tensor, Tensor, Tensor]  # centroids and variances [K, S, C], shares [K, S]
+
+
+def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, penalty: Nats) -> tuple[Tensor, ...]:
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``; moves ``running``."""
+    x = groups.kept(features.to(torch.promote_types(features.dtype, torch.float32)))
+    # Copies: the backward wants the slots as they were.
+    old = running.centroids.to(x.dtype, copy=True), running.variances.to(x.dtype), running.shares.to(x.dtype)
+    seen = x.detach()
+    centroids, variances, shares = state = _begun(seen, groups, running.batches, old)
+    logits = _logits(seen, groups, state, penalty.unit)
+    attention = torch.softmax(logits / x.shape[1] ** 0.5, dim=1)
+    weights = groups.means(attention)
+    masses = weights * groups.counts[:, None].to(x.dtype)
+    of_slot = attention / groups.of_samples(masses.clamp(min=torch.finfo(x.dtype).tiny))
+    around = _Around.apply(x, centroids, of_slot, groups)
+
+    part = (weights * shares.shape[1])[..., None]  # 1 where every slot has as many samples
+    moved_variances = torch.lerp(variances, around.detach(), (VARIANCES_MOVE * part).clamp(max=MOST))
+    cost = penalty.cost(moved_variances + (around - around.detach())).mean(dim=2)
+    mse = (weights * around.detach().mean(dim=2)).sum(dim=1)
+    with torch.no_grad():
+        steps = _sums(of_slot[..., None], _away(seen, centroids, groups), groups)
+        moved = _revived(
+            (centroids + CENTROIDS_MOVE * part * steps, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)),
+            _worst(seen, logits, groups),
+        )
+        _remember(running, moved, old, mse, groups.means(seen.square()).mean(dim=1), groups.counts, penalty.unit)
+    penalties = (weights * cost).sum(dim=1)
+    return *groups.weighted_means(1, penalties, mse), penalties, mse
+
+
+class _Around(torch.autograd.Function):
+    """Weighted mean squares ``[K, S, C]`` of ``x [B, C]`` around slots: embedding bags have a slower backward."""
+
+    @staticmethod
+    def forward(x: Tensor, centroids: Tensor, of_slot: Tensor, groups: ClassGroups) -> Tensor:
+        return _sums(of_slot[..., None], _away(x, centroids, groups).square(), groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.groups = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        x, centroids, of_slot = ctx.saved_tensors
+        slopes = 2 * of_slot[..., None] * ctx.groups.of_samples(upstream)
+        return (slopes * _away(x, centroids, ctx.groups)).sum(dim=1), None, None, None
+
+
+def _away(x: Tensor, centroids: Tensor, groups: ClassGroups) -> Tensor:
+    """``x [B, C]`` seen from each slot ``[K, S, C]`` of its class, ``[B, S, C]``."""
+    return x[:, None] - groups.of_samples(centroids)
+
+
+def _sums(weights: Tensor, rows: Tensor, groups: ClassGroups) -> Tensor:
+    """``[K, S, C]``: sums over each class of ``rows [B, S, C]`` times ``weights [B, S, 1]``."""
+    means = groups.means((weights * rows).flatten(1)) * groups.counts[:, None].to(rows.dtype)
+    return means.unflatten(1, rows.shape[1:])
+
+
+def _logits(x: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor:
+    """How likely each sample is of each slot of its class, ``[B, S]``, but for a constant."""
+    centroids, variances, shares = state
+    wide = variances + unit
+    squares = (_away(x, centroids, groups).square() / groups.of_samples(wide)).sum(dim=2)
+    return groups.of_samples(shares.log() - wide.log().sum(dim=2) / 2) - squares / 2
+
+
+def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State:
+    """The slots of a step, as they were or, of a class whose first batch it is, as its samples give them."""
+    new = batches == 0
+    if not len(x) or (values_are_checked(x) and not bool((new & (groups.counts > 0)).any())):
+        return old
+    centroids, variances = _first_slots(x, groups, old[2].shape[1])
+    first = centroids, variances, torch.full_like(old[2], 1 / old[2].shape[1])
+    chosen = (torch.where(new.view(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in zip(first, old, strict=True))
+    return tuple(chosen)  # type: ignore[return-value]
+
+
+def _first_slots(x: Tensor, groups: ClassGroups, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Of every class, see :func:`cem_kernels.slot_variance.reference.first_slots`."""
+    chosen = groups.means(x)[:, None]
+    squares = _away(x, chosen, groups).square().sum(dim=2)
+    for _ in range(1, num_slots):
+        another = x[_first_of(-squares.amin(dim=1), groups)][:, None]
+        chosen = torch.cat([chosen, another], dim=1)
+        squares = torch.cat([squares, _away(x, another, groups).square().sum(dim=2)], dim=1)
+    nearest = squares.argmin(dim=1, keepdim=True)
+    members = torch.zeros_like(squares).scatter_(1, nearest, 1)
+    counts = groups.means(members) * groups.counts[:, None].to(x.dtype)
+    means = _sums(members[..., None], x[:, None].expand(-1, num_slots, -1), groups) / counts.clamp(min=1)[..., None]
+    centroids = torch.where(counts[..., None] > 0, means, chosen)
+    around = (x - groups.of_samples(centroids).take_along_dim(nearest[..., None], dim=1)[:, 0]).square()
+    return centroids, groups.means(around)[:, None].expand_as(centroids)
+
+
+def _first_of(values: Tensor, groups: ClassGroups) -> Tensor:
+    """The first sample of each class with the least of ``values [B]``, ``[K]``; of an empty class, any."""
+    num_samples, num_groups = len(values), groups.num_classes + 1  # one more, of the samples of no class
+    least = values.new_full((num_groups,), float("inf")).scatter_reduce(0, groups.labels, values, "amin")
+    at = torch.arange(num_samples, device=values.device)
+    at = torch.where(values == least[groups.labels], at, num_samples - 1)
+    first = at.new_full((num_groups,), num_samples - 1).scatter_reduce(0, groups.labels, at, "amin")
+    return first[:-1]
+
+
+def _worst(x: Tensor, logits: Tensor, groups: ClassGroups) -> Tensor:
+    """The sample of each class that its slots explain worst, ``[K, C]``."""
+    if not len(x):
+        return x.new_zeros(groups.num_classes, x.shape[1])
+    return x[_first_of(logits.amax(dim=1), groups)]
+
+
+def _revived(moved: State, worst: Tensor) -> State:
+    """See :func:`cem_kernels.slot_variance.reference.revive`."""
+    centroids, variances, shares = moved
+    num_slots = shares.shape[1]
+    lightest, heaviest = shares.argmin(dim=1, keepdim=True), shares.argmax(dim=1, keepdim=True)
+    dead = shares.gather(1, lightest) < DEAD / num_slots
+    slots = torch.arange(num_slots, device=shares.device)
+    replaced = dead & (slots == lightest)
+    heavy = variances.take_along_dim(heaviest[..., None], dim=1)
+    half = (shares.gather(1, lightest) + shares.gather(1, heaviest)) / 2
+    return (
+        torch.where(replaced[..., None], worst[:, None], centroids),
+        torch.where(replaced[..., None], heavy, variances),
+        torch.where(dead & ((slots == lightest) | (slots == heaviest)), half, shares),
+    )
+
+
+def _remember(
+    running: RunningSlots, moved: State, old: State, mse: Tensor, zero: Tensor, counts: Tensor, unit: float
+) -> None:
+    """Moves ``running`` where the batch is no outlier of its class."""
+    kept = [each.to(state.dtype) for each, state in zip(moved, running[:3], strict=True)]
+    centroids, variances, shares = old
+    known = Spread(
+        (shares * variances.mean(dim=2)).sum(dim=1),
+        (shares * (centroids.square() + variances).mean(dim=2)).sum(dim=1),
+    )
+    finite = [each.isfinite().flatten(1).all(dim=1) for each in kept]
+    storable = mse.isfinite() & torch.stack(finite).all(dim=0)
+    verdict = judged(Spread(mse, zero), known, counts, unit, running.batches, running.ignored, storable)
+    for state, each in zip(running[:3], kept, strict=True):
+        state.copy_(torch.where(verdict.moves.view(-1, *(1,) * (each.dim() - 1)), each, state))
+    running.batches.copy_(verdict.batches)
+    running.ignored.copy_(verdict.ignored)
