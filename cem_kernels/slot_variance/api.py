@@ -55,7 +55,8 @@ def slot_variance(
             and does not count the batch. What a call measures depends on it, gradients included: it must not be called
             twice for one step, as activation checkpointing would.
         penalty: :class:`cem_kernels.Nats`, whose ``σ`` is the noise's.
-        backend: see :mod:`cem_kernels.backends`. ``eager`` waits for no CUDA device.
+        backend: see :mod:`cem_kernels.backends`. ``triton`` takes fp32, bf16 and fp16, with ``running`` in fp32 and
+            contiguous, at most 16 slots and 65,535 classes; it is differentiable once. ``eager`` waits for no device.
 
     Returns:
         :class:`~cem_kernels.ClassVariance`. Where there is no sample the losses are zero and attached to the graph.
@@ -77,14 +78,21 @@ def slot_variance(
     validation.check_together(features, [("groups", groups.order)])
     if not isinstance(penalty, Nats):
         raise TypeError(f"penalty must be Nats, got {type(penalty).__name__}")
-    _check_running(running, groups, columns, features)
-    chosen = backends.pick(backend, "slot_variance", features, "there is no kernel yet")
+    objection = _check_running(running, groups, columns, features)
+    if groups.num_classes > backends.MOST_CLASSES:
+        objection = f"kernels take at most {backends.MOST_CLASSES} classes, got {groups.num_classes}"
+    chosen = backends.pick(backend, "slot_variance", features, objection)
     implementation: Any = reference if chosen == "reference" else eager
+    if chosen == "triton":
+        from cem_kernels.slot_variance import triton  # only here, because importing needs Triton
+
+        implementation = triton
     with torch.autocast(features.device.type, enabled=False):
         return ClassVariance(*implementation.slot_variance(features.flatten(1), groups, running, penalty))
 
 
-def _check_running(running: RunningSlots, groups: ClassGroups, columns: int, features: Tensor) -> None:
+def _check_running(running: RunningSlots, groups: ClassGroups, columns: int, features: Tensor) -> str | None:
+    """Raise where ``running`` does not fit the call; what kernels object to, or None."""
     num_slots = running.shares.shape[-1] if running.shares.dim() else 0
     sizes = {"K": groups.num_classes, "S": num_slots or None, "C": columns}
     for name, letters in (("centroids", "KSC"), ("variances", "KSC"), ("shares", "KS")):
@@ -101,3 +109,9 @@ def _check_running(running: RunningSlots, groups: ClassGroups, columns: int, fea
     for name, tensor in running._asdict().items():
         if tensor.device != features.device:
             raise ValueError(f"running.{name} must be on the features' device {features.device}, got {tensor.device}")
+    if num_slots > MOST_SLOTS:
+        return f"kernels take at most {MOST_SLOTS} slots, got {num_slots}"
+    fp32 = all(each.dtype == torch.float32 for each in running[:3])
+    if fp32 and all(each.is_contiguous() for each in running):
+        return None
+    return "kernels take running slots that are fp32 and contiguous"

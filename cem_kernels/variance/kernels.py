@@ -37,7 +37,7 @@ OUTGROWN, EARLY, PATIENCE = (tl.constexpr(each) for each in (running.OUTGROWN, r
 
 
 @triton.jit
-def _rows_of_part(offsets, c, part, num_parts, BLOCK_R: tl.constexpr):
+def rows_of_part(offsets, c, part, num_parts, BLOCK_R: tl.constexpr):
     """First sorted row, end of the part's rows (both from the class's first), and the class's number of rows."""
     start = tl.load(offsets + c)
     count = tl.load(offsets + c + 1) - start
@@ -47,7 +47,7 @@ def _rows_of_part(offsets, c, part, num_parts, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _cost(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr):
+def cost_and_slope(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr):
     """The penalty's value at ``variance``, and its slope with respect to it."""
     if threshold_at is not None:  # a tensor: it may change between two replays of a captured graph
         threshold = tl.load(threshold_at)
@@ -71,14 +71,14 @@ def _cost(variance, threshold_at, threshold, floor, gamma, PENALTY: tl.constexpr
 
 
 @triton.jit
-def _lerp(old, new, share):
+def lerp(old, new, share):
     """``old + share (new − old)``, exactly ``new`` where all of it is taken."""
     step = new - old
     return tl.where(share < 0.5, old + share * step, new - step * (1.0 - share))
 
 
 @triton.jit
-def _is_finite(x):
+def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
@@ -129,7 +129,7 @@ def _moments(
     Also the class's number of rows, and whether this program is the one that has come to know all of its parts: only
     what that one returns is the class's.
     """
-    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
+    start, begin, end, count = rows_of_part(offsets, c, part, num_parts, BLOCK_R)
     end = tl.where(count >= min_samples, end, begin)  # nothing is read of a class that does not count
     columns = x + cols[None, :].to(tl.int64) * stride_col
     mean = tl.zeros([BLOCK_C], tl.float32)
@@ -160,7 +160,7 @@ def _moments(
         tl.store(part_squares + out, squares, mask=cols < C)
         last = last_to_arrive(arrived + c.to(tl.int64) * tl.num_programs(0) + block, num_parts)
         if last:
-            _, first_row, end_of_first, _ = _rows_of_part(offsets, c, 0, num_parts, BLOCK_R)
+            _, first_row, end_of_first, _ = rows_of_part(offsets, c, 0, num_parts, BLOCK_R)
             mean, low, squares = _merge_parts(
                 part_mean, part_low, part_squares, count, end_of_first - first_row, cols, c, num_parts, C, min_samples,
                 BLOCK_C, BLOCK_P,
@@ -179,7 +179,7 @@ def _sum_of_blocks(shares, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _losses(
+def losses(
     offsets, penalty, mse, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Classes ``[K]`` to both losses and ``Σ M_c``."""
@@ -198,6 +198,22 @@ def _losses(
     tl.store(rob_out, tl.sum(rob, axis=0) / tl.maximum(weights, 1.0))
     tl.store(intra_out, tl.sum(intra, axis=0) / tl.maximum(weights, 1.0))
     tl.store(weight_out, weights)
+
+
+@triton.jit
+def judged(around, zero, known_around, known_zero, count, unit, batches, ignored, counts):
+    """``running.judged`` of one class: whether it moves, and what batches and ignored are afterward.
+
+    ``counts``: it has a sample, and all that would be kept is finite.
+    """
+    limit = OUTLIER + OF_A_SAMPLE / tl.sqrt(tl.maximum(count, 1).to(tl.float32))
+    outlier = counts & (batches >= EARLY) & (around + unit > limit * (known_around + unit))
+    moves = counts & (outlier == 0)
+    row = tl.where(moves, 0, ignored + tl.where(outlier, 1, 0))
+    far = OUTGROWN * limit
+    outgrown = (far * (around + unit) < known_around + unit) | (far * (zero + unit) < known_zero + unit)
+    anew = (moves & (batches > 0) & (batches < 2 * EARLY) & outgrown) | (outlier & (row >= PATIENCE))
+    return moves, tl.where(anew, 0, batches + tl.where(moves, 1, 0)), row
 
 
 @triton.jit
@@ -220,22 +236,17 @@ def _judge(
     known_around = _sum_of_blocks(shares + 2 * kind, num_blocks, BLOCK)
     known_zero = _sum_of_blocks(shares + 3 * kind, num_blocks, BLOCK)
     present = count >= min_samples
-    limit = OUTLIER + OF_A_SAMPLE / tl.sqrt(tl.maximum(count, 1).to(tl.float32))
-    counts = present & _is_finite(around)  # then all is finite that fp32 would keep
-    outlier = counts & (before >= EARLY) & (around + unit > limit * (known_around + unit))
-    moves = counts & (outlier == 0)
+    moves, after, row = judged(
+        around, zero, known_around, known_zero, count, unit, before, row, present & is_finite(around)
+    )  # where that is finite, all is that fp32 would keep
     if present & (moves == 0) & (before > 0):  # of a class without a batch nothing is looked at
         at = c.to(tl.int64) * C
         for first in range(0, C, BLOCK):  # few at a time: it is rare, and registers are dear
             cols = first + tl.arange(0, BLOCK)
             tl.store(centroids + at + cols, tl.load(center + at + cols, mask=cols < C), mask=cols < C)
             tl.store(variances + at + cols, tl.load(old_variance + at + cols, mask=cols < C), mask=cols < C)
-    row = tl.where(moves, 0, row + tl.where(outlier, 1, 0))
-    far = OUTGROWN * limit
-    outgrown = (far * (around + unit) < known_around + unit) | (far * (zero + unit) < known_zero + unit)
-    anew = (moves & (before > 0) & (before < 2 * EARLY) & outgrown) | (outlier & (row >= PATIENCE))
     tl.debug_barrier()  # every thread has read what one is about to write
-    tl.store(batches + c, tl.where(anew, 0, before + tl.where(moves, 1, 0)))
+    tl.store(batches + c, after)
     tl.store(ignored + c, row)
 
 
@@ -257,7 +268,7 @@ def _add_up(
                 num_classes, C, min_samples, unit, BLOCK,
             )  # fmt: skip
         if last_to_arrive(arrived + num_classes, num_classes):
-            _losses(offsets, penalty_out, mse_out, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK)
+            losses(offsets, penalty_out, mse_out, rob_out, intra_out, weight_out, num_classes, min_samples, BLOCK)
 
 
 @triton.jit
@@ -280,20 +291,20 @@ def _finish_columns(
     if centroids is None:
         center = mean
         remainder = low
-        value, slope = _cost(squares / one_less, threshold_at, threshold, floor, gamma, PENALTY)
+        value, slope = cost_and_slope(squares / one_less, threshold_at, threshold, floor, gamma, PENALTY)
     else:
         before = tl.load(batches + c)
         first = 1.0 / (before.to(tl.float32) + 1.0)
         center = tl.where(before > 0, tl.load(centroids + at, mask=live, other=0.0), mean)
         remainder = tl.where(before > 0, 0.0, low)  # of a centroid that is the batch's own mean
         away = tl.where(before > 0, (mean - center) + low, 0.0)
-        moved = _lerp(center, mean, tl.maximum(first, least_of_centroid))
+        moved = lerp(center, mean, tl.maximum(first, least_of_centroid))
         old = tl.load(variances + at, mask=live, other=0.0)
         around = mse + away * away
-        variance = _lerp(old, around, tl.maximum(first, least_of_variance))
-        value, slope = _cost(variance, threshold_at, threshold, floor, gamma, PENALTY)
+        variance = lerp(old, around, tl.maximum(first, least_of_variance))
+        value, slope = cost_and_slope(variance, threshold_at, threshold, floor, gamma, PENALTY)
         slope *= one_less / n  # the backward divides by n − 1
-        moves = counts & _is_finite(moved) & _is_finite(variance)
+        moves = counts & is_finite(moved) & is_finite(variance)
         tl.debug_barrier()  # whoever holds a copy of a column has read it
         tl.store(centroids + at, moved, mask=moves)
         tl.store(variances + at, variance, mask=moves)
@@ -366,7 +377,7 @@ def variance_backward_kernel(
     for row in range(tl.load(offsets + num_classes) + c * num_parts + part, num_samples, num_parts * num_classes):
         place = dx + tl.load(order + row).to(tl.int64) * C + cols
         tl.store(place, tl.zeros([BLOCK_C], dx.dtype.element_ty), mask=cols < C)
-    start, begin, end, count = _rows_of_part(offsets, c, part, num_parts, BLOCK_R)
+    start, begin, end, count = rows_of_part(offsets, c, part, num_parts, BLOCK_R)
     n = count.to(tl.float32)
     share = n / tl.maximum(tl.load(weight), 1.0)
     penalty = 0.0

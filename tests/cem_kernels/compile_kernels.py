@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 
 from cem_kernels.cross_attention import triton as cross_attention
 from cem_kernels.slot_attention import triton as slot_attention
+from cem_kernels.slot_variance import triton as slot_variance
 from cem_kernels.triton_utils import FUSION
 from cem_kernels.variance import triton as variance
 
@@ -110,6 +111,17 @@ def run_variance(
     variance.variance_backward(*common, *kept, *grads, min_samples)
 
 
+def run_slot_variance(
+    dtype: torch.dtype, slots: int, columns: int, upstream: str = "losses", *, samples: int = 64, classes: int = 4
+) -> None:
+    x, order, offsets = torch.empty(samples, columns, dtype=dtype), torch.arange(samples), torch.arange(classes + 1)
+    moments, counter = (torch.empty(classes, slots, columns) for _ in range(2)), (torch.arange(classes) for _ in "bi")
+    running = *moments, torch.empty(classes, slots), *counter
+    kept = slot_variance.slot_variance_forward(x, order, offsets, *running, 0.1)[4:]
+    grads = torch.empty(()), None if upstream == "losses" else torch.empty(()).expand(classes)
+    slot_variance.slot_variance_backward(x, order, offsets, *kept, *grads)
+
+
 def run_read(
     width: int, heads: int, slots: int, dtype: torch.dtype, matmul: str = "highest", *, dropout: float = 0.0,
     samples: int = 64, classes: int = 4, tokens: int = 4, products: torch.dtype | None = None,
@@ -159,6 +171,10 @@ def others() -> Iterator[Case]:
     for penalty in ("relu", "softplus"):
         yield f"fp32 {penalty} C8192 of centroids", partial(run_variance, FP32, penalty, 8192, centroids=True)
     yield "fp32 nats C128 of centroids", partial(run_variance, FP32, "nats", 128, centroids=True)
+    for name in ("fp32", "bf16", "fp16"):
+        yield f"{name} S4 C392 of slots", partial(run_slot_variance, *PRECISIONS[name], 4, 392)
+    for slots, columns in ((1, 512), (16, 8192), (3, 17)):
+        yield f"fp32 S{slots} C{columns} of slots", partial(run_slot_variance, FP32, slots, columns, "all")
     for name in ("fp32", "tf32", "bf16"):
         yield f"{name} D128 H4 S8", partial(run_read, 128, 4, 8, *PRECISIONS[name])
         yield f"{name} D512 H16 S32", partial(run_read, 512, 16, 32, *PRECISIONS[name])
@@ -217,7 +233,7 @@ def compile_only(target: str) -> list[tuple[str, Any]]:
             options.pop("maxnreg", None)
         compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **FUSION, **options)))
 
-    for module in (variance, cross_attention, slot_attention):
+    for module in (variance, slot_variance, cross_attention, slot_attention):
         module.launch = launch
     return compiled
 
@@ -249,6 +265,7 @@ def versions_as_sizes_vary() -> Iterator[dict[str, Any]]:
         for either in (False, True):
             run_variance(FP32, "nats", 128, centroids=either, **sizes)
             run_slots(128, 8, BF16, split=either, tokens=tokens, **sizes)
+        run_slot_variance(FP32, 4, 128, **sizes)
         run_read(128, 4, 8, BF16, tokens=tokens, **sizes)
     yield from ({"kernel": kernel, "versions": len(keys)} for kernel, keys in versions.items())
 
