@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = {path: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("cem*/**/*.py"))}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 KERNELS = [path for path in TEXTS if path.match("cem_kernels/*/kernels*.py")]
-OPERATORS = [ROOT / "cem_kernels" / name for name in ("slot_attention", "cross_attention", "variance")]
+OPERATORS = [ROOT / "cem_kernels" / name for name in ("slot_attention", "slot_variance", "cross_attention", "variance")]
 
 
 def nodes(kind, under="", only="*"):
@@ -72,7 +72,7 @@ def test_arrows_point_down_and_pyplot_is_left_alone(package, refused):
             assert not re.search(rf"^\s*(from|import) ({refused})\b", text, re.MULTILINE), path
 
 
-@pytest.mark.parametrize("name", ["centroid", "attention"])
+@pytest.mark.parametrize("name", ["centroid", "slots", "attention"])
 def test_from_the_step_to_the_launch_of_a_kernel_are_at_most_ten_frames_of_ours(name, monkeypatch):
     chains = []
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cem_kernels import validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Nats
 from cem_kernels.slot_variance.running import CENTROIDS_MOVE, DEAD, MOST, VARIANCES_MOVE, RunningSlots
-from cem_kernels.validation import values_are_checked
 from cem_kernels.variance.running import Spread, judged
 
 State = tuple[Tensor, Tensor, Tensor]  # centroids and variances [K, S, C], shares [K, S]
@@ -86,7 +86,7 @@ def _logits(x: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor
 def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State:
     """The slots of a step, as they were or, of a class whose first batch it is, as its samples give them."""
     new = batches == 0
-    if not len(x) or (values_are_checked(x) and not bool((new & (groups.counts > 0)).any())):
+    if not len(x) or (validation.values_are_checked(x) and not bool((new & (groups.counts > 0)).any())):
         return old
     centroids, variances = _first_slots(x, groups, old[2].shape[1])
     first = centroids, variances, torch.full_like(old[2], 1 / old[2].shape[1])

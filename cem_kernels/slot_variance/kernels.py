@@ -1,11 +1,11 @@
-"""The kernels of slot variances: features read three times forward, read once and written once backward.
+"""The kernels of slot variances: features read twice forward; read and written once backward.
 
 Per class with ``M`` samples, slot ``s`` and column ``d``, with slots as they were before the step,
 
     l_s = log π_s − ½ Σ_d [ (x_d − c_sd)² / (v_sd + σ²) + log(v_sd + σ²) ]        p = softmax over slots (l / √C)
     W_s = Σ p_s        u_sd = Σ p_s (x_d − c_sd)² / W_s        v ← v + min(.1 S W_s / M, .5) (u − v)
     penalty_c = Σ_s W_s / M · mean over columns of ½ log(1 + v_s / σ²)        rob = Σ_c M_c penalty_c / Σ_c M_c
-    ∂x_d = ∂penalty_c Σ_s p_s k_sd (x_d − c_sd)        k_sd = 2 / C · W_s / M / W_s · ½ / (v_sd + σ²)
+    ∂x_d = ∂penalty_c Σ_s p_s k_sd (x_d − c_sd)        k_sd = 1 / (C M (v_sd + σ²)), v moved
 
 Forward, a program owns a class, all of it: a batch of few classes keeps few processors busy, and a class of many
 samples makes its program long, ``⌈M / 16⌉`` tiles of rows for each of its passes. It looks at everything in tiles of
@@ -15,9 +15,9 @@ squared, never squares multiplied out. What the slots come to is put aside and k
 and no outlier, see :func:`cem_kernels.variance.running.judged`: nothing is ever taken back. The last class to arrive
 adds up the losses in a fixed order: one launch. A class that begins looks at its samples ``S + 3`` times more.
 
-It reads ``B·C`` features twice or, as far as no cache holds them, ``2·S·K·C`` statistics, and writes these, where they
-move, the ``[B, S]`` attention in the order of classes, and for the backward ``center`` and ``coefficient``, ``k`` here,
-``[K, S, C]`` each; as much again is put aside for a moment, thrice. Backward, a program owns a block of columns of a
+It reads ``B·C`` features, twice where no cache holds them, and ``2·K·S·C`` statistics; it writes these where they move,
+and for the backward ``B·S`` attention, in the order of classes, ``center`` and ``coefficient``, ``k`` here, ``K·S·C``
+numbers each, and as many thrice that are put aside for a moment. Backward, a program owns a block of columns of a
 class, or a part of its rows; it reads features, attention and both statistics and writes ``B·C`` gradients in the
 features' dtype.
 
@@ -61,7 +61,7 @@ def _features(x, sample, rows, end, cols, C, stride_row, stride_col):
 
 @triton.jit
 def _attention(attention, start, rows, end, S, SLOTS: tl.constexpr):
-    """Where rows of the attention ``[B, S]`` are, which of it there are, and those; zeros elsewhere."""
+    """Where rows of the attention ``[B, S]`` are, and which of it there are."""
     slot = tl.arange(0, SLOTS)
     at = attention + (start + rows).to(tl.int64)[:, None] * S + slot[None, :]
     live = (rows < end)[:, None] & (slot < S)[None, :]
@@ -127,11 +127,10 @@ def _begin(
     slot = tl.arange(0, SLOTS)
     n = count.to(tl.float32)
     own = c.to(tl.int64) * S
-    sample = tl.load(order + start).to(tl.int64)
+    nearby = x + tl.load(order + start).to(tl.int64) * stride_row
     for first in range(0, C, BLOCK_C):
         cols = first + tl.arange(0, BLOCK_C)
-        places = x + sample * stride_row + cols.to(tl.int64) * stride_col
-        origin = tl.load(places, mask=cols < C, other=0.0).to(tl.float32)
+        origin = tl.load(nearby + cols.to(tl.int64) * stride_col, mask=cols < C, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_C], tl.float32)
         for row in range(0, count, BLOCK_R):
             rows = row + tl.arange(0, BLOCK_R)
@@ -141,15 +140,14 @@ def _begin(
         tl.store(center + own * C + cols, origin + total / n, mask=cols < C)
     for s in range(1, S):
         tl.debug_barrier()
-        row = _farthest(
+        farthest = _farthest(
             x, order, center, start, count, c, s, stride_row, stride_col, S, C, SLOTS, BLOCK_R, BLOCK_C
         )  # fmt: skip
-        sample = tl.load(order + start + row).to(tl.int64)
+        chosen = x + tl.load(order + start + farthest).to(tl.int64) * stride_row
         for first in range(0, C, BLOCK_C):
             cols = first + tl.arange(0, BLOCK_C)
-            places = x + sample * stride_row + cols.to(tl.int64) * stride_col
-            chosen = tl.load(places, mask=cols < C, other=0.0).to(tl.float32)
-            tl.store(center + (own + s) * C + cols, chosen, mask=cols < C)
+            one = tl.load(chosen + cols.to(tl.int64) * stride_col, mask=cols < C, other=0.0).to(tl.float32)
+            tl.store(center + (own + s) * C + cols, one, mask=cols < C)
     tl.debug_barrier()
     members = tl.zeros([SLOTS], tl.float32)
     for row in range(0, count, BLOCK_R):
@@ -265,7 +263,7 @@ def _move(
     x, order, attention, center, spread, moved_center, moved_spread, coefficient, weights, start, count, c,
     stride_row, stride_col, S, C, gamma, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What slots would come to, put aside, and the ``coefficient``; the penalty, and how many numbers are not finite."""
+    """What slots would come to, put aside, and the ``coefficient``; the penalty, and how many are not finite."""
     n = count.to(tl.float32)
     part = weights / n * S  # 1 where every slot has as many samples
     of_variance = tl.minimum(VARIANCES_MOVE * part, MOST)[:, None]
@@ -296,7 +294,7 @@ def _move(
         broken += tl.sum(tl.where(known & (is_finite(middle) & is_finite(variance) == 0), 1, 0), axis=1)
         tl.store(moved_center + places, middle, mask=known)
         tl.store(moved_spread + places, variance, mask=known)
-        tl.store(coefficient + places, slope * (2.0 / C) * (weights / n * per_weight)[:, None], mask=known)
+        tl.store(coefficient + places, slope * (2.0 / C / n), mask=known)
     slots = tl.arange(0, SLOTS) < S
     return tl.sum(tl.where(slots, weights / n * cost, 0.0), axis=0) / C, tl.sum(broken, axis=0)
 
@@ -386,6 +384,11 @@ def slot_variance_forward_kernel(
             )  # fmt: skip
         tl.store(batches + c, batches_after)
         tl.store(ignored + c, row_of_outliers)
+    else:
+        for first in range(0, C, BLOCK_C):
+            at, live = _slots_at(c, first + tl.arange(0, BLOCK_C), S, C, SLOTS)
+            tl.store(center + at, tl.zeros([SLOTS, BLOCK_C], tl.float32), mask=live)
+            tl.store(coefficient + at, tl.zeros([SLOTS, BLOCK_C], tl.float32), mask=live)
     tl.store(penalty_out + c, penalty)
     tl.store(mse_out + c, mse)
     if last_to_arrive(arrived, num_classes):
@@ -418,7 +421,6 @@ def slot_variance_backward_kernel(
     if grad_penalty is not None:
         upstream += tl.load(grad_penalty + c.to(tl.int64) * stride_penalty).to(tl.float32)
     places, known = _slots_at(c, cols, S, C, SLOTS)
-    known = known & (cols < tl.where(count > 0, C, 0))[None, :]  # nobody has written those of an empty class
     middle = tl.load(center + places, mask=known, other=0.0)
     steepness = tl.load(coefficient + places, mask=known, other=0.0) * upstream
     for first in range(begin, end, BLOCK_R):

@@ -124,7 +124,10 @@ class _SlotVariance(torch.autograd.Function):
 
 
 def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, penalty: Nats) -> tuple[Tensor, ...]:
-    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``, differentiable once; moves ``running``."""
+    """``features [B, C]`` to ``(rob_loss, intra_mse, penalty [K], mse [K])``; moves ``running``.
+
+    Differentiable once in the features.
+    """
     result: tuple[Tensor, ...] = _SlotVariance.apply(
         features, groups.order, groups.offsets, *running, penalty.noise_std
     )

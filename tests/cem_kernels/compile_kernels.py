@@ -160,7 +160,7 @@ Case = tuple[str, Callable[[], None]]
 
 
 def others() -> Iterator[Case]:
-    """One of every class of configuration that the launchers choose: variances and reads of slots."""
+    """One of every class of configuration that the launchers choose: variances and reads."""
     for name in ("fp32", "bf16"):
         yield f"{name} relu C128", partial(run_variance, *PRECISIONS[name], "relu", 128)
     for penalty in ("softplus", "nats"):
@@ -203,7 +203,7 @@ def slots() -> Iterator[Case]:
 OTHERS, SLOTS = dict(others()), dict(slots())
 # Those that need most registers and most shared memory of their kernels on some target; every kernel is there.
 TOUCHIEST_OTHERS = (
-    "fp32 relu C128", "bf16 nats C392 of centroids",
+    "fp32 relu C128", "bf16 nats C392 of centroids", "fp32 S4 C392 of slots", "fp32 S1 C512 of slots",
     "tf32 D128 H4 S8", "tf32 D512 H16 S32", "fp32 D512 H8 S8", "fp32 D128 H4 S8 dropout", "bf16 D128 H4 S8 dropout",
 )  # fmt: skip
 TOUCHIEST_SLOTS = ("fp32 D128 S8", "bf16 D128 S8", "bf16 of fp32 split D128 S8")
@@ -214,7 +214,7 @@ CHOICES = {
     "touchiest": (*TOUCHIEST_OTHERS, *TOUCHIEST_SLOTS),
     "touchiest-others": TOUCHIEST_OTHERS,
     "touchiest-slots": TOUCHIEST_SLOTS,
-    "smallest": ("fp32 relu C17", "bf16 D16 H1 S1", "fp32 D128 S8", "fp32 split D128 S8"),
+    "smallest": ("fp32 relu C17", "fp32 S3 C17 of slots", "bf16 D16 H1 S1", "fp32 D128 S8", "fp32 split D128 S8"),
 }
 # What the table holds. Nobody has cut slot attention for gfx942, where its kernels spill.
 RUNS = (

@@ -18,10 +18,12 @@ from cem_kernels import (
     Nats,
     Penalty,
     RunningMoments,
+    RunningSlots,
     SlotAttentionWeights,
 )
 from cem_kernels.cross_attention import cross_attention
 from cem_kernels.slot_attention import slot_attention
+from cem_kernels.slot_variance import slot_variance
 from cem_kernels.variance import centroid_variance, class_variance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,11 +174,36 @@ def centroid_problem(
     return Problem(variance_problem(labels, num_classes, T=T, D=D, seed=seed).leaves, run)
 
 
+def slots_problem(labels, num_classes, *, T=1, D=8, S=3, bound=None, seed=0, penalty=PENALTIES["nats"]) -> Problem:
+    """Classes that were in 1, 0, 1, 2, ... batches before; the first slot of each third has died, if it has begun."""
+    groups = ClassGroups.from_labels(labels, num_classes, max_class_size=bound)
+    counted = (torch.arange(num_classes, device=labels.device) - 1).abs()
+    # Two samples are as far from their mean as each other: which is a slot depends on the precision.
+    counted = torch.where(groups.counts == 2, 1, counted)
+    draw = drawing(torch.Generator().manual_seed(seed + 1))
+    variances = (2 + draw(num_classes, S, T, D).abs()) * spread_over(T, D) ** 2
+    centroids = draw(num_classes, S, T, D) * spread_over(T, D) + 3.0
+    shares = draw(num_classes, S).softmax(dim=1)
+    shares[::3, 0] = 1e-4
+
+    def run(backend, features):
+        kept = torch.float64 if features.dtype == torch.float64 else torch.float32
+        slots = centroids.flatten(2), variances.flatten(2), shares
+        state = (each.float().to(features.device, kept, copy=True) for each in slots)
+        running = RunningSlots(*state, counted.clone(), torch.zeros_like(counted))
+        result = slot_variance(features, groups, running, penalty, backend=backend)
+        monitors = result.intra_mse, result.class_mse, *running[:3], *(each.to(kept) for each in running[3:])
+        return result.rob_loss, *monitors, result.class_penalty
+
+    return Problem(variance_problem(labels, num_classes, T=T, D=D, seed=seed).leaves, run)
+
+
 OPERATORS = {
     "slot_attention": slot_problem,
     "cross_attention": cross_problem,
     "class_variance": variance_problem,
     "centroid_variance": centroid_problem,
+    "slot_variance": slots_problem,
 }
 
 every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())

@@ -161,6 +161,8 @@ def test_gradients_through_dropout_are_those_of_the_reference_with_the_same_mask
 OTHER_SIZES = {
     "variance_forward": {"BLOCK_R": 4, "BLOCK_C": 32},
     "variance_backward": {"BLOCK_R": 8, "num_warps": 2},
+    "slot_variance_forward": {"BLOCK_R": 4, "BLOCK_C": 16},
+    "slot_variance_backward": {"BLOCK_R": 8, "num_warps": 2},
     "slot_attention_forward": {"BLOCK_D": 16, "BLOCK_K": 32},
     "slot_attention_backward": {"BLOCK_N": 32, "BLOCK_K": 16},
     "gated_read_forward": {"BLOCK_N": 16, "BLOCK_D": 16},

@@ -24,6 +24,7 @@ from problems import (
     cross_problem,
     every_penalty,
     slot_problem,
+    slots_problem,
     variance_problem,
 )
 
@@ -42,6 +43,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 OPERATORS = {
     "class_variance": (variance_problem, {"D": 12}),
     "centroid_variance": (centroid_problem, {"D": 12}),
+    "slot_variance": (slots_problem, {"D": 12}),
     "cross_attention": (cross_problem, {"D": 16, "S": 3}),
     "slot_attention": (slot_problem, {"D": 16}),  # a third iteration would magnify rounding so much that luck decides
     "slot_attention, split": (slot_problem, {"D": 16}),
@@ -60,7 +62,7 @@ def tokens_split_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 
 def in_first_tier(operator: str, labeling: str, T: int) -> bool:
-    few = "slot" not in operator or labeling in ("one class", "no sample", "more classes than samples")
+    few = "slot_attention" not in operator or labeling in ("one class", "no sample", "more classes than samples")
     return T == 3 and ("holes" in labeling or (few and "split" not in operator))
 
 
@@ -155,9 +157,10 @@ ALTERNATING = torch.arange(260, device=DEVICE) % 2
     [
         (variance_problem, ALTERNATING, {"D": 150}),
         (centroid_problem, ALTERNATING, {"D": 150}),
+        (slots_problem, ALTERNATING, {"D": 150}),
         (slot_problem, TWO, {"T": 4, "D": 16, "J": 1}),
     ],
-    ids=["class", "centroid", "split"],
+    ids=["class", "centroid", "slots", "split"],
 )
 def test_the_order_in_which_programs_arrive_changes_no_bit(make, labels, sizes, monkeypatch):
     monkeypatch.setattr(slot_kernels, "TOKENS_OF_A_PART", 16)

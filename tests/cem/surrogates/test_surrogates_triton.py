@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import cem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = ("slot_attention", "cross_attention", "variance")
+OPERATORS = ("slot_attention", "slot_variance", "cross_attention", "variance")
 kernels = {name: importlib.import_module(f"cem_kernels.{name}.triton") for name in OPERATORS}
 
 CASES = {
@@ -19,6 +19,7 @@ CASES = {
     "attention, positions": ("attention", {"num_slots": 2, "spatial": True}),
     "attention, reduced": ("attention", {"num_slots": 2, "reduction": "linear16"}),
     "centroid": ("centroid", {}),
+    "slots": ("slots", {"num_slots": 3}),
 }
 LABELS = torch.tensor([2, 0, 1, 0, -100, 1, 0, 1], device=DEVICE)  # a class of one sample, and classes of none
 
@@ -34,7 +35,9 @@ def batch():
     return features.to(DEVICE), LABELS
 
 
-@pytest.mark.parametrize(("case", "training"), [*((case, False) for case in CASES), ("centroid", True)])
+@pytest.mark.parametrize(
+    ("case", "training"), [*((case, False) for case in CASES), ("centroid", True), ("slots", True)]
+)
 def test_losses_all_gradients_and_the_state_are_those_of_the_reference(case, training):
     module, exact = built(case, "triton").train(training), built(case, "reference").train(training).double()
     results = []
@@ -52,8 +55,8 @@ def test_losses_all_gradients_and_the_state_are_those_of_the_reference(case, tra
 
 @pytest.mark.parametrize(
     ("case", "split", "launches"),
-    [("attention", False, 7), ("attention", True, 12), ("centroid", False, 2)],
-    ids=["attention", "attention, tokens split", "centroid"],
+    [("attention", False, 7), ("attention", True, 12), ("centroid", False, 2), ("slots", False, 2)],
+    ids=["attention", "attention, tokens split", "centroid", "slots"],
 )
 def test_forward_and_backward_are_few_launches(case, split, launches, monkeypatch):
     names = []
