@@ -284,9 +284,9 @@ def _move(
             at, live = _attention(attention, start, rows, count, S, SLOTS)
             p = tl.load(at, mask=live, other=0.0)
             away = features[:, None, :] - middle[None, :, :]
-            weighted = p[:, :, None] * away
-            squares += tl.sum(weighted * away, axis=0)
-            steps += tl.sum(weighted, axis=0)
+            # Of a square that overflows nothing is hidden, however little it weighs.
+            squares += tl.sum(p[:, :, None] * (away * away), axis=0)
+            steps += tl.sum(p[:, :, None] * away, axis=0)
         middle += CENTROIDS_MOVE * part[:, None] * (steps * per_weight[:, None])
         variance = lerp(variance, squares * per_weight[:, None], of_variance)
         value, slope = cost_and_slope(variance, None, 0.0, 0.0, gamma, "nats")

@@ -17,9 +17,19 @@ from problems import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cem_kernels import BackendUnavailableError, ClassGroups, LogHinge, Nats, RunningMoments, backends, set_debug
+from cem_kernels import (
+    BackendUnavailableError,
+    ClassGroups,
+    LogHinge,
+    Nats,
+    RunningMoments,
+    RunningSlots,
+    backends,
+    set_debug,
+)
 from cem_kernels.cross_attention import cross_attention
 from cem_kernels.slot_attention import slot_attention
+from cem_kernels.slot_variance import slot_variance
 from cem_kernels.variance import centroid_variance, class_variance
 
 LABELS = torch.tensor([0, 1, 1, 2], device=DEVICE)
@@ -52,6 +62,12 @@ def variance(features=TOKENS, penalty: Any = None, **options: Any) -> object:
 def moving(penalty: Any = None, momentum: float = 0.9, backend: str = "eager", **replaced: Any) -> object:
     running = RunningMoments(MOMENTS, MOMENTS, COUNTS, COUNTS)._replace(**replaced)
     return centroid_variance(TOKENS, GROUPS, running, penalty or Nats(0.1), momentum=momentum, backend=backend)
+
+
+def around(features=TOKENS, penalty: Any = None, backend: str = "eager", S: int = 2, **replaced: Any) -> object:
+    moments, shares = torch.zeros(3, S, 16, device=DEVICE), torch.zeros(3, S, device=DEVICE)
+    running = RunningSlots(moments, moments, shares, COUNTS, COUNTS)._replace(**replaced)
+    return slot_variance(features, GROUPS, running, penalty or Nats(0.1), backend=backend)
 
 
 def hinge(threshold: Any = 0.1, **options: Any) -> object:
@@ -106,6 +122,14 @@ BAD_VALUES = [
     (moving, {"momentum": NAN}, "momentum must lie between 0 and 1, got nan"),
     (moving, {"penalty": LogHinge(torch.tensor(0.1, **GRADIENT))}, "threshold takes no gradient here"),
     (moving, {"backend": "cuda"}, "backend must be one of auto, triton, eager, reference, got 'cuda'"),
+    (around, {"features": TOKENS[:2]}, r"features must have shape \[B=4, ...\], got \[2, 2, 8\]"),
+    (around, {"centroids": MOMENTS}, r"running.centroids must have shape \[K=3, S=2, C=16\], got \[3, 16\]"),
+    (around, {"variances": torch.zeros(3, 2, 5)}, r"running.variances must have shape \[K=3, S=2, C=16\], got"),
+    (around, {"shares": MOMENTS[:2, :2]}, r"running.shares must have shape \[K=3, S=2\], got \[2, 2\]"),
+    (around, {"ignored": COUNTS[:2]}, r"running.ignored must have shape \[K=3\], got \[2\]"),
+    (around, {"shares": torch.zeros(3, 2, device="meta")}, "running.shares must be on the features' device"),
+    (around, {"variances": torch.zeros(3, 2, 16, **GRADIENT)}, "running.variances takes no gradient"),
+    (around, {"backend": "cuda"}, "backend must be one of auto, triton, eager, reference, got 'cuda'"),
     (Nats, {"noise_std": 0.0}, "noise_std must be finite and positive, got 0.0"),
     (Nats, {"noise_std": "0.1"}, "noise_std must be finite and positive, got '0.1'"),
     (Nats, {"noise_std": 10**400}, "noise_std must be finite and positive, got 10"),
@@ -128,6 +152,14 @@ BAD_TYPES = [
     (cross, {"slots": SLOTS.double()}, "slots is torch.float64 but the tokens are torch.float32"),
     (variance, {"features": TOKENS.int()}, "features must be a floating-point tensor, got torch.int32"),
     (variance, {"penalty": 0.1}, "penalty must be Nats or LogHinge, got float"),
+    (around, {"features": TOKENS.int()}, "features must be a floating-point tensor, got torch.int32"),
+    (around, {"penalty": LogHinge(0.1)}, "penalty must be Nats, got LogHinge"),
+    (
+        around,
+        {"shares": COUNTS[:, None].expand(3, 2)},
+        "running.shares must be a floating-point tensor, got",
+    ),
+    (around, {"batches": COUNTS.int()}, "running.batches must be torch.int64, got torch.int32"),
     (moving, {"batches": COUNTS.int()}, "running.batches must be torch.int64, got torch.int32"),
     (moving, {"ignored": COUNTS.int()}, "running.ignored must be torch.int64, got torch.int32"),
     (moving, {"batches": COUNTS.bool()}, "running.batches must be torch.int64, got torch.bool"),
@@ -141,6 +173,9 @@ BY_KERNELS = [
     (kernels, {"make": slot_problem, "S": 40}, "kernels take S from 1 to 32, got 40"),
     (kernels, {"make": variance_problem, "wide": True}, "kernels take fp32, bf16 and fp16, got torch.float64"),
     (variance, {"penalty": LogHinge(torch.tensor(0.1, **GRADIENT)), "backend": "triton"}, "threshold takes a gradient"),
+    (around, {"S": 17, "backend": "triton"}, "kernels take at most 16 slots, got 17"),
+    (around, {"shares": torch.zeros(2, 3, device=DEVICE).T, "backend": "triton"}, "fp32 and contiguous"),
+    (around, {"centroids": torch.zeros(3, 2, 16).double(), "backend": "triton"}, "fp32 and contiguous"),
     *(
         (moving, {**replaced, "backend": "triton"}, "kernels take running moments that are fp32 and contiguous")
         for replaced in (

@@ -1,0 +1,325 @@
+"""Running slots of classes, how they begin and move, and the variance around them; the kernel is compiled on a CUDA
+device, elsewhere in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from exactness import assert_as_exact
+from problems import DEVICE, FEW, Problem, drawing, every_backend, slots_problem
+
+from cem_kernels import ClassGroups, Nats, RunningSlots
+from cem_kernels.slot_variance import slot_variance
+from cem_kernels.slot_variance.reference import first_slots
+from cem_kernels.variance.running import PATIENCE
+
+STD = 0.3
+NATS = Nats(STD)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def nothing_yet(num_classes=4, num_slots=3, width=6, dtype=torch.float32):
+    zeros = torch.zeros(num_classes, num_slots, width, dtype=dtype, device=DEVICE)
+    counters = (torch.zeros(num_classes, dtype=torch.long, device=DEVICE) for _ in range(2))
+    return RunningSlots(zeros, zeros.clone(), zeros[..., 0].clone(), *counters)
+
+
+def batch(num_samples=40, width=6, num_classes=4, seed=0, modes=3):
+    """Samples of several modes a class."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = 3 * torch.randn(num_classes, modes, width, generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(0, num_classes, (num_samples,), generator=generator)
+    mode = torch.randint(0, modes, (num_samples,), generator=generator)
+    noise = 0.5 * torch.randn(num_samples, width, generator=generator)
+    return (centers[labels, mode] + noise).to(DEVICE), labels.to(DEVICE)
+
+
+def measured(backend, running, features, labels, penalty=NATS):
+    groups = ClassGroups.from_labels(labels, len(running.batches))
+    return slot_variance(features, groups, running, penalty, backend=backend)
+
+
+def copied(running):
+    return RunningSlots(*(each.clone() for each in running))
+
+
+def begun(num_slots=3, width=6, batches=50, dtype=torch.float32):
+    """Slots that have seen a batch, and are said to have seen more."""
+    running = nothing_yet(4, num_slots, width, dtype)
+    x, labels = batch(300, width=width)
+    measured("reference", running, x.to(dtype), labels)
+    running.batches.fill_(batches)
+    return running
+
+
+def course(step):
+    """A batch of a long training: an outlier begins a class, rows of outliers, what is not finite, and missing classes.
+
+    Class 3 is in few batches, with fewer samples than slots, class 4 in none, and one batch is empty.
+    """
+    x, labels = batch(0 if step == 17 else 40, num_classes=3, seed=step)
+    x, labels = x.double(), torch.where(torch.arange(len(x), device=DEVICE) < step % 4 % 3, 3, labels)
+    if step == 0:
+        x[labels == 1] *= 100
+    if step in range(30, 30 + PATIENCE + 1):
+        x[labels == 0] *= 10
+    if step == 25:
+        x[labels == 2] = math.nan
+    labels[5:7] = -100
+    return x, labels
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8])
+def test_eager_is_the_reference_over_a_long_course(num_slots):
+    found, exact = (nothing_yet(5, num_slots, dtype=torch.float64) for _ in range(2))
+    fell, rows, revived = 0, 0, 0
+    for step in range(60):
+        if step in (5, 6):
+            for running in (found, exact):
+                running.shares[:, 0] *= 0.01 if num_slots > 1 else 1.0
+        old, results = copied(exact), []
+        x, labels = course(step)
+        for backend, running in (("eager", found), ("reference", exact)):
+            features = x.clone().requires_grad_()
+            result = measured(backend, running, features, labels)
+            (gradient,) = torch.autograd.grad(result.rob_loss + result.class_penalty.square().sum(), features)
+            results.append([*(each.detach() for each in result), gradient, *running])
+        for each, want in zip(*results, strict=True):
+            torch.testing.assert_close(each, want, equal_nan=True, **EXACT)
+        fell += int((exact.batches < old.batches).sum())
+        rows += int((exact.ignored > old.ignored).sum())
+        revived += int(((exact.shares[:3] > 10 * old.shares[:3]) & (old.batches[:3] > 1)[:, None]).sum())
+    assert fell >= 2  # an outlier that began a class, and a lasting change
+    assert rows >= PATIENCE
+    assert revived or num_slots == 1
+    assert not exact.batches[4]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_the_kernel_judges_and_moves_as_the_reference_in_double_precision_over_a_long_course():
+    found, exact = nothing_yet(5), nothing_yet(5, dtype=torch.float64)
+    for step in (*range(8), 17, *range(25, 30 + PATIENCE + 3)):
+        if step == 25:
+            found.batches.fill_(30), exact.batches.fill_(30)
+        x, labels = course(step)
+        results = [measured("triton", found, x.float(), labels), measured("reference", exact, x, labels)]
+        for each, want in zip(*results, strict=True):
+            torch.testing.assert_close(each.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+        for each, want in zip(found, exact, strict=True):
+            torch.testing.assert_close(each.double(), want.double(), rtol=1e-4, atol=1e-4)
+    assert found.batches.tolist() == exact.batches.tolist()
+
+
+# the kernel's numbers
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ({"S": 1, "D": 700}, torch.float32),
+        ({"S": 2, "D": 1}, torch.float32),
+        ({"S": 5, "D": 150}, torch.bfloat16),
+        ({"S": 8, "D": 37}, torch.float16),
+        ({"S": 16, "D": 40, "T": 2}, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_as_exact_for_every_number_of_slots_and_dtype(sizes, dtype):
+    labels = torch.tensor([0] * 40 + [1] * 25 + [3] * 3, device=DEVICE)
+    assert_as_exact(*(slots_problem(labels, 5, seed=seed, **sizes) for seed in range(2)), dtype=dtype)
+
+
+@pytest.mark.parametrize("batches", [0, 5])
+def test_tight_classes_far_from_zero_keep_their_digits(batches):
+    """``x² − 2xc + c²`` would leave nothing here."""
+    draw = drawing(torch.Generator().manual_seed(0))
+    near = 0.05 * torch.arange(2, dtype=torch.float64)[:, None]  # of the slots from each other
+    features = (1000 + near.repeat(35, 1) + draw(70, 20, scale=0.01)).float().to(DEVICE)
+    centroids = (1000 + near + draw(2, 2, 20, scale=0.01)).float().to(DEVICE)
+    groups = ClassGroups.from_labels((torch.arange(70) % 4 // 2).to(DEVICE), 2)
+
+    def run(backend, features):
+        variances, counted = torch.full_like(centroids, 1e-4), torch.full((2,), batches, device=DEVICE)
+        slots = (each.to(features.dtype, copy=True) for each in (centroids, variances, torch.full((2, 2), 0.5)))
+        running = RunningSlots(*(each.to(DEVICE) for each in slots), counted, torch.zeros_like(counted))
+        result = slot_variance(features, groups, running, Nats(0.01), backend=backend)
+        return result.rob_loss, result.class_mse, running.centroids, running.variances, result.class_penalty
+
+    assert_as_exact(Problem({"features": features.double()}, run))
+
+
+# how slots begin
+
+
+def test_the_first_slots_are_the_mean_and_what_is_farthest_and_then_the_means_of_those_nearest():
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [10.0, 0.0], [10.0, 1.0], [0.0, 20.0]])  # the mean is [4, 4.4]
+    centroids, variances = first_slots(x, 3)
+    torch.testing.assert_close(centroids, torch.tensor([[0.0, 0.5], [0.0, 20.0], [10.0, 0.5]]))
+    torch.testing.assert_close(variances, torch.tensor([0.0, 0.2]).expand(3, 2))
+
+
+@every_backend
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_class_of_fewer_samples_than_slots_begins_with_slots_on_them(backend, samples):
+    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    running = nothing_yet(1, 5)
+    result = measured(backend, running, x, torch.zeros(samples, dtype=torch.long, device=DEVICE))
+    assert result.rob_loss.isfinite()
+    closest = torch.cdist(x.double(), running.centroids[0].double()).amin(dim=1)
+    assert closest.max() < (1e-6 if samples == 1 else 0.1 * x.std())
+    assert running.centroids.isfinite().all()
+    assert running.batches.item() == 1
+
+
+# how they move
+
+
+@every_backend
+def test_one_slot_moves_as_a_centroid_with_rates_of_its_own(backend):
+    (x, labels), running = batch(num_classes=3, seed=1), begun(1)
+    before = copied(running)
+    x.requires_grad_()
+    result = measured(backend, running, x, labels)
+    (gradient,) = torch.autograd.grad(result.class_penalty[0], x)
+    for c in range(3):
+        own, center, old = x[labels == c].detach(), before.centroids[c, 0], before.variances[c, 0]
+        around = (own - center).square().mean(dim=0)
+        moved = old + 0.1 * (around - old)
+        torch.testing.assert_close(running.centroids[c, 0], center + 0.03 * (own.mean(dim=0) - center))
+        torch.testing.assert_close(running.variances[c, 0], moved)
+        torch.testing.assert_close(result.class_penalty[c], 0.5 * torch.log1p(moved / STD**2).mean())
+        torch.testing.assert_close(result.class_mse[c], around.mean())
+        if c == 0:
+            slope = 0.5 / (moved + STD**2) / 6
+            torch.testing.assert_close(gradient[labels == c], slope * 2 * (own - center) / len(own))
+    torch.testing.assert_close(running.shares, torch.ones(4, 1, device=DEVICE))
+    assert all(torch.equal(moved[3], old[3]) for moved, old in zip(running, before, strict=True))
+    assert not gradient[labels > 0].any()
+
+
+@every_backend
+def test_shares_add_up_to_one_and_are_those_of_the_modes_in_time(backend):
+    running = nothing_yet(1, 2)
+    labels = torch.zeros(40, dtype=torch.long, device=DEVICE)
+    for _ in range(120 if backend == "eager" else 12):
+        x = torch.where(torch.arange(40) < 30, -5.0, 5.0)[:, None] + 0.1 * torch.randn(40, 6)
+        measured(backend, running, x.to(DEVICE), labels)
+        assert running.shares.sum().item() == pytest.approx(1, abs=1e-5)
+    near = 0.02 if backend == "eager" else 0.2
+    assert sorted(running.shares[0].tolist()) == pytest.approx([0.25, 0.75], abs=near)
+
+
+@every_backend
+def test_a_slot_that_has_died_goes_where_the_class_is_explained_worst(backend):
+    running = begun(batches=5)
+    running.centroids[1, 2] = 20.0  # nobody is near
+    running.shares[1] = torch.tensor([0.6, 0.39, 0.01])
+    before, (x, labels) = copied(running), batch(seed=1)
+    far = (labels == 1).nonzero()[2, 0]
+    x[far] += 12.0
+    measured(backend, running, x, labels)
+    heaviest = int(running.variances[1].eq(running.variances[1, 2]).all(dim=1).nonzero()[0])
+    torch.testing.assert_close(running.centroids[1, 2], x[far])
+    assert heaviest < 2
+    torch.testing.assert_close(running.shares[1, 2], running.shares[1, heaviest])
+    assert 0.25 < running.shares[1, 2] < 0.35
+    assert (running.centroids[1, :2] - before.centroids[1, :2]).abs().max() < 0.2
+
+
+@every_backend
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("bad", [[math.inf], [math.nan], [1e20, -1e20]], ids=str)  # the last, in squares only
+@pytest.mark.parametrize("batches", [0, 50])
+def test_a_class_that_is_not_finite_does_not_move_and_is_not_hidden(backend, bad, batches):
+    running = begun(width=150, batches=batches)
+    (x, labels), before = batch(width=150, seed=1), copied(running)
+    x[(labels == 1).nonzero()[: len(bad), 0], -1] = torch.tensor(bad, device=DEVICE)
+    result = measured(backend, running, x, labels)
+    assert result.class_penalty.isfinite().tolist() == [True, False, True, True]
+    assert not result.rob_loss.isfinite()
+    for moved, old in zip(running[:3], before[:3], strict=True):
+        assert (moved == old).flatten(1).all(dim=1).tolist() == [False, True, False, False]
+    assert running.batches.tolist() == [batches + 1, batches, batches + 1, batches + 1]
+    assert not running.ignored.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_what_only_the_features_dtype_can_hold_moves_nothing(backend):
+    (x, labels), running = batch(), nothing_yet()
+    x = x.double()
+    x[labels == 1, 0] *= 1e30
+    assert measured(backend, running, x, labels).rob_loss.isfinite()
+    assert not running.variances[1].any()
+    assert running.variances.isfinite().all()
+    assert running.batches.tolist() == [1, 0, 1, 1]
+
+
+@every_backend
+def test_an_outlier_is_measured_and_not_remembered(backend):
+    running, (x, labels) = begun(), batch(seed=1)
+    before, usual = copied(running), measured("reference", begun(), x, labels)
+    x[labels == 1] *= 20
+    result = measured(backend, running, x, labels)
+    assert (result.class_penalty[1] > 1.5 * usual.class_penalty[1]) & (result.class_mse[1] > 50 * usual.class_mse[1])
+    for moved, old in zip(running, before, strict=True):
+        assert torch.equal(moved[1], old[1]) is (moved is not running.ignored)
+    assert (running.batches.tolist(), running.ignored.tolist()) == ([51, 50, 51, 51], [0, 1, 0, 0])
+
+
+@every_backend
+def test_autograd_knows_that_they_moved(backend):
+    running = nothing_yet()
+    weight = torch.ones_like(running.centroids, requires_grad=True)
+    product = (weight * running.centroids).sum()
+    measured(backend, running, *batch())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+# gradients
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_gradients_are_those_of_the_batch_s_own_squares_and_so_are_their_gradients(backend):
+    """``u`` under the attention of the step, added to a running variance of which it is no part."""
+    start = begun(dtype=torch.float64)
+    (x, labels), running = batch(seed=1), copied(start)
+    x, direction = x.double(), batch(seed=2)[0].double()
+
+    def by_hand(x):
+        total = 0.0
+        for c in range(4):
+            own, (center, variance, share) = x[labels == c], (each[c] for each in start[:3])
+            with torch.no_grad():
+                away, wide = own[:, None] - center, variance + STD**2
+                p = (share.log() - (away.square() / wide + wide.log()).sum(dim=2) / 2).div(math.sqrt(6)).softmax(dim=1)
+            u = torch.einsum("ns,nsd->sd", p, (own[:, None] - center).square()) / p.sum(dim=0)[:, None]
+            w = p.mean(dim=0)
+            v = variance + (0.3 * w).clamp(max=0.5)[:, None] * (u.detach() - variance)
+            total = total + (c + 1) * (w * NATS.cost(v + u - u.detach()).mean(dim=1)).sum()
+        return total
+
+    def by_backend(x):
+        return (measured(backend, running, x, labels).class_penalty * torch.arange(1, 5, device=DEVICE)).sum()
+
+    results = []
+    for call in (by_backend, by_hand):
+        leaf = x.clone().requires_grad_()
+        loss = call(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+        results.append((loss.detach(), gradient.detach(), second))
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, **EXACT)
+
+
+@every_backend
+def test_no_sample_gives_an_attached_zero_and_monitors_take_no_gradient(backend):
+    x, running = torch.zeros(0, 6, device=DEVICE, requires_grad=True), nothing_yet()
+    result = measured(backend, running, x, torch.zeros(0, dtype=torch.long, device=DEVICE))
+    (gradient,) = torch.autograd.grad(result.rob_loss, x)
+    assert (result.rob_loss.item(), result.intra_mse.item(), gradient.shape) == (0.0, 0.0, (0, 6))
+    assert not running.batches.any()
+    result = measured(backend, running, torch.randn(7, 6, device=DEVICE, requires_grad=True), FEW)
+    assert (result.intra_mse.requires_grad, result.class_mse.requires_grad) == (False, False)
