@@ -19,6 +19,7 @@ ON_CPU = [
     Spec("class_variance", B=256, K=100, T=1, D=128),
     Spec("centroid_variance", B=128, K=10, T=1, D=392),  # what the default surrogate has on Fashion-MNIST
     Spec("centroid_variance", B=256, K=100, T=1, D=128),
+    Spec("slot_variance", B=128, K=10, T=1, D=392, S=4),
     *(Spec("slot_attention", **sizes) for sizes in (TOKENS, SAMPLES)),
     *(Spec("gated_read", **sizes) for sizes in (TOKENS, SAMPLES)),
     Spec("cross_attention", **TOKENS),
@@ -29,6 +30,7 @@ ON_CPU = [
 ON_GPU = [
     Spec("class_variance", B=4096, K=100, T=64, D=128, dtype="bf16"),
     Spec("centroid_variance", B=4096, K=100, T=64, D=128, dtype="bf16"),
+    Spec("slot_variance", B=512, K=100, T=1, D=392, S=4),
     *(
         Spec(operator, B=1024, K=10, T=64, D=128, dtype="bf16")
         for operator in ("slot_attention", "gated_read", "cross_attention", "surrogate")

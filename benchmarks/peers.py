@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cem_kernels import CrossAttentionWeights, LogHinge, RunningMoments, SlotAttentionWeights
+from cem_kernels import CrossAttentionWeights, LogHinge, Nats, RunningMoments, RunningSlots, SlotAttentionWeights
+from cem_kernels.slot_variance import running as rates
 from cem_kernels.variance.running import Spread, judged
 
 
@@ -163,6 +164,50 @@ def running_loss(
     penalty = relu_hinge(variance + (around - around.detach()), hinge)
     weight = counts[:, 0] / counts.sum().clamp(min=1)
     return (weight * penalty).sum(), after
+
+
+def padded_slots_loss(
+    features: Tensor, classes: Classes, running: RunningSlots, penalty: Nats
+) -> tuple[Tensor, RunningSlots]:
+    """A class-padded batch ``[K, L, C]`` to ``rob_loss`` around slots of classes that have begun, and these moved."""
+    centroids, variances, shares, *counters = running
+    num_slots, wide = shares.shape[1], variances + penalty.unit
+    x = Gather.apply(features, classes.fill, classes.row).unflatten(0, classes.mask.shape).float()
+    away, present = x[:, :, None] - centroids[:, None], classes.counts.clamp(min=1)[:, None]
+    squares, seen = away.square(), away.detach()
+    logits = shares.log()[:, None] - (seen.square() / wide[:, None] + wide.log()[:, None]).sum(dim=3) / 2
+    attention = torch.softmax(logits / features.shape[1] ** 0.5, dim=2) * classes.mask[:, :, None]
+    mass = attention.sum(dim=1)
+    of_slot = attention / mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, None]
+    weight, around = mass / present, torch.einsum("kls,klsc->ksc", of_slot, squares)
+    part = (weight * num_slots)[..., None]
+    steps = torch.einsum("kls,klsc->ksc", of_slot, seen)
+    moved = centroids + rates.CENTROIDS_MOVE * part * steps
+    variance = torch.lerp(variances, around.detach(), (rates.VARIANCES_MOVE * part).clamp(max=rates.MOST))
+    share = torch.lerp(shares, weight, rates.CENTROIDS_MOVE)
+    penalties = (weight * penalty.cost(variance + (around - around.detach())).mean(dim=2)).sum(dim=1)
+    # A slot that has died.
+    likeliest = torch.where(classes.mask, logits.amax(dim=2), math.inf)
+    worst = x.detach().take_along_dim(likeliest.argmin(dim=1)[:, None, None], dim=1)
+    least, most = share.min(dim=1, keepdim=True), share.max(dim=1, keepdim=True)
+    dead, slots = least[0] < rates.DEAD / num_slots, torch.arange(num_slots, device=x.device)
+    replaced, halved = dead & (slots == least[1]), dead & ((slots == least[1]) | (slots == most[1]))
+    kept = (
+        torch.where(replaced[..., None], worst, moved),
+        torch.where(replaced[..., None], variance.take_along_dim(most[1][..., None], dim=1), variance),
+        torch.where(halved, (least[0] + most[0]) / 2, share),
+    )
+    mse = (weight * around.detach().mean(dim=2)).sum(dim=1)
+    square = torch.where(classes.mask, x.detach().square().mean(dim=2), 0).sum(dim=1) / present[:, 0]
+    known = ((shares * each.mean(dim=2)).sum(dim=1) for each in (variances, centroids.square() + variances))
+    storable = torch.stack([each.isfinite().flatten(1).all(dim=1) for each in kept]).all(dim=0) & mse.isfinite()
+    verdict = judged(Spread(mse, square), Spread(*known), classes.counts, penalty.unit, *counters, storable)
+    after = (
+        torch.where(verdict.moves.view(-1, *(1,) * (each.dim() - 1)), each, old)
+        for each, old in zip(kept, running[:3], strict=True)
+    )
+    loss = (classes.counts * penalties).sum() / classes.counts.sum().clamp(min=1)
+    return loss, RunningSlots(*after, verdict.batches, verdict.ignored)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

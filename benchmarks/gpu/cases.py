@@ -48,6 +48,7 @@ TIMED: dict[str, Sequence[dict[str, Any]]] = {
     "slot_attention": (SMALL, MAPS, {**MAPS, "dtype": "bf16"}, SINGLE),
     "class_variance": (SMALL, {**MAPS, "dtype": "bf16"}, LONG, ONE),
     "centroid_variance": (FLAT,),
+    "slot_variance": ({**FLAT, "S": 4},),
     "gated_read": (SMALL, SINGLE, {**WIDE, "dtype": "bf16"}),
 }
 PLANS = [Plan(spec, judged=True) for spec in JUDGED]
@@ -62,7 +63,7 @@ SWEEP = {
 
 POINTS = {f"{axis}: {spec.name}": spec for axis, specs in SWEEP.items() for spec in specs}
 
-variance, centroid = (partial(Spec, f"{name}_variance") for name in ("class", "centroid"))
+variance, centroid, slots = (partial(Spec, f"{name}_variance") for name in ("class", "centroid", "slot"))
 slot, read, whole = (partial(Spec, name) for name in ("slot_attention", "gated_read", "surrogate"))
 
 # What every operator must get right in every dtype; slot attention also where programs share the tokens of a class.
@@ -72,11 +73,12 @@ CHECKS = [
     *spread([slot(B=64, K=3, T=48, D=128, labels="holes"), read(B=96, K=7, T=16, D=128, labels="holes")]),
     *spread([whole(B=64, K=3, T=48, D=64)], NARROW),
     *spread([slot(B=31, K=4, T=7, D=40, S=5), read(B=64, K=5, T=3, D=64, H=2, S=5)], NARROW),
-    *(make(B=40, K=5, T=6, D=32, layout="strided") for make in (variance, centroid, slot, read)),
-    *(make(B=40, K=5, T=6, D=32, layout="expanded") for make in (variance, centroid, slot, read)),
+    *(make(B=40, K=5, T=6, D=32, layout="strided") for make in (variance, centroid, slots, slot, read)),
+    *(make(B=40, K=5, T=6, D=32, layout="expanded") for make in (variance, centroid, slots, slot, read)),
     *(variance(B=120, K=6, T=3, D=40, penalty=penalty) for penalty in ("softplus", "nats")),
     centroid(B=128, K=10, T=1, D=392, penalty="nats"),
-    *(make(B=3000, K=4, T=1, D=96, labels="one") for make in (variance, centroid)),
+    *(make(B=3000, K=4, T=1, D=96, labels="one") for make in (variance, centroid, slots)),
+    *(slots(B=64, K=5, T=1, D=200, S=number) for number in (1, 3, 16)),
     slot(B=2000, K=2, T=1, D=48, S=1, labels="one"),
     read(B=500, K=3, T=1, D=48, H=3, S=1, labels="one"),
     whole(B=80, K=2, T=30, D=64, labels="one"),

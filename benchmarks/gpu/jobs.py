@@ -63,7 +63,14 @@ class Job:
 
 BATCH, IMAGE_SHAPE = 512, (3, 32, 32)
 WAYS = ("none", "centroid", "centroid captured", "attention", "attention captured")
-COMPILING = {"class_variance": 4, "centroid_variance": 5, "slot_attention": 12, "gated_read": 8, "surrogate": 22}
+COMPILING = {
+    "class_variance": 4,
+    "centroid_variance": 5,
+    "slot_variance": 8,
+    "slot_attention": 12,
+    "gated_read": 8,
+    "surrogate": 22,
+}
 
 
 def phases(setting: Setting) -> dict[int, list[Job]]:

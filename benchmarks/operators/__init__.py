@@ -6,11 +6,13 @@ from benchmarks.operators.centroid_variance import CentroidVarianceCase
 from benchmarks.operators.class_variance import ClassVarianceCase
 from benchmarks.operators.cross_attention import CrossAttentionCase, GatedReadCase
 from benchmarks.operators.slot_attention import SlotAttentionCase
+from benchmarks.operators.slot_variance import SlotVarianceCase
 from benchmarks.operators.surrogate import SurrogateCase
 
 CASES: dict[str, type[Case]] = {
     "class_variance": ClassVarianceCase,
     "centroid_variance": CentroidVarianceCase,
+    "slot_variance": SlotVarianceCase,
     "slot_attention": SlotAttentionCase,
     "gated_read": GatedReadCase,
     "cross_attention": CrossAttentionCase,

@@ -56,6 +56,7 @@ class Spec:
 LETTERS = {  # of operators that do not have them all
     "class_variance": "BKTD",
     "centroid_variance": "BKTD",
+    "slot_variance": "BKTDS",
     "slot_attention": "BKTDS",
 }
 USUAL = ("spread", "dense", "relu")

@@ -25,7 +25,8 @@ def test_bytes_are_those_of_inputs_outputs_and_index(operator, dtype):
         written += case.noise.nbytes
     elif "variance" not in operator:
         written += case.build("eager")(*case.leaves.values())[0].nbytes
-    statistics = 4 * spec.K * spec.T * spec.D * (operator == "centroid_variance")  # of which one a centroid
+    # Of which one a centroid.
+    statistics = 4 * spec.K * spec.T * spec.D * {"centroid_variance": 1, "slot_variance": spec.S}.get(operator, 0)
     assert case.cost(spec, "forward").bytes == inputs + written + 5 * statistics
     assert case.cost(spec, "backward").bytes == 2 * inputs + written + statistics
     assert case.cost(spec, "both").bytes == 3 * inputs + 2 * written + 6 * statistics

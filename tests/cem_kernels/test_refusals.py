@@ -17,19 +17,10 @@ from problems import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cem_kernels import (
-    BackendUnavailableError,
-    ClassGroups,
-    LogHinge,
-    Nats,
-    RunningMoments,
-    RunningSlots,
-    backends,
-    set_debug,
-)
+from cem_kernels import BackendUnavailableError, ClassGroups, LogHinge, Nats, RunningMoments, backends, set_debug
 from cem_kernels.cross_attention import cross_attention
 from cem_kernels.slot_attention import slot_attention
-from cem_kernels.slot_variance import slot_variance
+from cem_kernels.slot_variance import RunningSlots, slot_variance
 from cem_kernels.variance import centroid_variance, class_variance
 
 LABELS = torch.tensor([0, 1, 1, 2], device=DEVICE)
@@ -126,7 +117,6 @@ BAD_VALUES = [
     (around, {"centroids": MOMENTS}, r"running.centroids must have shape \[K=3, S=2, C=16\], got \[3, 16\]"),
     (around, {"variances": torch.zeros(3, 2, 5)}, r"running.variances must have shape \[K=3, S=2, C=16\], got"),
     (around, {"shares": MOMENTS[:2, :2]}, r"running.shares must have shape \[K=3, S=2\], got \[2, 2\]"),
-    (around, {"ignored": COUNTS[:2]}, r"running.ignored must have shape \[K=3\], got \[2\]"),
     (around, {"shares": torch.zeros(3, 2, device="meta")}, "running.shares must be on the features' device"),
     (around, {"variances": torch.zeros(3, 2, 16, **GRADIENT)}, "running.variances takes no gradient"),
     (around, {"backend": "cuda"}, "backend must be one of auto, triton, eager, reference, got 'cuda'"),
