@@ -1,0 +1,163 @@
+"""An attacker in training who needs none: images are read off the features of neighbors by softmax attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cem.defenses.base import Defense
+from cem.options import Options as BaseOptions
+from cem.options import option
+from cem.terms import Batch, Context, Measured, Term
+from cem_kernels import IGNORED
+from cem_kernels.validation import check_sizes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SHARPNESS = 8  # mean squared distances over the bandwidth
+WIDEST = 16  # pixels in a row of what is read
+
+
+class NeighborAttacker(Term):
+    """Minus the error of images that are read off neighbors of the same class, relative to the class mean's.
+
+    Each image, pooled by two and to at most 16×16, is reconstructed from what is sent of it, ``z_i``: the mean over
+    the other samples of its class, in the batch and in a memory of samples before, weighted by softmax attention::
+
+        a_ij = softmax over j of (−8 |z_i − z_j|² / mean squared distance inside classes)      x̂_i = Σ_j a_ij x_j
+        loss = −Σ |x̂_i − x_i|² / Σ |mean_j x_j − x_i|²
+
+    -1 is an attacker who finds nothing but the class, 0 one who finds everything. Nothing is learned, so there is
+    nothing that an encoder could outrun: attention is the best of all estimates that average neighbors' images
+    (Nadaraya 1964, Watson 1964), and follows the encoder at once.
+
+    Args:
+        feature_dim: ``D``, width of one sample's flattened features.
+        image_shape: ``(C, H, W)``.
+        memory: how many samples of batches before are neighbors too, without a gradient; 0 for none.
+        process_group: see :class:`~cem.Term`.
+
+    Attributes:
+        features, pixels, labels: ``[memory, ...]``, a ring of what is remembered; buffers.
+        position: where the next sample goes; a buffer.
+
+    Raises:
+        ValueError: ``feature_dim`` below 1 or ``memory`` below 0.
+
+    Example::
+
+        >>> import torch, cem
+        >>> from cem.defenses.inversion import NeighborAttacker
+        >>> z = torch.randn(8, 4)
+        >>> batch = cem.Batch(torch.rand(8, 1, 6, 6), torch.zeros(8, dtype=torch.int64), z, z)
+        >>> -1.5 < NeighborAttacker(4, (1, 6, 6)).measure(batch).loss < 0
+        tensor(True)
+    """
+
+    needs_images = True
+
+    features: Tensor
+    pixels: Tensor
+    labels: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        image_shape: tuple[int, int, int],
+        memory: int = 512,
+        *,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(process_group=process_group)
+        check_sizes(feature_dim=feature_dim, memory=memory + 1)
+        channels, *sides = image_shape
+        self.sides = [min(-(-side // 2), WIDEST) for side in sides]
+        width = channels * self.sides[0] * self.sides[1]
+        self.register_buffer("features", torch.zeros(memory, feature_dim))
+        self.register_buffer("pixels", torch.zeros(memory, width))
+        self.register_buffer("labels", torch.full((memory,), IGNORED))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def measure(self, batch: Batch) -> Measured:
+        """See :class:`~cem.Term`; in training mode the batch is remembered."""
+        assert batch.images is not None
+        with torch.autocast(batch.sent.device.type, enabled=False):
+            pixels = F.adaptive_avg_pool2d(batch.images.float(), self.sides).flatten(1)
+            queries, labels = batch.sent.float().flatten(1), batch.labels.long()
+            keys, values = torch.cat([queries, self.features]), torch.cat([pixels, self.pixels])
+            peers = labels[:, None] == torch.cat([labels, self.labels])
+            peers &= (labels != IGNORED)[:, None]
+            peers[:, : len(labels)].fill_diagonal_(False)
+            error, chance = self._errors(queries, keys, pixels, values, peers)
+            loss = -error / chance.clamp(min=torch.finfo(chance.dtype).tiny)
+        if self.training:
+            self._remember(queries.detach(), pixels, labels)
+        return Measured(loss, {"error": -loss})
+
+    def _errors(
+        self, queries: Tensor, keys: Tensor, pixels: Tensor, values: Tensor, peers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Squared errors of attention, and of the mean of all peers; both sums over samples that have a peer."""
+        origin = queries.detach().mean(dim=0)
+        queries, keys = queries - origin, keys - origin  # or differences of large squares would be rounded
+        squares = queries.square().sum(1)[:, None] - 2 * queries @ keys.T + keys.square().sum(1)
+        pairs = peers.sum().clamp(min=1)
+        bandwidth = torch.where(peers, squares.detach(), 0).sum() / pairs / SHARPNESS
+        logits = torch.where(peers, -squares / bandwidth.clamp(min=torch.finfo(squares.dtype).tiny), -torch.inf)
+        lone = ~peers.any(dim=1, keepdim=True)
+        attention = torch.softmax(logits.masked_fill(lone, 0.0), dim=1)
+        uniform = peers / peers.sum(dim=1, keepdim=True).clamp(min=1)
+        found, mean = ((weights @ values - pixels).square().sum(dim=1) for weights in (attention, uniform))
+        return torch.where(lone[:, 0], 0, found).sum(), torch.where(lone[:, 0], 0, mean).sum()
+
+    @torch.no_grad()
+    def _remember(self, features: Tensor, pixels: Tensor, labels: Tensor) -> None:
+        """Puts samples over the oldest; one that is not finite is in no class, or it would spoil batches to come."""
+        size = len(self.labels)
+        features, pixels, labels = features[-size:], pixels[-size:], labels[-size:]
+        if not size or not len(labels):
+            return
+        at = (self.position + torch.arange(len(labels), device=labels.device)) % size
+        finite = features.isfinite().all(dim=1) & pixels.isfinite().all(dim=1)
+        self.features.index_copy_(0, at, torch.where(finite[:, None], features, 0))
+        self.pixels.index_copy_(0, at, torch.where(finite[:, None], pixels, 0))
+        self.labels.index_copy_(0, at, torch.where(finite, labels, IGNORED))
+        self.position.copy_((self.position + len(labels)) % size)
+
+
+class Inversion(Defense):
+    """The encoder works against :class:`NeighborAttacker`; features are sent as they are."""
+
+    name = "inversion"
+    summary = "an attacker in training, who reads images off neighbors' features by attention"
+
+    @dataclass(frozen=True)
+    class Options(BaseOptions):
+        """Of ``--defenses inversion``.
+
+        Attributes:
+            weight: Weight of the attacker's error, relative to the class mean's.
+            memory: Samples of batches before that the attacker reads off too.
+        """
+
+        weight: float = option(0.25, least=0)
+        memory: int = option(512, least=0)
+
+    def __init__(self, attacker: NeighborAttacker) -> None:
+        super().__init__()
+        self.attacker = attacker
+
+    @classmethod
+    def build(cls, options: Options, context: Context) -> Inversion:
+        """See :class:`~cem.Defense`."""
+        return cls(NeighborAttacker(torch.Size(context.feature_shape).numel(), context.image_shape, options.memory))
+
+    def term(self) -> NeighborAttacker:
+        """See :class:`~cem.Defense`."""
+        return self.attacker
