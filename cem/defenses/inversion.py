@@ -88,16 +88,19 @@ class NeighborAttacker(Term):
         """See :class:`~cem.Term`; in training mode the batch is remembered."""
         assert batch.images is not None
         with torch.autocast(batch.sent.device.type, enabled=False):
-            pixels = F.adaptive_avg_pool2d(batch.images.float(), self.sides).flatten(1)
-            queries, labels = batch.sent.float().flatten(1), batch.labels.long()
-            keys, values = torch.cat([queries, self.features]), torch.cat([pixels, self.pixels])
+            wide = torch.promote_types(batch.sent.dtype, torch.float32)
+            pixels = F.adaptive_avg_pool2d(batch.images.to(wide), self.sides).flatten(1)
+            queries, labels = batch.sent.to(wide).flatten(1), batch.labels.long()
+            keys, values = (
+                torch.cat(each) for each in ([queries, self.features.to(wide)], [pixels, self.pixels.to(wide)])
+            )
             peers = labels[:, None] == torch.cat([labels, self.labels])
             peers &= (labels != IGNORED)[:, None]
             peers[:, : len(labels)].fill_diagonal_(False)
             error, chance = self._errors(queries, keys, pixels, values, peers)
             loss = -error / chance.clamp(min=torch.finfo(chance.dtype).tiny)
         if self.training:
-            self._remember(queries.detach(), pixels, labels)
+            self._remember(queries.detach().to(self.features.dtype), pixels.to(self.pixels.dtype), labels)
         return Measured(loss, {"error": -loss})
 
     def _errors(
@@ -112,7 +115,7 @@ class NeighborAttacker(Term):
         logits = torch.where(peers, -squares / bandwidth.clamp(min=torch.finfo(squares.dtype).tiny), -torch.inf)
         lone = ~peers.any(dim=1, keepdim=True)
         attention = torch.softmax(logits.masked_fill(lone, 0.0), dim=1)
-        uniform = peers / peers.sum(dim=1, keepdim=True).clamp(min=1)
+        uniform = peers.to(values.dtype) / peers.sum(dim=1, keepdim=True).clamp(min=1)
         found, mean = ((weights @ values - pixels).square().sum(dim=1) for weights in (attention, uniform))
         return torch.where(lone[:, 0], 0, found).sum(), torch.where(lone[:, 0], 0, mean).sum()
 
