@@ -78,7 +78,7 @@ class QueryFree(Attack["QueryFree.Options"]):
             except ValueError as error:
                 raise UsageError(f"--query-free.network: {error}") from None
 
-        def inversion(self, images: int) -> Schedule:
+        def of_decoder(self, images: int) -> Schedule:
             """Of the decoder, for so many images to learn from."""
             return Schedule(usual_cycle(images, Schedule.batch_size), self.decoder_cycles)
 
@@ -118,7 +118,7 @@ class QueryFree(Attack["QueryFree.Options"]):
         with isolated_random(target.seed, target.device):
             images = own.val.images.float() / 255
             sent = torch.cat([observe(shadow, x.to(target.device), target.queries).cpu() for x in images.split(BATCH)])
-        schedule = options.inversion(len(own.train))
+        schedule = options.of_decoder(len(own.train))
         bound = schedule.epochs()
         fit = fit_network(
             shadow, _decoder(target, options), "mse", own, sent, schedule, queries=target.queries,
@@ -140,7 +140,7 @@ class QueryFree(Attack["QueryFree.Options"]):
 
     def _costs(self, target: Exposed, own: Own, options: Options) -> tuple[float, float]:
         """Seconds of the shadow's training, and of the decoder's."""
-        training, schedule = _Training(target, own, options), options.inversion(len(own.train))
+        training, schedule = _Training(target, own, options), options.of_decoder(len(own.train))
         with isolated_random(target.seed, target.device):
             x = own.train.images[: options.batch_size].to(target.device).float() / 255
             labels = own.train.labels[: options.batch_size].to(target.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from cem.options import Options as BaseOptions
 from cem.options import option
 from cem.terms import Batch, Context, Measured, Term
 from cem_kernels import IGNORED
-from cem_kernels.validation import check_sizes
+from cem_kernels.validation import check_not_negative, check_sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,10 +76,12 @@ class NeighborAttacker(Term):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(process_group=process_group)
-        check_sizes(feature_dim=feature_dim, memory=memory + 1)
+        check_sizes(feature_dim=feature_dim)
+        check_not_negative(memory=memory)
         channels, *sides = image_shape
-        self.sides = [min(-(-side // 2), WIDEST) for side in sides]
-        width = channels * self.sides[0] * self.sides[1]
+        high, wide = (min(math.ceil(side / 2), WIDEST) for side in sides)
+        self.size = high, wide
+        width = channels * high * wide
         self.register_buffer("features", torch.zeros(memory, feature_dim))
         self.register_buffer("pixels", torch.zeros(memory, width))
         self.register_buffer("labels", torch.full((memory,), IGNORED))
@@ -89,7 +92,7 @@ class NeighborAttacker(Term):
         assert batch.images is not None
         with torch.autocast(batch.sent.device.type, enabled=False):
             wide = torch.promote_types(batch.sent.dtype, torch.float32)
-            pixels = F.adaptive_avg_pool2d(batch.images.to(wide), self.sides).flatten(1)
+            pixels = F.adaptive_avg_pool2d(batch.images.to(wide), self.size).flatten(1)
             queries, labels = batch.sent.to(wide).flatten(1), batch.labels.long()
             keys, values = (
                 torch.cat(each) for each in ([queries, self.features.to(wide)], [pixels, self.pixels.to(wide)])
@@ -134,7 +137,7 @@ class NeighborAttacker(Term):
         self.position.copy_((self.position + len(labels)) % size)
 
 
-class Inversion(Defense):
+class AttentionInversion(Defense):
     """The encoder works against :class:`NeighborAttacker`; features are sent as they are."""
 
     name = "inversion"
@@ -157,7 +160,7 @@ class Inversion(Defense):
         self.attacker = attacker
 
     @classmethod
-    def build(cls, options: Options, context: Context) -> Inversion:
+    def build(cls, options: Options, context: Context) -> AttentionInversion:
         """See :class:`~cem.Defense`."""
         return cls(NeighborAttacker(torch.Size(context.feature_shape).numel(), context.image_shape, options.memory))
 

@@ -39,7 +39,7 @@ def family(*members):
 
 
 def test_the_surrogates_are_these():
-    assert list(cem.SURROGATES) == ["none", "mixture", "attention", "centroid"]
+    assert list(cem.SURROGATES) == ["none", "mixture", "attention", "centroid", "slots"]
     assert cem.SURROGATES["centroid"] is cem.SURROGATES["cem.surrogates:CentroidCEM"] is cem.CentroidCEM
     assert cem.SURROGATES["attention"] is cem.SlotCrossAttentionCEM
     assert cem.SURROGATES["mixture"] is cem.SURROGATES["gmm"] is cem.GaussianMixtureCEM

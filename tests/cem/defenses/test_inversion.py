@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cem
-from cem.defenses.inversion import SHARPNESS, Inversion, NeighborAttacker
+from cem.defenses.inversion import SHARPNESS, AttentionInversion, NeighborAttacker
 
 SHAPE = (2, 6, 4)
 
@@ -118,7 +118,7 @@ def test_distances_are_those_of_features_far_from_the_origin():
 
 def test_it_composes_with_noise_and_leaves_features_as_they_are():
     context = cem.Context(feature_shape=(8, 4, 4), image_shape=(3, 64, 64), num_classes=10, noise_std=0.1)
-    defense = cem.DEFENSES.build("inversion", context, Inversion.Options(memory=16))
+    defense = cem.DEFENSES.build("inversion", context, AttentionInversion.Options(memory=16))
     z = torch.rand(2, 8, 4, 4)
     assert defense(z) is z
     assert defense.sigma() == 0
@@ -127,5 +127,5 @@ def test_it_composes_with_noise_and_leaves_features_as_they_are():
 
 @pytest.mark.parametrize("wrong", [{"feature_dim": 0}, {"memory": -1}])
 def test_sizes_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(ValueError, match="at least|must be"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         NeighborAttacker(**{"feature_dim": 5, "image_shape": SHAPE} | wrong)
