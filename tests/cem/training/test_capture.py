@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import cem
+from cem.defenses.inversion import NeighborAttacker
 from cem.errors import UsageError
 from cem.models import SplitModel
 from cem.training import capture, train
@@ -81,6 +82,14 @@ def centroid(backend="auto"):
     return cem.CentroidCEM(D, num_classes=K, noise_std=0.3, backend=backend)
 
 
+def running_slots():
+    return cem.SlotCEM(D, num_classes=K, noise_std=0.3)
+
+
+def attacker():
+    return NeighborAttacker(D, (1, 2, 2), memory=12)
+
+
 def captured_of(term, device):
     return CapturedTerm(term, (B, D), (B, 1, 2, 2), device)
 
@@ -110,9 +119,11 @@ def check(captured, plain, given):
         *((lambda trained=trained: slots(trained, dropout=0.1), trained) for trained in ("frozen", "shared", 1e-4)),
         (centroid, "frozen"),
         (lambda: centroid("eager"), "frozen"),
+        (running_slots, "frozen"),
+        (attacker, "frozen"),
         (Remembers, "frozen"),
     ],
-    ids=["frozen", "shared", "Adam", "centroid", "eager centroid", "images"],
+    ids=["frozen", "shared", "Adam", "centroid", "eager centroid", "slots", "attacker", "images"],
 )
 def test_replays_give_the_ordinary_gradients_and_move_what_the_ordinary_way_moves(device, replays, term, trained):
     ours, plain = (term().to(device) for _ in range(2))

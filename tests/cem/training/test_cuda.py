@@ -69,7 +69,7 @@ def test_traced_step_of_a_captured_run_launches_one_graph(make):
     assert sum(name.endswith("GraphLaunch") for name in names) == 1
 
 
-@pytest.mark.parametrize("surrogate", ["centroid", "attention", "mixture"])
+@pytest.mark.parametrize("surrogate", ["centroid", "slots", "attention", "mixture"])
 def test_run_on_cuda_names_its_device_and_times_its_surrogate(make, surrogate):
     trainer = fitted(make(surrogate=surrogate, arch="resnet20", cut_layer=4, epochs=2, device="cuda"))
     assert trainer.finished["device"].startswith("cuda (")

@@ -26,6 +26,7 @@ RUNS = {
     "attention with SGD": attention(trained="shared"),
     "ramp and two passes": attention(ramp_from=0.1) | {"injection": "two_pass"},
     "an adapter": {"surrogate": "centroid", "adapter": 1},
+    "slots and an attacker with a memory": {"surrogate": "slots", "defenses": ("noise", "inversion")},
     "bfloat16": {"amp": True},
 }
 
