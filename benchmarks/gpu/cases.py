@@ -40,8 +40,7 @@ NARROW = ("fp32", "bf16")
 
 JUDGED = [
     *(spec for sizes in (SMALL, SINGLE, MAPS) for spec in spread([Spec("surrogate", **sizes)], NARROW)),
-    *spread([Spec("class_variance", **LARGE), Spec("centroid_variance", **LARGE)], NARROW),
-    *spread([Spec("gated_read", **MAPS)], NARROW),
+    *spread([Spec("class_variance", **LARGE), Spec("centroid_variance", **LARGE), Spec("gated_read", **MAPS)], NARROW),
 ]
 TIMED: dict[str, Sequence[dict[str, Any]]] = {
     "cross_attention": ({**MAPS, "dtype": "bf16"}, SMALL, SINGLE),

@@ -63,14 +63,8 @@ class Job:
 
 BATCH, IMAGE_SHAPE = 512, (3, 32, 32)
 WAYS = ("none", "centroid", "centroid captured", "attention", "attention captured")
-COMPILING = {
-    "class_variance": 4,
-    "centroid_variance": 5,
-    "slot_variance": 8,
-    "slot_attention": 12,
-    "gated_read": 8,
-    "surrogate": 22,
-}
+COMPILING = {"class_variance": 4, "centroid_variance": 5, "slot_variance": 8}  # seconds, from nothing
+COMPILING |= {"slot_attention": 12, "gated_read": 8, "surrogate": 22}
 
 
 def phases(setting: Setting) -> dict[int, list[Job]]:
@@ -84,8 +78,7 @@ def phases(setting: Setting) -> dict[int, list[Job]]:
     whole = [plan.spec for plan in setting.plans if plan.judged and plan.spec.operator == "surrogate"]
     compared = [(s, peer, COMPILING.get(s.operator, 10) * peer.endswith("-compiled")) for s, peer in peers]
     # Kernels are not compiled anew for another batch: the first case of a width and dtype does it for all.
-    widths: dict[Any, Spec] = {}
-    first = []
+    widths, first = {}, []
     for spec in dict.fromkeys([*specs, *setting.checks, *points.values()]):
         compiles = widths.setdefault((spec.operator, spec.D, spec.dtype, spec.S, spec.H), spec) is spec
         first.append(of(spec, "check", COMPILING.get(spec.operator, 10) if compiles else 4))
@@ -94,8 +87,7 @@ def phases(setting: Setting) -> dict[int, list[Job]]:
     second = [Job("rates", "rates of the device", 5), *(of(spec, "time", 1.5) for spec in specs)]
     second += [of(spec, "compare", 2 + seconds / 4, peer) for spec, peer, seconds in compared]
     third = [Job("training", f"training step vgg11_bn C8S1 B{BATCH} 3x32x32", 25)]
-    third += [of(spec, "profile", 2) for spec in whole]
-    third += [of(spec, "sweep", 2, name=name) for name, spec in points.items()]
+    third += [*(of(spec, "profile", 2) for spec in whole), *(of(s, "sweep", 2, name=n) for n, s in points.items())]
     return {1: sorted(first, key=lambda job: -job.expected), 2: second, 3: third}
 
 
