@@ -13,10 +13,10 @@ class CemError(Exception):
 
         >>> import cem
         >>> try:
-        ...     cem.SURROGATES["centriod"]
+        ...     cem.DEFENSES["nois"]
         ... except cem.CemError as error:
         ...     print(error)
-        --surrogate takes none, mixture, attention, centroid, or package.module:Class for one of yours, got 'centriod'
+        --defenses takes noise, inversion, or package.module:Class for one of yours, got 'nois'
     """
 
     logged = False
