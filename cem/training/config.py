@@ -66,9 +66,9 @@ class TrainConfig(Composed):
         lambd_schedule: How the weight changes over a run. rising, the original's: λ·1e-3/learning rate, and exactly λ
             at rates below 4.1e-4. constant: λ, in proportion to classification all the time. A good λ for one is a
             bad one for the other. Without it: the surrogate's own. See the column lambda_eff of metrics.csv.
-        penalty_from: First epoch with the penalty. Before it, classification has the encoder to itself: under a penalty
-            from the first step on, an untrained encoder may learn to send the same for every class. Without it: 2, or
-            1 where there is but one epoch.
+        penalty_from: First epoch with the penalty, and with losses of defenses. Before it, classification has the
+            encoder to itself: under a penalty from the first step on, an untrained encoder may learn to send the same
+            for every class. Without it: 2, or 1 where there is but one epoch.
         injection: How the penalty's gradient reaches the encoder; both give the same gradient. combined: one backward
             from the cut. two_pass: the original's two, for comparison; it costs more.
         backend: Implementation of the surrogate's operators. auto: triton on CUDA where it applies, otherwise eager.

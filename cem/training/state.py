@@ -192,17 +192,17 @@ class TrainState:
 
     def _build_terms(self, share: Callable[[int], float]) -> list[WeightedTerm]:
         config, found = self.config, []
+        first = config.first_penalized - 1
         if config.penalized:
             context = runs.context_of(config, self.model, self.data_facts)
             name = config.surrogate_name
             # Runs of one seed under different surrogates begin with the same weights, order of samples and noise.
             with isolated_random(config.seed, self.device):
                 surrogate = SURROGATES.build(config.surrogate, context, config.options_of(name))
-            first = config.first_penalized - 1
             found.append(WeightedTerm(SURROGATE, name, surrogate.to(self.device), share, first, self.device, _COLUMNS))
         for name, term in self.defenses.terms.items():
-            weight = partial(_constant, self.defenses.weights[name])
-            found.append(WeightedTerm(f"defenses.{name}", name, term.to(self.device), weight, 0, self.device))
+            weight = partial(_constant_from, first, self.defenses.weights[name])
+            found.append(WeightedTerm(f"defenses.{name}", name, term.to(self.device), weight, first, self.device))
         return found
 
     def _build_optimizers(self) -> None:
@@ -219,5 +219,5 @@ class TrainState:
         self.scheduler = LambdaLR(sgd, factor)
 
 
-def _constant(weight: float, epoch: int) -> float:
-    return weight
+def _constant_from(first: int, weight: float, epoch: int) -> float:
+    return weight if epoch >= first else 0.0
