@@ -33,9 +33,8 @@ class NeighborAttacker(Term):
         a_ij = softmax over j of (−8 |z_i − z_j|² / mean squared distance inside classes)      x̂_i = Σ_j a_ij x_j
         loss = −Σ |x̂_i − x_i|² / Σ |mean_j x_j − x_i|²
 
-    -1 is an attacker who finds nothing but the class, 0 one who finds everything. Nothing is learned, so there is
-    nothing that an encoder could outrun: attention is the best of all estimates that average neighbors' images
-    (Nadaraya 1964, Watson 1964), and follows the encoder at once.
+    −1 is an attacker who finds nothing but the class, 0 one who finds everything. Nothing is learned, so there is
+    nothing that an encoder could outrun: the estimate, that of Nadaraya 1964 and Watson 1964, follows it at once.
 
     Args:
         feature_dim: ``D``, width of one sample's flattened features.
