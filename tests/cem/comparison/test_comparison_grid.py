@@ -25,7 +25,7 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
         ({"seeds": (1, 1)}, "two runs would be called none-noise0.3-seed1"),
         ({"surrogates": ("centroid", "cem.surrogates:CentroidCEM")}, "two runs would be called centroid"),
         ({"surrogates": ("s",), "variants": ("{",)}, "--variants takes YAML such as"),
-        ({"variants": ("mixture: {}",)}, "is none of none, mixture, attention, centroid; got 'mixture'"),
+        ({"variants": ("mixture: {}",)}, "is none of none, mixture, attention, centroid, slots; got 'mixture'"),
         ({"surrogates": ("s",), "variants": ("s: {surrogate: 5}",)}, "surrogate of s must be a name, got 5"),
         ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
         ({"surrogates": ("s",), "variants": ("s: {adapter: 3}",)}, "--variants: s cannot set 'adapter'"),
