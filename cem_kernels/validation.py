@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,13 +83,41 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity (checked because debug mode is on)")
 
 
+def check_running(running: Any, shapes: Mapping[str, Mapping[str, int | None]], features: Tensor) -> str | None:
+    """The named tuple ``running``, which a call moves, fits it; what kernels object to, or None.
+
+    Args:
+        running: statistics, floating-point, and ``batches`` and ``ignored``, int64.
+        shapes: of every field, as :func:`check_shape` takes them.
+        features: whose device it must be on.
+    """
+    counters = ("batches", "ignored")
+    for name, expected in shapes.items():
+        tensor = getattr(running, name)
+        if name in counters:
+            if tensor.dtype != torch.int64:
+                raise TypeError(f"running.{name} must be torch.int64, got {tensor.dtype}")
+        else:
+            check_float(f"running.{name}", tensor)
+        check_shape(f"running.{name}", tensor, expected)
+        if tensor.requires_grad:
+            raise ValueError(f"running.{name} takes no gradient: it is moved in place")
+    for name, tensor in running._asdict().items():
+        if tensor.device != features.device:
+            raise ValueError(f"running.{name} must be on the features' device {features.device}, got {tensor.device}")
+    fp32 = all(getattr(running, name).dtype == torch.float32 for name in shapes if name not in counters)
+    if fp32 and all(each.is_contiguous() for each in running):
+        return None
+    return "kernels take running moments that are fp32 and contiguous"
+
+
 def check_product_dtype(dtype: torch.dtype | None) -> None:
     """``dtype`` is one that matrices are multiplied in, or None."""
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"product_dtype must be fp32, bf16 or fp16, got {dtype}")
 
 
-def check_shape(name: str, tensor: Tensor, expected: dict[str, int | None]) -> None:
+def check_shape(name: str, tensor: Tensor, expected: Mapping[str, int | None]) -> None:
     """``tensor`` has one axis per entry of ``expected``: letter to size, None where any size from 1 will do."""
     sizes = tuple(tensor.shape)
     fits = len(sizes) == len(expected) and all(

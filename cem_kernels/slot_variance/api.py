@@ -78,7 +78,14 @@ def slot_variance(
     validation.check_together(features, [("groups", groups.order)])
     if not isinstance(penalty, Nats):
         raise TypeError(f"penalty must be Nats, got {type(penalty).__name__}")
-    objection = _check_running(running, groups, columns, features)
+    num_slots = running.shares.shape[-1] if running.shares.dim() else None
+    counter: dict[str, int | None] = {"K": groups.num_classes}
+    shares = counter | {"S": num_slots or None}
+    moments = shares | {"C": columns}
+    shapes = {"centroids": moments, "variances": moments, "shares": shares, "batches": counter, "ignored": counter}
+    objection = validation.check_running(running, shapes, features)
+    if num_slots is not None and num_slots > MOST_SLOTS:
+        objection = f"kernels take at most {MOST_SLOTS} slots, got {num_slots}"
     if groups.num_classes > backends.MOST_CLASSES:
         objection = f"kernels take at most {backends.MOST_CLASSES} classes, got {groups.num_classes}"
     chosen = backends.pick(backend, "slot_variance", features, objection)
@@ -89,29 +96,3 @@ def slot_variance(
         implementation = triton
     with torch.autocast(features.device.type, enabled=False):
         return ClassVariance(*implementation.slot_variance(features.flatten(1), groups, running, penalty))
-
-
-def _check_running(running: RunningSlots, groups: ClassGroups, columns: int, features: Tensor) -> str | None:
-    """Raise where ``running`` does not fit the call; what kernels object to, or None."""
-    num_slots = running.shares.shape[-1] if running.shares.dim() else 0
-    sizes = {"K": groups.num_classes, "S": num_slots or None, "C": columns}
-    for name, letters in (("centroids", "KSC"), ("variances", "KSC"), ("shares", "KS")):
-        tensor = getattr(running, name)
-        validation.check_float(f"running.{name}", tensor)
-        validation.check_shape(f"running.{name}", tensor, {letter: sizes[letter] for letter in letters})
-        if tensor.requires_grad:
-            raise ValueError(f"running.{name} takes no gradient: it is moved in place")
-    for name in ("batches", "ignored"):
-        counter = getattr(running, name)
-        if counter.dtype != torch.int64:
-            raise TypeError(f"running.{name} must be torch.int64, got {counter.dtype}")
-        validation.check_shape(f"running.{name}", counter, {"K": groups.num_classes})
-    for name, tensor in running._asdict().items():
-        if tensor.device != features.device:
-            raise ValueError(f"running.{name} must be on the features' device {features.device}, got {tensor.device}")
-    if num_slots > MOST_SLOTS:
-        return f"kernels take at most {MOST_SLOTS} slots, got {num_slots}"
-    fp32 = all(each.dtype == torch.float32 for each in running[:3])
-    if fp32 and all(each.is_contiguous() for each in running):
-        return None
-    return "kernels take running slots that are fp32 and contiguous"

@@ -133,7 +133,9 @@ def _variance(
             raise ValueError("threshold takes no gradient here")
         objection = "the threshold takes a gradient"
     if running is not None:
-        objection = _check_running(running, groups, columns, features)
+        moments, counter = {"K": groups.num_classes, "C": columns}, {"K": groups.num_classes}
+        shapes = {"centroids": moments, "variances": moments, "batches": counter, "ignored": counter}
+        objection = validation.check_running(running, shapes, features)
     if groups.num_classes > backends.MOST_CLASSES:
         objection = f"kernels take at most {backends.MOST_CLASSES} classes, got {groups.num_classes}"
     chosen = backends.pick(backend, operator, features, objection)
@@ -146,25 +148,3 @@ def _variance(
         return ClassVariance(
             *implementation.variance(features.flatten(1), groups, penalty, min_samples, running, momentum)
         )
-
-
-def _check_running(running: RunningMoments, groups: ClassGroups, columns: int, features: Tensor) -> str | None:
-    """Raise where ``running`` does not fit the call; what kernels object to, or None."""
-    for name in ("centroids", "variances"):
-        moments = getattr(running, name)
-        validation.check_float(f"running.{name}", moments)
-        validation.check_shape(f"running.{name}", moments, {"K": groups.num_classes, "C": columns})
-        if moments.requires_grad:
-            raise ValueError(f"running.{name} takes no gradient: it is moved in place")
-    for name in ("batches", "ignored"):
-        counter = getattr(running, name)
-        if counter.dtype != torch.int64:
-            raise TypeError(f"running.{name} must be torch.int64, got {counter.dtype}")
-        validation.check_shape(f"running.{name}", counter, {"K": groups.num_classes})
-    for name, tensor in running._asdict().items():
-        if tensor.device != features.device:
-            raise ValueError(f"running.{name} must be on the features' device {features.device}, got {tensor.device}")
-    fp32 = running.centroids.dtype == running.variances.dtype == torch.float32
-    if fp32 and all(each.is_contiguous() for each in running):
-        return None
-    return "kernels take running moments that are fp32 and contiguous"
