@@ -23,45 +23,49 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
     old = running.centroids.to(x.dtype, copy=True), running.variances.to(x.dtype), running.shares.to(x.dtype)
     seen = x.detach()
     centroids, variances, shares = state = _begun(seen, groups, running.batches, old)
-    logits = _logits(seen, groups, state, penalty.unit)
+    away = _away(x, centroids, groups)
+    squares = away.detach().square()
+    logits = _logits(squares, groups, state, penalty.unit)
     attention = torch.softmax(logits / x.shape[1] ** 0.5, dim=1)
     weights = groups.means(attention)
     masses = weights * groups.counts[:, None].to(x.dtype)
     of_slot = attention / groups.of_samples(masses.clamp(min=torch.finfo(x.dtype).tiny))
-    around = _Around.apply(x, centroids, of_slot, groups)
+    pulls = of_slot[..., None] * away
+    around = _Around.apply(x, of_slot[..., None] * squares, pulls, groups)
 
     part = (weights * shares.shape[1])[..., None]  # 1 where every slot has as many samples
     moved_variances = torch.lerp(variances, around.detach(), (VARIANCES_MOVE * part).clamp(max=MOST))
     cost = penalty.cost(moved_variances + (around - around.detach())).mean(dim=2)
     mse = (weights * around.detach().mean(dim=2)).sum(dim=1)
     with torch.no_grad():
-        steps = _sums(of_slot[..., None], _away(seen, centroids, groups), groups)
-        moved = _revived(
-            (centroids + CENTROIDS_MOVE * part * steps, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)),
-            _worst(seen, logits, groups),
-        )
-        _remember(running, moved, old, mse, groups.means(seen.square()).mean(dim=1), groups.counts, penalty.unit)
+        steps = CENTROIDS_MOVE * part * _sums(pulls, groups)
+        moved = centroids + steps, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)
+        moved = _revived(moved, seen, logits, groups)
+        zero = groups.means(seen.square().mean(dim=1, keepdim=True))[:, 0]
+        _remember(running, moved, old, mse, zero, groups.counts, penalty.unit)
     penalties = (weights * cost).sum(dim=1)
     return *groups.weighted_means(1, penalties, mse), penalties, mse
 
 
 class _Around(torch.autograd.Function):
-    """Weighted mean squares ``[K, S, C]`` of ``x [B, C]`` around slots: embedding bags have a slower backward."""
+    """Sums ``[K, S, C]`` of a class's ``squares [B, S, C]``, whose slopes in ``x [B, C]`` are twice the ``pulls``.
+
+    That ``pulls`` follow ``x`` only a derivative of the slopes asks.
+    """
 
     @staticmethod
-    def forward(x: Tensor, centroids: Tensor, of_slot: Tensor, groups: ClassGroups) -> Tensor:
-        return _sums(of_slot[..., None], _away(x, centroids, groups).square(), groups)
+    def forward(x: Tensor, squares: Tensor, pulls: Tensor, groups: ClassGroups) -> Tensor:
+        return _sums(squares, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.groups = inputs
-        ctx.save_for_backward(*tensors)
+        _, _, pulls, ctx.groups = inputs
+        ctx.save_for_backward(pulls)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        x, centroids, of_slot = ctx.saved_tensors
-        slopes = 2 * of_slot[..., None] * ctx.groups.of_samples(upstream)
-        return (slopes * _away(x, centroids, ctx.groups)).sum(dim=1), None, None, None
+        (pulls,) = ctx.saved_tensors
+        return (ctx.groups.of_samples(2 * upstream) * pulls).sum(dim=1), None, None, None
 
 
 def _away(x: Tensor, centroids: Tensor, groups: ClassGroups) -> Tensor:
@@ -69,18 +73,18 @@ def _away(x: Tensor, centroids: Tensor, groups: ClassGroups) -> Tensor:
     return x[:, None] - groups.of_samples(centroids)
 
 
-def _sums(weights: Tensor, rows: Tensor, groups: ClassGroups) -> Tensor:
-    """``[K, S, C]``: sums over each class of ``rows [B, S, C]`` times ``weights [B, S, 1]``."""
-    means = groups.means((weights * rows).flatten(1)) * groups.counts[:, None].to(rows.dtype)
+def _sums(rows: Tensor, groups: ClassGroups) -> Tensor:
+    """``[K, S, C]``: sums over each class of ``rows [B, S, C]``."""
+    means = groups.means(rows.flatten(1)) * groups.counts[:, None].to(rows.dtype)
     return means.unflatten(1, rows.shape[1:])
 
 
-def _logits(x: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor:
-    """How likely each sample is of each slot of its class, ``[B, S]``, but for a constant."""
-    centroids, variances, shares = state
+def _logits(squares: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor:
+    """How likely each sample is of each slot of its class, ``[B, S]``, but for a constant; of ``squares [B, S, C]``."""
+    _, variances, shares = state
     wide = variances + unit
-    squares = (_away(x, centroids, groups).square() / groups.of_samples(wide)).sum(dim=2)
-    return groups.of_samples(shares.log() - wide.log().sum(dim=2) / 2) - squares / 2
+    distances = (squares / groups.of_samples(wide)).sum(dim=2)
+    return groups.of_samples(shares.log() - wide.log().sum(dim=2) / 2) - distances / 2
 
 
 def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State:
@@ -105,7 +109,7 @@ def _first_slots(x: Tensor, groups: ClassGroups, num_slots: int) -> tuple[Tensor
     nearest = squares.argmin(dim=1, keepdim=True)
     members = torch.zeros_like(squares).scatter_(1, nearest, 1)
     counts = groups.means(members) * groups.counts[:, None].to(x.dtype)
-    means = _sums(members[..., None], x[:, None].expand(-1, num_slots, -1), groups) / counts.clamp(min=1)[..., None]
+    means = _sums(members[..., None] * x[:, None], groups) / counts.clamp(min=1)[..., None]
     centroids = torch.where(counts[..., None] > 0, means, chosen)
     around = (x - groups.of_samples(centroids).take_along_dim(nearest[..., None], dim=1)[:, 0]).square()
     return centroids, groups.means(around)[:, None].expand_as(centroids)
@@ -128,12 +132,15 @@ def _worst(x: Tensor, logits: Tensor, groups: ClassGroups) -> Tensor:
     return x[_first_of(logits.amax(dim=1), groups)]
 
 
-def _revived(moved: State, worst: Tensor) -> State:
+def _revived(moved: State, x: Tensor, logits: Tensor, groups: ClassGroups) -> State:
     """See :func:`cem_kernels.slot_variance.reference.revive`."""
     centroids, variances, shares = moved
     num_slots = shares.shape[1]
     lightest, heaviest = shares.argmin(dim=1, keepdim=True), shares.argmax(dim=1, keepdim=True)
     dead = shares.gather(1, lightest) < DEAD / num_slots
+    if validation.values_are_checked(x) and not bool(dead.any()):
+        return moved
+    worst = _worst(x, logits, groups)
     slots = torch.arange(num_slots, device=shares.device)
     replaced = dead & (slots == lightest)
     heavy = variances.take_along_dim(heaviest[..., None], dim=1)
