@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from cem.files import replacing
 
@@ -43,6 +46,19 @@ def add_legend(owner: Axes | Figure, entries: Iterable[tuple[str, Artist]], **op
     # Texts that are made inside know no mathematics.
     with matplotlib.rc_context({"text.parse_math": False}):
         owner.legend(artists, [drawn(name) for name in names], frameon=False, **options)
+
+
+def raise_until_apart(figure: Figure, labels: Sequence[Annotation]) -> None:
+    """Lift those of ``labels``, offset in points, that stand on earlier ones, until each can be read."""
+    figure.draw_without_rendering()
+    taken: list[Bbox] = []
+    for label in labels:
+        own = Text.get_window_extent(label)  # an annotation's own would count its arrow
+        x, y = label.xyann
+        step = figure.dpi / 72
+        lifted = next(n for n in count() if not any(own.translated(0, n * step).overlaps(other) for other in taken))
+        label.xyann = (x, float(y) + lifted)
+        taken.append(own.translated(0, lifted * step))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
-from cem.report.figure import COLORS, add_legend, drawn, logarithmic, new_figure, plain, save_figure
+from cem.report.figure import COLORS, add_legend, drawn, logarithmic, new_figure, plain, raise_until_apart, save_figure
 
 ROOM = 1.25
 """Times the smallest and the largest client, where the axis ends."""
@@ -62,9 +62,13 @@ def draw_frontier(settings: Sequence[Priced], least: float, path: Path) -> None:
         best = {each.multiply_adds / 1e6: each.mse for each in enough if each.method == method}  # the last of each wins
         axes.plot(sorted(best), [best[x] for x in sorted(best)], color=color, lw=1.5, zorder=2)
         entries.append((method, Line2D([], [], color=color, lw=3)))
-    for client, each in {each.client: each for each in enough}.items():
-        place = (each.multiply_adds / 1e6, each.mse)
-        axes.annotate(drawn(client), place, (0, 7), textcoords="offset points", ha="center", fontsize=8, zorder=5)
+    labels = [
+        axes.annotate(
+            drawn(client), (each.multiply_adds / 1e6, each.mse), (0, 7), textcoords="offset points", ha="center",
+            fontsize=8, zorder=5, arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkA": 0, "shrinkB": 3},
+        )
+        for client, each in {each.client: each for each in enough}.items()
+    ]  # fmt: skip
     entries.append((f"at least {100 * least:.1f} % accurate", Line2D([], [], color="0.4", lw=0, marker="o", ms=6)))
     if len(enough) < len(settings):
         entries.append(("less", Line2D([], [], color="0.4", lw=0, marker="o", ms=6, alpha=0.25)))
@@ -75,4 +79,5 @@ def draw_frontier(settings: Sequence[Priced], least: float, path: Path) -> None:
     axes.set_ylabel("MSE of the worst attack on unseen images")
     plain(axes)
     add_legend(figure, entries, loc="outside lower center", ncols=2)
+    raise_until_apart(figure, labels)
     save_figure(figure, path)

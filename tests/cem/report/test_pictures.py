@@ -1,5 +1,6 @@
 """Pictures: drawn, complete, and readable back."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -205,6 +206,14 @@ def test_frontier_joins_the_largest_errors_of_what_is_accurate_enough_client_by_
     assert {text.get_text(): text.xy for text in axes.texts} == {"cut 1": (1, 0.03), "cut 2": (2, 0.04)}
     assert [each.get_facecolors()[:, 3].tolist() for each in axes.collections] == [[1, 1, 1, 0.25], [0.25]]
     assert "at least 85.0 % accurate" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+def test_frontier_names_clients_that_cost_and_leave_nearly_the_same_where_each_can_be_read(path, figures):
+    settings = [Priced("a", f"cut 2, adapter {n}", (100 + n) * 1e6, 0.03, 0.9) for n in range(5)]
+    draw_frontier(settings, 0.85, path)
+    places = [Text.get_window_extent(text) for text in figures[0].axes[0].texts]
+    assert len(places) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
 
 
 CURVES = [attacker("_background_"), attacker("$5_bill$"), attacker("a$b"), attacker("two\nlines"), attacker("x" * 99)]
