@@ -39,16 +39,23 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_available(backend: str, operator: str) -> None:
+def check_available(backend: str, operator: str, objection: str | None = None) -> None:
     """What can be said of ``backend`` before there is any tensor.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        operator: the operator's public name, for the error.
+        objection: what keeps its kernels from running any call, or None.
 
     Raises:
         ValueError: no such backend name.
-        BackendUnavailableError: Triton is asked for and not installed.
+        BackendUnavailableError: Triton is asked for and not installed, or kernels object.
     """
     check_backend(backend)
     if backend == "triton" and not TRITON_INSTALLED:
         raise BackendUnavailableError(f"{operator}: backend='triton' needs the package triton, which is not installed")
+    if backend == "triton" and objection is not None:
+        raise BackendUnavailableError(f"{operator}: backend='triton' cannot run: {objection}")
 
 
 def why_not_triton(tokens: Tensor) -> str | None:

@@ -23,7 +23,7 @@ class Nats:
         noise_std: ``σ``, standard deviation of the noise, in units of the features.
 
     Raises:
-        ValueError: ``noise_std`` is not finite and positive.
+        ValueError: ``noise_std`` is not finite and positive, or fp32 does not hold its square.
 
     Example::
 
@@ -36,6 +36,9 @@ class Nats:
 
     def __post_init__(self) -> None:
         check_positive(noise_std=self.noise_std)
+        fp32 = torch.finfo(torch.float32)
+        if not fp32.tiny <= self.noise_std * self.noise_std <= fp32.max:
+            raise ValueError(f"noise_std must have a square that fp32 holds, got {self.noise_std!r}")
 
     @property
     def unit(self) -> float:

@@ -13,15 +13,17 @@ from torch import Tensor
 from cem.defenses.base import Defense
 from cem.options import Options as BaseOptions
 from cem.options import option
+from cem.surrogates.base import attached_zero
 from cem.terms import Batch, Context, Measured, Term
 from cem_kernels import IGNORED
-from cem_kernels.validation import check_not_negative, check_sizes
+from cem_kernels.validation import check_not_negative, check_sample_shape, check_sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 SHARPNESS = 8  # mean squared distances over the bandwidth
 WIDEST = 16  # pixels in a row of what is read
+ROUNDING = 64  # times a feature's rounding: nearer than that are none
 
 
 class NeighborAttacker(Term):
@@ -33,8 +35,12 @@ class NeighborAttacker(Term):
         a_ij = softmax over j of (−8 |z_i − z_j|² / mean squared distance inside classes)      x̂_i = Σ_j a_ij x_j
         loss = −Σ |x̂_i − x_i|² / Σ |mean_j x_j − x_i|²
 
-    −1 is an attacker who finds nothing but the class, 0 one who finds everything. Nothing is learned, so there is
-    nothing that an encoder could outrun: the estimate, that of Nadaraya 1964 and Watson 1964, follows it at once.
+    −1 is an attacker who finds nothing but the class, 0 one who finds everything. Nothing is learned: the estimate,
+    that of Nadaraya 1964 and Watson 1964, follows the encoder at once, but for what is remembered of earlier features.
+    Distances that are rounding of the features themselves, as where a class has become one point and no noise is
+    sent, count as none.
+
+    The memory holds images of the training set, pooled, and is part of ``state_dict``.
 
     Args:
         feature_dim: ``D``, width of one sample's flattened features.
@@ -47,7 +53,8 @@ class NeighborAttacker(Term):
         position: where the next sample goes; a buffer.
 
     Raises:
-        ValueError: ``feature_dim`` below 1 or ``memory`` below 0.
+        ValueError: ``feature_dim`` below 1, ``memory`` below 0 or no whole number, or no image shape; in ``measure``,
+            images that are missing or of another shape, or features of another width.
 
     Example::
 
@@ -77,6 +84,10 @@ class NeighborAttacker(Term):
         super().__init__(process_group=process_group)
         check_sizes(feature_dim=feature_dim)
         check_not_negative(memory=memory)
+        if memory:
+            check_sizes(memory=memory)
+        check_sample_shape("image_shape", image_shape, ("CHW",))
+        self.image_shape = image_shape
         channels, *sides = image_shape
         high, wide = (min(math.ceil(side / 2), WIDEST) for side in sides)
         self.size = high, wide
@@ -88,33 +99,63 @@ class NeighborAttacker(Term):
 
     def measure(self, batch: Batch) -> Measured:
         """See :class:`~cem.Term`; in training mode the batch is remembered."""
-        assert batch.images is not None
+        images = self._checked(batch)
+        if not len(images):
+            loss = attached_zero(batch.sent)
+            return Measured(loss, {"error": -loss.detach()})
         with torch.autocast(batch.sent.device.type, enabled=False):
             wide = torch.promote_types(batch.sent.dtype, torch.float32)
-            pixels = F.adaptive_avg_pool2d(batch.images.to(wide), self.size).flatten(1)
-            queries, labels = batch.sent.to(wide).flatten(1), batch.labels.long()
-            keys, values = (
-                torch.cat(each) for each in ([queries, self.features.to(wide)], [pixels, self.pixels.to(wide)])
+            labels = batch.labels.long()
+            ignored = (labels == IGNORED)[:, None]
+            pixels = F.adaptive_avg_pool2d(images.to(wide), self.size).flatten(1).masked_fill(ignored, 0)
+            sent = batch.sent.to(wide).flatten(1).masked_fill(ignored, 0)
+            features, values = (
+                torch.cat(each) for each in ([sent, self.features.to(wide)], [pixels, self.pixels.to(wide)])
             )
-            peers = labels[:, None] == torch.cat([labels, self.labels])
-            peers &= (labels != IGNORED)[:, None]
-            peers[:, : len(labels)].fill_diagonal_(False)
-            error, chance = self._errors(queries, keys, pixels, values, peers)
+            same = labels[:, None] == torch.cat([labels, self.labels])
+            error, chance = self._errors(features, pixels, values, same, ignored)
             loss = -error / chance.clamp(min=torch.finfo(chance.dtype).tiny)
         if self.training:
-            self._remember(queries.detach().to(self.features.dtype), pixels.to(self.pixels.dtype), labels)
+            self._remember(sent.detach().to(self.features.dtype), pixels.to(self.pixels.dtype), labels)
         return Measured(loss, {"error": -loss})
 
+    def _checked(self, batch: Batch) -> Tensor:
+        """The images of a batch that fits."""
+        size, width = len(batch.labels), self.features.shape[1]
+        if batch.images is None or tuple(batch.images.shape) != (size, *self.image_shape):
+            found = None if batch.images is None else list(batch.images.shape)
+            raise ValueError(f"images must have shape {[size, *self.image_shape]}, got {found}")
+        if math.prod(batch.sent.shape[1:]) != width:
+            raise ValueError(f"features must have {width} numbers a sample, got {list(batch.sent.shape)}")
+        return batch.images
+
     def _errors(
-        self, queries: Tensor, keys: Tensor, pixels: Tensor, values: Tensor, peers: Tensor
+        self, features: Tensor, pixels: Tensor, values: Tensor, same: Tensor, ignored: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Squared errors of attention, and of the mean of all peers; both sums over samples that have a peer."""
-        origin = queries.detach().mean(dim=0)
-        queries, keys = queries - origin, keys - origin  # or differences of large squares would be rounded
+        """Squared errors of attention, and of the mean of all peers; both sums over samples that have a peer.
+
+        Args:
+            features: ``[N, D]``, of the batch's ``B`` samples and of those remembered.
+            pixels: ``[B, P]``.
+            values: ``[N, P]``.
+            same: ``[B, N]``, who is of whose class.
+            ignored: ``[B, 1]``, who is of no class.
+        """
+        num_samples = len(pixels)
+        with torch.no_grad():  # seen from the middle of its class, or differences of large squares would be rounded
+            of_batch = same[:, :num_samples].to(features.dtype)
+            middles = of_batch @ features[:num_samples] / of_batch.sum(dim=1, keepdim=True)
+            origins = middles[same.int().argmax(dim=0)]
+            least, eps = torch.finfo(features.dtype).tiny, torch.finfo(features.dtype).eps
+            rounding = (ROUNDING * eps) ** 2 * features[:num_samples].square().sum(dim=1).mean()
+        keys = features - origins
+        queries = keys[:num_samples]
+        peers = same & ~ignored
+        peers[:, :num_samples].fill_diagonal_(False)
         squares = queries.square().sum(1)[:, None] - 2 * queries @ keys.T + keys.square().sum(1)
         pairs = peers.sum().clamp(min=1)
         bandwidth = torch.where(peers, squares.detach(), 0).sum() / pairs / SHARPNESS
-        logits = torch.where(peers, -squares / bandwidth.clamp(min=torch.finfo(squares.dtype).tiny), -torch.inf)
+        logits = torch.where(peers, -squares / bandwidth.clamp(min=rounding.clamp(min=least)), -torch.inf)
         lone = ~peers.any(dim=1, keepdim=True)
         attention = torch.softmax(logits.masked_fill(lone, 0.0), dim=1)
         uniform = peers.to(values.dtype) / peers.sum(dim=1, keepdim=True).clamp(min=1)
@@ -129,7 +170,7 @@ class NeighborAttacker(Term):
         if not size or not len(labels):
             return
         at = (self.position + torch.arange(len(labels), device=labels.device)) % size
-        finite = features.isfinite().all(dim=1) & pixels.isfinite().all(dim=1)
+        finite = features.square().sum(dim=1).isfinite() & pixels.isfinite().all(dim=1)  # distances are squares
         self.features.index_copy_(0, at, torch.where(finite[:, None], features, 0))
         self.pixels.index_copy_(0, at, torch.where(finite[:, None], pixels, 0))
         self.labels.index_copy_(0, at, torch.where(finite, labels, IGNORED))
@@ -156,7 +197,7 @@ class AttentionInversion(Defense):
 
     def __init__(self, attacker: NeighborAttacker) -> None:
         super().__init__()
-        self.attacker = attacker
+        self._attacker = (attacker,)  # no module of the model: who gets that gets none of the images remembered
 
     @classmethod
     def build(cls, options: Options, context: Context) -> AttentionInversion:
@@ -165,4 +206,4 @@ class AttentionInversion(Defense):
 
     def term(self) -> NeighborAttacker:
         """See :class:`~cem.Defense`."""
-        return self.attacker
+        return self._attacker[0]

@@ -16,6 +16,7 @@ from cem.surrogates.variance import VarianceSurrogate, flat, spatial
 from cem.terms import Batch, Context, Measured
 from cem_kernels import ClassGroups, Nats, RunningSlots, backends
 from cem_kernels.slot_variance import slot_variance
+from cem_kernels.slot_variance.api import size_outside_kernels
 from cem_kernels.validation import check_sizes
 from cem_kernels.variance import class_variance
 
@@ -36,7 +37,7 @@ class SlotCEM(VarianceSurrogate):
         feature_dim: ``D``, width of one sample's flattened features; with ``spatial`` the channels of the map.
         num_classes: ``K``; labels lie in ``[0, K)``.
         noise_std: ``σ``, standard deviation of the noise at the cut, in units of the features.
-        num_slots: ``S``, of each class.
+        num_slots: ``S``, of each class; kernels take 16 at most.
         spatial: every position of a map ``[B, C, H, W]`` is a sample of its image's class.
         backend: see :mod:`cem_kernels.backends`.
         process_group: see :class:`~cem.Term`.
@@ -100,7 +101,7 @@ class SlotCEM(VarianceSurrogate):
     ) -> None:
         super().__init__(num_classes, None, backend, process_group)
         check_sizes(feature_dim=feature_dim, num_classes=num_classes, num_slots=num_slots)
-        backends.check_available(backend, "slot_variance")
+        backends.check_available(backend, "slot_variance", size_outside_kernels(num_classes, num_slots))
         self.feature_dim, self.num_slots, self.spatial, self.penalty = feature_dim, num_slots, spatial, Nats(noise_std)
         self.register_buffer("centroids", torch.zeros(num_classes, num_slots, feature_dim))
         self.register_buffer("variances", torch.zeros(num_classes, num_slots, feature_dim))

@@ -49,7 +49,7 @@ RUN: Mapping[str, Any] = {
     "data_fingerprint": {str: int},
     "random": dict,
     "history": ({str: float}, ...),
-    "skipped": int,
+    "skipped": {str: int},
     "best": (float, float),
     "best_epoch": int,
 }

@@ -195,9 +195,9 @@ class TrainConfig(Composed):
         """What no option can say alone. Architectures, cut layers and bottlenecks are checked where they are built."""
         if not self.warmup_epochs <= self.epochs:
             raise UsageError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs:g}")
-        if self.penalized and self.first_penalized > self.epochs:
+        if (self.penalized or set(self.defenses) - {NOISE}) and self.first_penalized > self.epochs:
             raise UsageError(
-                f"--penalty-from must be at most --epochs {self.epochs}, or no epoch has the penalty; "
+                f"--penalty-from must be at most --epochs {self.epochs}, or no epoch has a penalty; "
                 f"got {self.penalty_from}"
             )
         if self.surrogate_name == CONTROL and self.weight > 0:
@@ -239,9 +239,14 @@ def changed_options(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 
 def without_penalty(config: TrainConfig) -> TrainConfig:
-    """The control's options: the same but for those of the penalty, which are the defaults."""
+    """The control's options: the same but for those of the penalty, which are the defaults.
+
+    Losses of defenses, which the control keeps, begin where they did.
+    """
     own: dict[str, Any] = {
         each.name: each.default for each in fields(TrainConfig) if each.metadata.get("group") == PENALTY
     }
+    if set(config.defenses) - {NOISE}:
+        del own["penalty_from"]
     members = {name: options for name, options in config.members.items() if name != config.surrogate_name}
     return replace(config, **own | {"surrogate": CONTROL}, members=members)

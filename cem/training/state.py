@@ -52,7 +52,7 @@ class TrainState:
         train, plain_train, val, test: loaders of ``(images, labels)``. ``plain_train`` is ``train`` in order
             and without augmentation.
         history: a dict per finished epoch, with the columns of ``metrics.csv``.
-        skipped: steps so far in which a term was not finite.
+        skipped: steps so far in which a term was not finite, by its key.
         best: ``(weight of the penalty relative to λ, validation accuracy)`` of the best epoch so far.
         best_epoch: its number, from 1; 0 before the first.
 
@@ -64,7 +64,7 @@ class TrainState:
         self.config = config
         self.device = resolve_device(config.device)
         self.history: list[dict[str, float]] = []
-        self.skipped = 0
+        self.skipped: dict[str, int] = {}
         self.best: tuple[float, float] = (-1.0, -1.0)
         self.best_epoch = 0
         checkpoint.seed_everything(config.seed)
@@ -92,14 +92,20 @@ class TrainState:
 
     def parts(self) -> dict[str, nn.Module]:
         """The modules by the names they have in a checkpoint."""
-        model = {"encoder": self.model.encoder, "defense": self.model.defense, "server": self.model.server}
-        return {**model, **{each.key: each.term for each in self.terms}}
+        return {**self._network(), **{each.key: each.term for each in self.terms}}
 
-    def save(self, path: Path) -> None:
-        """Write all of it, and the random states, to ``path``."""
+    def _network(self) -> dict[str, nn.Module]:
+        return {"encoder": self.model.encoder, "defense": self.model.defense, "server": self.model.server}
+
+    def save(self, path: Path, *, resumable: bool = True) -> None:
+        """Write all of it, and the random states, to ``path``; terms and optimizers only where it is to be resumed.
+
+        Whoever gets the model gets none of what terms remember: some remember images.
+        """
         self.random = checkpoint.random_state(self._shuffle, self.device)
-        content: dict[str, Any] = {name: part.state_dict() for name, part in self.parts().items()}
-        content["optimizers"] = {name: each.state_dict() for name, each in self.optimizers.items()}
+        parts, optimizers = (self.parts(), self.optimizers) if resumable else (self._network(), {})
+        content: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        content["optimizers"] = {name: each.state_dict() for name, each in optimizers.items()}
         content |= {"scheduler": self.scheduler.state_dict(), "config": self.config.to_dict()}
         content |= {name: getattr(self, name) for name in ("data_facts", "data_fingerprint", *_COUNTERS)}
         checkpoint.save(path, content)

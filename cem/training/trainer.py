@@ -35,6 +35,7 @@ from cem.training.runlog import COLUMNS, draw_or_log, epoch_line, log_refusal, r
 from cem.training.schedule import epoch_lr, lambda_eff
 from cem.training.state import SURROGATE, TrainState
 from cem.training.tracing import traced_steps
+from cem.training.weighted import WeightedTerm
 
 BIG = "--batch-size, --bottleneck, --image-size, --train-size or the sizes of the surrogate"
 """Options that decide how much memory a run takes."""
@@ -211,7 +212,7 @@ class Trainer:
         board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
         epochs, steps = self.config.epochs, len(state.train)
         # The first epoch that tells how long the others take: before the penalty is on, they take less.
-        telling = max(done, self.config.first_penalized - 1 if self.config.penalized else 0)
+        telling = max(done, self.config.first_penalized - 1 if state.terms else 0)
         with (
             board,
             self._trace() as self._end_of_step,
@@ -230,7 +231,7 @@ class Trainer:
                 best = key > state.best and (good or (last and state.best_epoch == 0))
                 if best:
                     state.best, state.best_epoch = key, epoch + 1
-                    state.save(run_dir / "best.pt")
+                    state.save(run_dir / "best.pt", resumable=False)
                 if good or last:
                     state.save(run_dir / "last.pt")
                     self._saved = epoch + 1
@@ -246,7 +247,7 @@ class Trainer:
         """Trace from the first epoch with a penalty on, where there is one: without it a step is half a step."""
         config, state = self.config, self.state
         done, per_epoch = len(state.history), len(state.train)
-        first = max(done, config.first_penalized - 1) if config.penalized else done
+        first = max(done, config.first_penalized - 1) if state.terms else done
         return traced_steps(
             self.run_dir / "trace.json.gz", self._log, state.device, steps=config.profile_steps,
             begin=(first - done) * per_epoch, total=(config.epochs - done) * per_epoch,
@@ -267,7 +268,7 @@ class Trainer:
         row |= {"epoch": epoch + 1, "lr": self._lr(epoch)}
         for each in state.terms:
             found = measured.get(each.key, {})
-            self._count_skipped(each.name, int(found.pop("skipped", 0)), epoch)
+            self._count_skipped(each, int(found.pop("skipped", 0)), epoch)
             row["train_loss"] += each.now * found.get("loss", 0.0)
             found |= {**fitted.get(each.key, {}), "weight": each.now, "seconds": each.watch.read()}
             row |= each.columns(found)
@@ -337,13 +338,14 @@ class Trainer:
                 found[each.key] = dict(each.term.after_epoch(features, labels))
         return found
 
-    def _count_skipped(self, name: str, skipped: int, epoch: int) -> None:
-        if skipped and not self.state.skipped:
+    def _count_skipped(self, term: WeightedTerm, skipped: int, epoch: int) -> None:
+        before = self.state.skipped.get(term.key, 0)
+        if skipped and not before:
             self._log.warning(
-                f"{name} or its gradient was not finite in {skipped} steps of epoch {epoch + 1}; such steps follow the "
-                "other losses alone, and summary.json counts them (this is said once)"
+                f"{term.name} or its gradient was not finite in {skipped} steps of epoch {epoch + 1}; such steps "
+                "follow the other losses alone, and summary.json counts them (this is said once)"
             )
-        self.state.skipped += skipped
+        self.state.skipped[term.key] = before + skipped
 
     def _tell_outliers(self, name: str, outliers: float, epoch: int) -> None:
         column = f"{name}.outliers"
@@ -359,7 +361,7 @@ class Trainer:
         runs.load_weights(state.model, checkpoint.load(path), path)
         best = state.history[state.best_epoch - 1]
         penalized = sum(row["lambda_eff"] > 0 for row in state.history) * len(state.train)
-        applied = best["lambda_eff"] > 0 and state.skipped < penalized
+        applied = best["lambda_eff"] > 0 and state.skipped.get(SURROGATE, 0) < penalized
         summary: dict[str, Any] = {
             "test_accuracy": accuracy(state.model, over(state.test, "test"), state.device, self.config.seed),
             "best_epoch": state.best_epoch,
@@ -372,7 +374,7 @@ class Trainer:
             "parameters": {SURROGATE: 0}
             | {name: sum(each.numel() for each in part.parameters()) for name, part in state.parts().items()},
             **self._client_costs(),
-            "skipped_steps": state.skipped,
+            "skipped_steps": sum(state.skipped.values()),
             **runs.origin(state.device),
         }
         curves = partial(draw_curves, state.history, best_epoch=state.best_epoch)

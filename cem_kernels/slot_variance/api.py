@@ -18,6 +18,15 @@ from cem_kernels.variance.running import ClassVariance
 MOST_SLOTS = 16
 
 
+def size_outside_kernels(num_classes: int, num_slots: int) -> str | None:
+    """Which of the two kernels do not take; None where they take both."""
+    if num_slots > MOST_SLOTS:
+        return f"kernels take at most {MOST_SLOTS} slots, got {num_slots}"
+    if num_classes > backends.MOST_CLASSES:
+        return f"kernels take at most {backends.MOST_CLASSES} classes, got {num_classes}"
+    return None
+
+
 def slot_variance(
     features: Tensor,
     groups: ClassGroups,
@@ -83,11 +92,9 @@ def slot_variance(
     shares = counter | {"S": num_slots or None}
     moments = shares | {"C": columns}
     shapes = {"centroids": moments, "variances": moments, "shares": shares, "batches": counter, "ignored": counter}
-    objection = validation.check_running(running, shapes, features)
-    if num_slots is not None and num_slots > MOST_SLOTS:
-        objection = f"kernels take at most {MOST_SLOTS} slots, got {num_slots}"
-    if groups.num_classes > backends.MOST_CLASSES:
-        objection = f"kernels take at most {backends.MOST_CLASSES} classes, got {groups.num_classes}"
+    objection = validation.check_running(running, shapes, features) or size_outside_kernels(
+        groups.num_classes, num_slots or 0
+    )
     chosen = backends.pick(backend, "slot_variance", features, objection)
     implementation: Any = reference if chosen == "reference" else eager
     if chosen == "triton":

@@ -29,7 +29,7 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
     attention = torch.softmax(logits / x.shape[1] ** 0.5, dim=1)
     weights = groups.means(attention)
     masses = weights * groups.counts[:, None].to(x.dtype)
-    of_slot = attention / groups.of_samples(masses.clamp(min=torch.finfo(x.dtype).tiny))
+    of_slot = attention / groups.of_samples(masses).clamp(min=torch.finfo(x.dtype).tiny)
     pulls = of_slot[..., None] * away
     around = _Around.apply(x, of_slot[..., None] * squares, pulls, groups)
 
@@ -82,9 +82,8 @@ def _sums(rows: Tensor, groups: ClassGroups) -> Tensor:
 def _logits(squares: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor:
     """How likely each sample is of each slot of its class, ``[B, S]``, but for a constant; of ``squares [B, S, C]``."""
     _, variances, shares = state
-    wide = variances + unit
-    distances = (squares / groups.of_samples(wide)).sum(dim=2)
-    return groups.of_samples(shares.log() - wide.log().sum(dim=2) / 2) - distances / 2
+    distances = (squares / (groups.of_samples(variances) + unit)).sum(dim=2)
+    return groups.of_samples(shares.log() - (variances + unit).log().sum(dim=2) / 2) - distances / 2
 
 
 def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State:

@@ -68,6 +68,14 @@ def test_of_an_ignored_sample_the_output_is_zero_and_no_upstream_gradient_reache
 
 
 @every_operator
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_gradient_on_the_way_is_nan_for_ignored_samples(make):
+    problem = few(make, LABELS, T=3)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        problem.results("eager")
+
+
+@every_operator
 @every_backend
 def test_a_batch_of_nothing_but_ignored_samples_gives_zeros(make, backend):
     problem = few(make, torch.full((5,), IGNORED, device=DEVICE))

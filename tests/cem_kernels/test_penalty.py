@@ -22,6 +22,12 @@ def test_costs_worked_by_hand(penalty, variances, costs):
     assert penalty.cost(torch.tensor(variances, dtype=torch.float64)).tolist() == pytest.approx(costs, rel=1e-5)
 
 
+@pytest.mark.parametrize("noise_std", [1e-25, 1e-170, 1e25, 1e170])
+def test_noise_whose_variance_fp32_does_not_hold_is_refused(noise_std):
+    with pytest.raises(ValueError, match="noise_std must have a square that fp32 holds"):
+        Nats(noise_std)
+
+
 def test_no_gradient_reaches_a_variance_below_the_floor():
     variance = torch.tensor([1e-5, 1e-3], requires_grad=True)
     LogHinge(1e-8, floor=1e-4, hinge="softplus").cost(variance).sum().backward()

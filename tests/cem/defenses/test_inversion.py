@@ -1,5 +1,7 @@
 """The attacker that reads images off neighbors' features by attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,10 +79,11 @@ def test_it_remembers_nothing_in_evaluation():
     assert all(torch.equal(each, before[name]) for name, each in attacker.state_dict().items())
 
 
-def test_a_sample_that_is_not_finite_is_nobodys_neighbor_later():
+@pytest.mark.parametrize("bad", [torch.nan, 1e20])  # the second, in squares only
+def test_a_sample_that_is_not_finite_is_nobodys_neighbor_later(bad):
     attacker = NeighborAttacker(5, SHAPE, memory=4)
-    spoiled = batch_of([0, 0, 1])
-    spoiled.sent.data[0] = torch.nan
+    spoiled = batch_of([0, 0, 1], dtype=torch.float32)
+    spoiled.sent.data[0] = bad
     attacker.measure(spoiled)
     assert attacker.labels.tolist() == [-100, 0, 1, -100]
     assert attacker.measure(batch_of([0, 0, 1], seed=1)).loss.isfinite()
@@ -116,6 +119,54 @@ def test_distances_are_those_of_features_far_from_the_origin():
     assert moved.item() == pytest.approx(loss.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+def test_distances_inside_tight_classes_are_those_of_fp64_however_far_classes_are_apart(scale):
+    labels = torch.arange(24) % 3
+    images = torch.rand(24, *SHAPE, dtype=torch.float64)
+    z = (scale * torch.randn(3, 64)[labels] + 0.1 * torch.randn(24, 64)).requires_grad_()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        sent = z.to(dtype)
+        loss = NeighborAttacker(64, SHAPE, memory=0).measure(cem.Batch(images, labels, sent, sent)).loss
+        found.append((loss.float(), *torch.autograd.grad(loss, z)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
+    assert (found[0][1] - found[1][1]).norm() < 0.05 * found[1][1].norm()
+
+
+@pytest.mark.parametrize("memory", [0, 64])
+@pytest.mark.parametrize("points", [1, 3])
+def test_classes_that_became_points_leave_the_class_mean_and_a_gradient_that_breaks_no_weight(points, memory):
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(48) % 3
+        z = torch.randn(points, 96, generator=generator)[labels % points].requires_grad_()
+        images = torch.rand(48, *SHAPE, generator=generator)
+        attacker = NeighborAttacker(96, SHAPE, memory)
+        for _ in range(2):
+            loss = attacker.measure(cem.Batch(images, labels, z.detach(), z)).loss
+        assert loss.item() == pytest.approx(-1, abs=1e-3)
+        assert torch.autograd.grad(loss, z)[0].abs().max() < 1
+
+
+def test_an_ignored_sample_is_not_looked_at():
+    batch, attacker = batch_of([0, 0, -100, 0]), NeighborAttacker(5, SHAPE)
+    expected = attacker.measure(batch).loss
+    batch.sent.data[2], batch.images[2] = torch.nan, torch.inf
+    loss = NeighborAttacker(5, SHAPE).measure(batch).loss
+    assert loss == expected
+    assert torch.autograd.grad(loss, batch.sent)[0].isfinite().all()
+
+
+def test_batches_that_do_not_fit_are_refused():
+    batch, attacker = batch_of([0, 0, 1]), NeighborAttacker(5, SHAPE)
+    with pytest.raises(ValueError, match=r"images must have shape \[3, 2, 6, 4\], got None"):
+        attacker.measure(replace(batch, images=None))
+    with pytest.raises(ValueError, match=r"got \[3, 2, 6, 3\]"):
+        attacker.measure(replace(batch, images=batch.images[..., :3]))
+    with pytest.raises(ValueError, match=r"5 numbers a sample, got \[3, 4\]"):
+        attacker.measure(replace(batch, sent=batch.sent[:, :4]))
+
+
 def test_it_composes_with_noise_and_leaves_features_as_they_are():
     context = cem.Context(feature_shape=(8, 4, 4), image_shape=(3, 64, 64), num_classes=10, noise_std=0.1)
     defense = cem.DEFENSES.build("inversion", context, AttentionInversion.Options(memory=16))
@@ -125,7 +176,7 @@ def test_it_composes_with_noise_and_leaves_features_as_they_are():
     assert defense.term().pixels.shape == (16, 3 * 16 * 16)
 
 
-@pytest.mark.parametrize("wrong", [{"feature_dim": 0}, {"memory": -1}])
+@pytest.mark.parametrize("wrong", [{"feature_dim": 0}, {"memory": -1}, {"memory": 2.5}, {"image_shape": (6, 4)}])
 def test_sizes_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         NeighborAttacker(**{"feature_dim": 5, "image_shape": SHAPE} | wrong)

@@ -7,13 +7,19 @@ import torch
 from small_surrogates import CLASSES, WIDTH, batch, build, seen
 
 import cem
-from cem_kernels import Nats
+from cem_kernels import BackendUnavailableError, Nats
 
 STD = 0.5
 
 
 def slots(noise_std=STD, **options):
     return cem.SlotCEM(WIDTH, CLASSES, noise_std, **options)
+
+
+def test_more_slots_than_kernels_take_are_refused_at_once():
+    with pytest.raises(BackendUnavailableError, match="kernels take at most 16 slots, got 17"):
+        slots(num_slots=17, backend="triton")
+    assert slots(num_slots=17)(*of_two_modes())[0] > 0
 
 
 def of_two_modes(seed=0, num_samples=40):

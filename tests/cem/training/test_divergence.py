@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_runs import STEPS, fitted, in_each_step, log, rows, weights
-from small_terms import Broken, Scale, Watched, surrogate
+from small_terms import GAIN, Broken, Scale, Size, Watched, surrogate
 
 from cem.errors import DivergedError
 from cem.training import Trainer, read_summary, train
@@ -24,6 +24,14 @@ def test_steps_with_broken_penalty_train_exactly_as_without_one_and_are_counted_
     assert all(row["rob_loss"] == 0 for row in rows(trainer.run_dir))
     for summary in (trainer.finished, read_summary(none)):
         assert summary["rob_loss"] is summary["intra_mse"] is None
+
+
+def test_steps_without_the_loss_of_a_defense_hide_nothing_of_the_surrogate(make, monkeypatch):
+    monkeypatch.setattr(Size, "measure", Broken.measure)
+    trainer = fitted(make(surrogate=surrogate(Scale), defenses=(GAIN,)))
+    assert trainer.finished["skipped_steps"] == 3 * STEPS
+    assert trainer.finished["rob_loss"] > 0
+    assert log(trainer.run_dir).count("gain or its gradient was not finite in 3 steps of epoch 1") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from small_terms import GAIN, Gain, Scale, surrogate
 from cem.errors import UsageError
 from cem.options import hints
 from cem.surrogates import SURROGATES
-from cem.training.config import TrainConfig, changed_options
+from cem.training.config import TrainConfig, changed_options, without_penalty
 from cem_kernels import BACKENDS, backends
 
 GAINED = TrainConfig(surrogate="none", defenses=(GAIN,))
@@ -52,8 +52,9 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA d
     [
         (
             {"epochs": 1, "penalty_from": 2},
-            "--penalty-from must be at most --epochs 1, or no epoch has the penalty; got 2",
+            "--penalty-from must be at most --epochs 1, or no epoch has a penalty; got 2",
         ),
+        ({"surrogate": "none", "defenses": (GAIN,), "penalty_from": 21}, "--penalty-from must be at most --epochs 20"),
         ({"warmup_epochs": 21.0}, "--warmup-epochs must be at most --epochs 20, got 21"),
         ({"centralized": True, "adapter": 2}, "--centralized has no cut for --adapter 2"),
         ({"centralized": True, "defenses": (GAIN,)}, f"--centralized has no cut for --defenses {GAIN}"),
@@ -67,6 +68,12 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a CUDA d
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**options).checked()
+
+
+@pytest.mark.parametrize(("defenses", "begins"), [((GAIN,), 5), (("noise",), None)])
+def test_losses_of_defenses_begin_in_the_control_where_they_did(defenses, begins):
+    control = without_penalty(TrainConfig(defenses=defenses, penalty_from=5))
+    assert (control.surrogate, control.defenses, control.penalty_from) == ("none", defenses, begins)
 
 
 @pytest.mark.parametrize("name", ["centroid", "attention"])

@@ -99,6 +99,15 @@ def test_surrogate_and_the_term_of_a_defense_train_together(make):
     assert content["defenses.gain"]["guess"] > 0  # it learned the size of what is sent
 
 
+def test_what_an_attacker_in_training_remembers_is_there_to_resume_and_not_in_the_model(make):
+    trainer = fitted(make(surrogate="none", defenses=("inversion",)))
+    assert checkpoints.load(trainer.run_dir / "last.pt")["defenses.inversion"]["pixels"].any()
+    best = checkpoints.load(trainer.run_dir / "best.pt")
+    assert best["defense"] == {}
+    assert not [name for name in best if "inversion" in name]
+    assert not load_run(trainer.run_dir, device="cpu")[1].defense.state_dict()
+
+
 def test_defense_with_its_options_is_part_of_the_model_in_training_and_in_use(make):
     given = {"gain": Gain.Options(weight=0.0, factor=3.0)}
     trainer = fitted(make(surrogate="none", defenses=(GAIN,), members=given, noise_std=0.0))
