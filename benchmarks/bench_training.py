@@ -13,7 +13,7 @@ from benchmarks.training_step import training_step
 step_of = partial(training_step, batch=128, image_shape=(1, 28, 28))
 
 
-@pytest.mark.parametrize("surrogate", ["centroid", "attention", "mixture"])
+@pytest.mark.parametrize("surrogate", ["slots", "centroid", "attention", "mixture"])
 def test_training_step_of_vgg11(benchmark, surrogate):
     step = step_of(surrogate)
     assert not step(), "the penalty is not finite"

@@ -17,7 +17,7 @@ SAMPLES: dict[str, Any] = {"B": 128, "K": 100, "T": 1, "D": 64}  # flat features
 ON_CPU = [
     Spec("class_variance", B=128, K=10, T=16, D=64),
     Spec("class_variance", B=256, K=100, T=1, D=128),
-    Spec("centroid_variance", B=128, K=10, T=1, D=392),  # what the default surrogate has on Fashion-MNIST
+    Spec("centroid_variance", B=128, K=10, T=1, D=392),  # what `centroid` has on Fashion-MNIST
     Spec("centroid_variance", B=256, K=100, T=1, D=128),
     Spec("slot_variance", B=128, K=10, T=1, D=392, S=4),
     *(Spec("slot_attention", **sizes) for sizes in (TOKENS, SAMPLES)),

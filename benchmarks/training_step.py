@@ -1,8 +1,8 @@
 """One training step of a split model, as ``python -m cem.train`` takes it, under any surrogate and on any device.
 
 VGG-11 with batch normalization, cut after its second pooling, bottleneck ``C8S1``, the ``combined`` gradient injection,
-surrogates frozen. ``attention`` is the original, slot and cross attention; ``centroid`` is the default, which has
-neither. The batch is random: a step costs the same whatever the images show. The mixture's refit after every
+surrogates frozen. ``attention`` is the original, slot and cross attention; ``slots`` is the default, ``centroid`` the
+same with one slot a class. The batch is random: a step costs the same whatever the images show. The mixture's refit after every
 epoch comes on top.
 """
 
@@ -34,7 +34,7 @@ def training_step(
     """One step of a fresh model under the named surrogate; it returns whether the penalty was skipped.
 
     Args:
-        surrogate: ``none``, ``mixture``, ``attention`` or ``centroid``.
+        surrogate: ``none`` or that of a surrogate.
         batch: ``B``.
         image_shape: of the images, ``(C, H, W)``.
         device: of everything.

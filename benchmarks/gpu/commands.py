@@ -44,7 +44,7 @@ $PYTHON -m cem.train --resume $OUT/run
 $PYTHON -m cem.attack $OUT/run --decoder.networks preactN2C32 --decoder.max-cycles 1 --score-size 100"""),
     Script("train, mixture", 20, f"{TRAIN} 2 --surrogate mixture"),
     Script("compare", 50, """\
-$PYTHON -m cem.compare --surrogates none centroid --seeds 0 --epochs 2 --train-size 900 --out $OUT/all \
+$PYTHON -m cem.compare --surrogates none slots --seeds 0 --epochs 2 --train-size 900 --out $OUT/all \
 --attack.attacks decoder --attack.score-size 99 --attack.decoder.networks preactN2C32 --attack.decoder.max-cycles 1"""),
     Script("train --capture", 25, f"{ORIGINAL} --capture"),
     Script("train --amp", 25, f"{ORIGINAL} --amp --attention.reduction linear128"),

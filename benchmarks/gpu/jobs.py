@@ -62,7 +62,7 @@ class Job:
 
 
 BATCH, IMAGE_SHAPE = 512, (3, 32, 32)
-WAYS = ("none", "centroid", "centroid captured", "attention", "attention captured")
+WAYS = ("none", "slots", "slots captured", "attention", "attention captured")
 COMPILING = {"class_variance": 4, "centroid_variance": 5, "slot_variance": 8}  # seconds, from nothing
 COMPILING |= {"slot_attention": 12, "gated_read": 8, "surrogate": 22}
 

@@ -1,4 +1,4 @@
-"""Class variance around running centroids, as the default surrogate has it: that of classes, and centroids move."""
+"""Class variance around running centroids, as `centroid` has it: that of classes, and centroids move."""
 
 from __future__ import annotations
 

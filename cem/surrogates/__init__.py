@@ -13,7 +13,7 @@ SURROGATES: Family[type[Surrogate]] = Family("surrogate", Surrogate, aliases={"g
 for _member in (NoSurrogate, GaussianMixtureCEM, SlotCrossAttentionCEM, CentroidCEM, SlotCEM):
     SURROGATES.register(_member)
 
-RECOMMENDED = CentroidCEM.name
+RECOMMENDED = SlotCEM.name
 CONTROL = NoSurrogate.name
 COMPARED = (CONTROL, GaussianMixtureCEM.name, RECOMMENDED)
 

@@ -1,4 +1,4 @@
-"""Nats that variances around running class centroids let through the noise: the recommended surrogate."""
+"""Nats that variances around running class centroids let through the noise."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CentroidCEM(VarianceSurrogate):
     """
 
     name = "centroid"
-    summary = "nats that variances around running class centroids let through the noise; recommended"
+    summary = "nats that variances around running class centroids let through the noise"
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

@@ -1,4 +1,4 @@
-"""Nats that variances around several running slots a class let through the noise."""
+"""Nats that variances around several running slots a class let through the noise: the recommended surrogate."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SlotCEM(VarianceSurrogate):
     """
 
     name = "slots"
-    summary = "the same around several running slots a class, to which samples attend"
+    summary = "the same around several running slots a class, to which samples attend; recommended"
 
     @dataclass(frozen=True)
     class Options(BaseOptions):

@@ -147,7 +147,7 @@ def test_a_competitor_is_timed_between_two_times_of_ours(monkeypatch):
     assert record["times"] == {"by_order": [3.0, 1.5], "launched": 3 / 8, "quickest": 1.0}
 
 
-@pytest.mark.parametrize("broken", [(), ("attention captured",), ("centroid", "centroid captured")], ids=str)
+@pytest.mark.parametrize("broken", [(), ("attention captured",), ("slots", "slots captured")], ids=str)
 def test_training_steps_are_timed_without_with_and_captured_as_far_as_they_run(broken):
     def make(surrogate, *, captured, **options):
         if f"{surrogate}{' captured' * captured}" in broken:
@@ -156,7 +156,7 @@ def test_training_steps_are_timed_without_with_and_captured_as_far_as_they_run(b
         return lambda: torch.tensor(False)
 
     found = jobs.measure_training("cpu", rounds=3, steps=1, make=make)
-    ways = [way for way in ("centroid", "centroid captured", "attention", "attention captured") if way not in broken]
+    ways = [way for way in ("slots", "slots captured", "attention", "attention captured") if way not in broken]
     assert (list(found["step_seconds"]), list(found["added"])) == (["none", *ways], ways)
     assert found["broken"] == dict.fromkeys(broken, "RuntimeError: no graph")
     record = Performer(setting(smaller={"training": {"rounds": 3, "steps": 1, "make": make}}))(
@@ -200,7 +200,7 @@ def test_variances_are_held_against_the_copy_rate_and_surrogates_against_a_train
     plan = next(plan for plan in PLANS if plan.spec.operator == "class_variance" and plan.judged)
     moved = CASES["class_variance"].cost(plan.spec, "backward").bytes
     rates = {"kind": "rates", "name": "rates", "rates": GB}
-    added = {"centroid": {"median": 0.02}, "centroid captured": {"median": 0.009}, "attention": {"median": 0.06}}
+    added = {"slots": {"median": 0.02}, "slots captured": {"median": 0.009}, "attention": {"median": 0.06}}
     step = {"kind": "training", "name": "step", "step_seconds": {}, "added": added}
     forward, backward, *steps = judge(reported(tmp_path, rates, timed(plan.spec, moved / 4e12 / 0.82), step), [plan])
     assert (backward["measured"], backward["reached"], forward["reached"]) == (pytest.approx(0.82), True, False)

@@ -147,7 +147,7 @@ def test_help_lists_members_and_the_options_of_those_that_are_chosen(capsys):
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        (train, [*hints(TrainConfig), *hints(train.Sources), "centroid.momentum"]),
+        (train, [*hints(TrainConfig), *hints(train.Sources), "slots.num-slots"]),
         (attack, [*hints(AttackConfig), *hints(attack.Sources), "decoder.max_cycles"]),
         (compare, [*hints(compare.Sources), "surrogates", "attack.attacks", "attack.decoder.lr", "mixture.clusters"]),
         (synthetic, [*hints(synthetic.Sizes)]),

@@ -57,7 +57,7 @@ def test_forecast_is_no_more_exact_than_it_can_be(seconds, text):
 def test_comparison_says_what_it_does_and_what_comes_next(run, tmp_path, monkeypatch):
     monkeypatch.setattr("cem.comparison.runner.run_comparison", lambda *_: None)
     said = run(compare, ["--quick"], tmp_path)
-    assert said.err.startswith("none, mixture, centroid on digits: resnet20, 20 epochs, 2 seeds; attackers who have ")
+    assert said.err.startswith("none, mixture, slots on digits: resnet20, 20 epochs, 2 seeds; attackers who have ")
     assert "; every run is trained, then attacked with decoder, white-box\n" in said.err
     assert said.out.splitlines()[-1] == f"next     python -m webbrowser {(tmp_path / 'report.html').as_uri()}"
 

@@ -49,7 +49,7 @@ def test_the_config_of_a_run_makes_the_same_run_beside_it(trained, run):
 
 
 def test_options_override_the_config_file_and_that_the_recommended_defaults():
-    assert command.parse([])[0] == TrainConfig(surrogate="centroid").checked()
+    assert command.parse([])[0] == TrainConfig(surrogate="slots").checked()
     Path("mine.yaml").write_text("lr: 0.01\nepochs: 7\nsurrogate: mixture\nmixture: {clusters: 3, gamma: 0.1}\n")
     config, resume = command.parse(["--config", "mine.yaml", "--epochs", "3", "--mixture.clusters", "4"])
     assert (config.lr, config.epochs, config.surrogate, resume) == (0.01, 3, "mixture", False)
@@ -75,11 +75,11 @@ def test_run_of_a_device_that_is_not_here_may_be_resumed_on_another():
     [
         ("--epochs 0", "--epochs must be at least 1, got 0"),
         ("--surrogate none --lambd 4", "--surrogate none has no penalty to weigh"),
-        ("--centroid.momentum 1", "--centroid.momentum must be above 0 and below 1, got 1.0"),
+        ("--slots.num-slots 0", "--slots.num-slots must be at least 1, got 0"),
         ("--arch resnet21", "arch must be one of"),
         ("--resume absent", "absent holds no run: there is no absent/config.yaml"),
         ("--resume run --config b", "--resume takes its options from the run; leave out --config"),
-        ("--resume run --centroid.momentum 0.9", "--centroid.momentum (was 0.99, got 0.9)"),
+        ("--resume run --slots.num-slots 2", "--slots.num-slots (was 4, got 2)"),
         ("--resume run --out b", "a run continues where it is, in run"),
         ("--resume run --epochs 40", "--init-from run --epochs 40 begins one with the weights of this one"),
         ("--lr 1e300", "--lr must be above 0 and at most 3.4"),

@@ -38,7 +38,7 @@ def finished():
 
 
 def test_options_go_to_grid_training_attack_and_the_trainings_of_their_surrogate():
-    variants = ["slow: {centroid: {momentum: 0.999}}", "wide: {surrogate: attention}"]
+    variants = ["slow: {surrogate: centroid, centroid: {momentum: 0.999}}", "wide: {surrogate: attention}"]
     argv = ["--surrogates", "none", "centroid", "slow", "wide", "--variants", *variants, "--seeds", "0"]
     argv += [
         "--lambds",
@@ -118,8 +118,8 @@ def test_missing_images_for_the_attackers_are_noted_and_an_interrupt_says_how_to
         (["--attention.num-slots", "4"], "attention, which is not chosen; give --surrogates attention with it"),
         (["--quick", "--config", "a.yaml"], "error: --quick and --config both set all options"),
         (["--report-only", "--out", "absent"], "error: --report-only: there is no comparison in absent"),
-        (["--variants", "s: {centroid: {momentum: 2}}"], "--centroid.momentum must be above 0 and below 1, got 2"),
-        (["--variants", "s: {centroid: {momentun: 1}}"], "no option centroid.momentun; did you mean momentum?"),
+        (["--variants", "s: {slots: {num_slots: 0}}"], "--slots.num-slots must be at least 1, got 0"),
+        (["--variants", "s: {slots: {num_slot: 1}}"], "no option slots.num_slot; did you mean num_slots?"),
         (["--variants", "s: {mixture: {clusters: 3}}"], "mixture is an option of mixture, which is not chosen"),
     ],
 )

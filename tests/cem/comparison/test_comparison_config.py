@@ -34,7 +34,7 @@ def test_training_of_a_variant_has_options_and_defenses_of_its_own_over_the_shar
     comparison = Comparison(grid=grid, train=train).checked()
     none, bare, coarse = map(comparison.train_config, comparison.grid.runs())
     assert [each.epochs for each in (none, bare, coarse)] == [3, 5, 3]
-    assert (bare.surrogate, bare.lambd, bare.noise_std, bare.seed, bare.defenses) == ("centroid", 0.5, 0.3, 2, ())
+    assert (bare.surrogate, bare.lambd, bare.noise_std, bare.seed, bare.defenses) == ("slots", 0.5, 0.3, 2, ())
     assert none.options_of("rounded") == Rounded.Options(base=2)
     assert coarse.options_of("rounded") == Rounded.Options(digits=1, base=2)
 

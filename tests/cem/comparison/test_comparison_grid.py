@@ -50,7 +50,7 @@ def test_a_variant_has_the_options_of_its_surrogate_which_is_the_recommended_one
     assert (plain["num_slots"], plain["gamma"]) == (4, 1e-3)
     assert own == plain | {"gamma": 0.1}
     other = grid.training_of("other")
-    assert (other["surrogate"], other["epochs"]) == ("centroid", 3)
+    assert (other["surrogate"], other["epochs"]) == ("slots", 3)
 
 
 def test_a_variant_with_weights_of_its_own_is_run_with_those_alone_and_one_without_a_penalty_with_none():

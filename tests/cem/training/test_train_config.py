@@ -27,7 +27,7 @@ def gained(**options):
 
 
 def test_defaults_are_valid_and_backends_those_of_the_operators():
-    expected = replace(TrainConfig(), members={"centroid": SURROGATES["centroid"].Options()})
+    expected = replace(TrainConfig(), members={"slots": SURROGATES["slots"].Options()})
     assert TrainConfig().checked() == expected
     assert get_args(hints(TrainConfig)["backend"]) == BACKENDS
 
@@ -76,7 +76,7 @@ def test_losses_of_defenses_begin_in_the_control_where_they_did(defenses, begins
     assert (control.surrogate, control.defenses, control.penalty_from) == ("none", defenses, begins)
 
 
-@pytest.mark.parametrize("name", ["centroid", "attention"])
+@pytest.mark.parametrize("name", ["slots", "attention"])
 def test_triton_on_the_cpu_is_refused_before_anything_is_built(name, monkeypatch):
     config = TrainConfig(surrogate=name, backend="triton", device="cpu")
     monkeypatch.setattr(backends, "INTERPRETING", True)
@@ -97,7 +97,7 @@ def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
 
 NAMES = {
     "digits-resnet20-mixture-lambd8-noise0.025-seed3": TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3),
-    "digits-resnet20-centroid-lambd0.5-noise0.3-seed0": TrainConfig(),
+    "digits-resnet20-slots-lambd0.5-noise0.3-seed0": TrainConfig(),
     "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.3-seed0": under("centroid", momentum=0.97),
     "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.3-seed0": TrainConfig(
         surrogate=surrogate(Scale), defenses=(GAIN,), members=gained(factor=3.0)
@@ -124,7 +124,7 @@ FOLDER = TrainConfig(data="folder", augment=True)
     [
         (ELSEWHERE, TrainConfig(), []),
         (ELSEWHERE, TrainConfig(lr=0.1), ["--lr (was 0.05, got 0.1)"]),
-        (TrainConfig(), under("centroid", momentum=0.5), ["--centroid.momentum (was 0.99, got 0.5)"]),
+        (TrainConfig(), under("slots", num_slots=2), ["--slots.num-slots (was 4, got 2)"]),
         (GAINED, replace(GAINED, members=gained(weight=1.0)), ["--gain.weight (was 0.25, got 1.0)"]),
         (TrainConfig(surrogate="gmm"), OWN, []),
         # Before it no epoch is the best one, whatever is penalized.
