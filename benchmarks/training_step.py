@@ -2,8 +2,8 @@
 
 VGG-11 with batch normalization, cut after its second pooling, bottleneck ``C8S1``, the ``combined`` gradient injection,
 surrogates frozen. ``attention`` is the original, slot and cross attention; ``slots`` is the default, ``centroid`` the
-same with one slot a class. The batch is random: a step costs the same whatever the images show. The mixture's refit after every
-epoch comes on top.
+same with one slot a class. The batch is random: a step costs the same whatever the images show. The mixture's refit
+after every epoch comes on top.
 """
 
 from __future__ import annotations

@@ -52,10 +52,11 @@ def slot_variance(
 
     The penalty has the value of the running variance and the gradient of ``u``: ``∂v/∂x = 2 p_s (x − c_s) / W_s``.
     ``intra_mse`` and ``class_mse`` are monitors and have none. The first batch of a class gives it its slots, far apart
-    (:func:`cem_kernels.slot_variance.reference.first_slots`); a slot whose share falls below ``.05 / S`` is put on the
-    sample that the slots explain worst, as wide as the heaviest, with half of its share. A batch that is far off is
-    measured and not remembered, as in :func:`cem_kernels.variance.centroid_variance`, of which this is the several-slot
-    form: with one slot it differs in the rates of the first batches and in ``mse``, which is around the slot.
+    (:func:`cem_kernels.slot_variance.reference.first_slots`), no more than it has samples; a slot whose share is below
+    ``.05 / S`` later is put on the sample that the slots explain worst, as wide as the heaviest, with half of its
+    share. A batch that is far off is measured and not remembered, as in
+    :func:`cem_kernels.variance.centroid_variance`, of which this is the several-slot form: with one slot it differs in
+    the rates of the first batches and in ``mse``, which is around the slot.
 
     Args:
         features: ``[B, ...]``, fp16, bf16, fp32 or fp64; any strides. Every axis after the first is a column axis.

@@ -40,7 +40,7 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
     with torch.no_grad():
         steps = CENTROIDS_MOVE * part * _sums(pulls, groups)
         moved = centroids + steps, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)
-        moved = _revived(moved, seen, logits, groups)
+        moved = _revived(moved, seen, logits, groups, running.batches)
         zero = groups.means(seen.square().mean(dim=1, keepdim=True))[:, 0]
         _remember(running, moved, old, mse, zero, groups.counts, penalty.unit)
     penalties = (weights * cost).sum(dim=1)
@@ -91,8 +91,12 @@ def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State
     new = batches == 0
     if not len(x) or (validation.values_are_checked(x) and not bool((new & (groups.counts > 0)).any())):
         return old
-    centroids, variances = _first_slots(x, groups, old[2].shape[1])
-    first = centroids, variances, torch.full_like(old[2], 1 / old[2].shape[1])
+    num_slots = old[2].shape[1]
+    centroids, variances = _first_slots(x, groups, num_slots)
+    counts = groups.counts[:, None]
+    alive = torch.arange(num_slots, device=x.device) < counts
+    shares = torch.where(alive, 1 / counts.clamp(1, num_slots).to(x.dtype), 0)
+    first = centroids, variances, shares
     chosen = (torch.where(new.view(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in zip(first, old, strict=True))
     return tuple(chosen)  # type: ignore[return-value]
 
@@ -131,12 +135,12 @@ def _worst(x: Tensor, logits: Tensor, groups: ClassGroups) -> Tensor:
     return x[_first_of(logits.amax(dim=1), groups)]
 
 
-def _revived(moved: State, x: Tensor, logits: Tensor, groups: ClassGroups) -> State:
+def _revived(moved: State, x: Tensor, logits: Tensor, groups: ClassGroups, batches: Tensor) -> State:
     """See :func:`cem_kernels.slot_variance.reference.revive`."""
     centroids, variances, shares = moved
     num_slots = shares.shape[1]
     lightest, heaviest = shares.argmin(dim=1, keepdim=True), shares.argmax(dim=1, keepdim=True)
-    dead = shares.gather(1, lightest) < DEAD / num_slots
+    dead = (shares.gather(1, lightest) < DEAD / num_slots) & (batches > 0)[:, None]
     if validation.values_are_checked(x) and not bool(dead.any()):
         return moved
     worst = _worst(x, logits, groups)

@@ -235,7 +235,8 @@ def _attend(
     zero = tl.zeros([BLOCK_R], tl.float32)
     least = tl.full([BLOCK_R], float("inf"), tl.float32)
     worst = tl.zeros([BLOCK_R], tl.int64)
-    prior = tl.where(slot < S, tl.log(share) - 0.5 * logs, float("-inf"))
+    alive = (slot < S) & (share > 0.0)
+    prior = tl.where(alive, tl.log(tl.where(alive, share, 1.0)) - 0.5 * logs, float("-inf"))
     for first in range(0, count, BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
         sample = _samples(order, start, rows, count)
@@ -301,7 +302,7 @@ def _move(
 
 @triton.jit
 def _keep(
-    x, worst, centroids, variances, shares, moved_center, moved_spread, share, c, stride_row, stride_col, S, C,
+    x, worst, centroids, variances, shares, moved_center, moved_spread, share, before, c, stride_row, stride_col, S, C,
     SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What slots have come to is what they are from now on; a dead one goes to the sample ``worst``."""
@@ -310,7 +311,7 @@ def _keep(
     high = tl.where(slot < S, share, float("-inf"))
     least = tl.min(low, axis=0)
     most = tl.max(high, axis=0)
-    dead = least * S < DEAD
+    dead = (least * S < DEAD) & (before > 0)
     replaced = tl.where(dead, tl.min(tl.where(low == least, slot, SLOTS), axis=0), -1)
     halved = tl.where(dead, tl.min(tl.where(high == most, slot, SLOTS), axis=0), -1)
     share = tl.where((slot == replaced) | (slot == halved), (least + most) / 2, share)
@@ -350,7 +351,7 @@ def slot_variance_forward_kernel(
         slot = tl.arange(0, SLOTS)
         share = tl.load(shares + c.to(tl.int64) * S + slot, mask=slot < S, other=1.0)
         if before == 0:
-            share = tl.full([SLOTS], 1.0, tl.float32) / S
+            share = tl.where(slot < count, 1.0 / tl.minimum(count, S).to(tl.float32), 0.0)
             _begin(
                 x, order, attention, center, spread, start, count, c, stride_row, stride_col, S, C,
                 SLOTS, BLOCK_R, BLOCK_C,
@@ -379,7 +380,7 @@ def slot_variance_forward_kernel(
         if moves:
             _keep(
                 x, tl.load(order + start + worst).to(tl.int64), centroids, variances, shares, moved_center,
-                moved_spread, lerp(share, weights / n, CENTROIDS_MOVE), c, stride_row, stride_col, S, C,
+                moved_spread, lerp(share, weights / n, CENTROIDS_MOVE), before, c, stride_row, stride_col, S, C,
                 SLOTS, BLOCK_C,
             )  # fmt: skip
         tl.store(batches + c, batches_after)

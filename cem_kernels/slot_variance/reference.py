@@ -52,7 +52,8 @@ def _of_class(x: Tensor, c: int, running: RunningSlots, penalty: Nats) -> tuple[
     centroid, variance, share = old
     if not running.batches[c]:
         centroid, variance = first_slots(seen, len(share))
-        share = torch.full_like(share, 1 / len(share))
+        share = torch.zeros_like(share)  # or slots that begin in one place would stay there together
+        share[: len(x)] = 1 / min(len(x), len(share))
 
     wide = variance + penalty.unit
     logits = share.log() - ((seen[:, None] - centroid).square() / wide + wide.log()).sum(dim=2) / 2
@@ -68,7 +69,8 @@ def _of_class(x: Tensor, c: int, running: RunningSlots, penalty: Nats) -> tuple[
     mse = (weight[:, None] * around.detach()).mean(dim=1).sum()
 
     moved = [centroid + CENTROIDS_MOVE * part * step, moved_variance, torch.lerp(share, weight, CENTROIDS_MOVE)]
-    revive(moved, seen[logits.amax(dim=1).argmin()])
+    if running.batches[c]:
+        revive(moved, seen[logits.amax(dim=1).argmin()])
     kept = [each.to(state.dtype) for each, state in zip(moved, running[:3], strict=True)]
     storable = mse.isfinite() & torch.stack([each.isfinite().all() for each in kept]).all()
     known = old[2][:, None] * old[1], old[2][:, None] * (old[0].square() + old[1])

@@ -16,6 +16,16 @@ def slots(noise_std=STD, **options):
     return cem.SlotCEM(WIDTH, CLASSES, noise_std, **options)
 
 
+@pytest.mark.parametrize("first", [1, 2, 40])
+def test_modes_are_found_however_few_samples_a_class_begins_with(first):
+    module = slots()
+    for step in range(40):
+        features, labels = of_two_modes(seed=step)
+        loss = module(*((features[:first], labels[:first]) if step == 0 else (features, labels)))[0]
+    assert loss < 0.5 * cem.CentroidCEM(WIDTH, CLASSES, STD)(features, labels)[0]
+    assert module.shares[0].sum().item() == pytest.approx(1)
+
+
 def test_more_slots_than_kernels_take_are_refused_at_once():
     with pytest.raises(BackendUnavailableError, match="kernels take at most 16 slots, got 17"):
         slots(num_slots=17, backend="triton")
