@@ -68,7 +68,7 @@ TRAIN_OPTIONS = [
     ("--surrogate json:JSONDecoder", "--surrogate json:JSONDecoder must be a class derived from cem"),
     ("--defenses nois", "--defenses takes noise … got 'nois'"),
     ("--defenses noise noise", "--defenses … noise"),
-    ("--centroid.momentun .5", "no option --centroid.momentun; did you mean --centroid.momentum?"),
+    ("--slots.num-slot 5", "no option --slots.num-slot; did you mean --slots.num-slots?"),
     ("--surrogate attention --attention.num-slots 0", "--attention.num-slots must be at least 1, got 0"),
     ("--device tpu", "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ("--device cuda:999", "--device … cuda:999"),
