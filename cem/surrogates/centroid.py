@@ -35,8 +35,8 @@ class CentroidCEM(VarianceSurrogate):
         noise_std: ``σ``, standard deviation of the noise at the cut, in units of the features.
         momentum: in (0, 1); ``1 / (1 − momentum)`` batches is how far centroids look back. They begin with the mean
             of the batches there are. Three times as fast and without such a beginning, as one slot of
-            :class:`~cem.SlotCEM` moves, they were not better beyond doubt: behind a small client an attacker erred
-            1.07 times as much at equal accuracy (95 %: 0.99 to 1.14).
+            :class:`~cem.SlotCEM` moves, they are a little better: behind a small client an attacker erred 1.07 times
+            as much at equal accuracy (95 %: 1.01 to 1.13).
         backend: see :mod:`cem_kernels.backends`.
         process_group: see :class:`~cem.Term`.
 
