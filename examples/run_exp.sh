@@ -16,7 +16,7 @@ fi
 
 if [[ ${1:-} == --short ]]; then
     shift
-    exec python -m cem.compare --quick --surrogates none mixture attention centroid --out runs/exp-short "$@"
+    exec python -m cem.compare --quick --surrogates none mixture attention slots --out runs/exp-short "$@"
 fi
 
 model=(
@@ -29,10 +29,10 @@ training=(
     --epochs 240 --batch-size 128 --lr 0.05
 )
 grid=(
-    --surrogates none paper original centroid    # the last one is what is recommended, at its own weight
+    --surrogates none paper original slots    # the last one is what is recommended, at its own weight
     --variants
     "paper: {surrogate: mixture, lambd: [8, 16], mixture: {var_threshold: 0.125}}"
-    "original: {surrogate: attention, lambd: [8, 16], attention: {var_threshold: 0.125, reduction: none}}"
+    "original: {surrogate: attention, lambd: [8, 16], lambd_schedule: rising, attention: {var_threshold: 0.125, reduction: none}}"
     --noise-stds 0.01 0.025 0.05 0.1 0.15
     --seeds 125 126 127         # the original has one seed, which says nothing of the spread
 )

@@ -188,11 +188,12 @@ def test_the_originals_experiments_are_all_asked_for(tmp_path: Path) -> None:
     configs = [comparison.train_config(run) for run in comparison.grid.runs()]
     weights = Counter((config.surrogate, config.lambd) for config in configs)
     of_two = {(name, lambd): 15 for name in ("mixture", "attention") for lambd in (8.0, 16.0)}
-    assert weights == {("none", 0.0): 15, **of_two, ("centroid", 0.5): 15}
+    assert weights == {("none", 0.0): 15, **of_two, ("slots", 0.5): 15}
     thresholds = {config.options_of(config.surrogate).var_threshold for config in configs if config.lambd >= 8}
     assert thresholds == {0.125}
-    originals = [config.options_of("attention") for config in configs if config.surrogate == "attention"]
-    assert {options.reduction for options in originals} == {"none"}
+    originals = [config for config in configs if config.surrogate == "attention"]
+    assert {config.options_of("attention").reduction for config in originals} == {"none"}
+    assert {config.resolved().lambd_schedule for config in originals} == {"rising"}
     assert (comparison.train.data, comparison.train.epochs, comparison.train.arch) == ("cifar10", 240, "vgg11_bn_sgm")
     assert comparison.train.data_root == Path("somewhere")
 
@@ -208,5 +209,5 @@ def test_options_on_the_line_override_the_scripts(tmp_path: Path) -> None:
 @needs_a_shell
 def test_short_mode_is_the_quick_comparison(tmp_path: Path) -> None:
     comparison = parse(arguments(tmp_path, "--short", "--seeds", "7"))[0].checked()
-    assert comparison.grid.surrogates == ("none", "mixture", "attention", "centroid")
+    assert comparison.grid.surrogates == ("none", "mixture", "attention", "slots")
     assert (comparison.train.data, comparison.grid.seeds, comparison.out) == ("digits", (7,), Path("runs/exp-short"))

@@ -87,7 +87,6 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
 
     name = "attention"
     summary = "slot attention, gated cross attention, class variance over a log threshold: the original"
-    schedule = "rising"
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
@@ -109,7 +108,7 @@ class SlotCrossAttentionCEM(VarianceSurrogate):
                 learning rate, such as 1e-4. One that minimizes its own penalty can cheat and shrink its output.
         """
 
-        weight: ClassVar[float] = 16.0
+        weight: ClassVar[float] = 0.05
         num_slots: int = option(8, least=1)
         reduction: str = option("auto")
         spatial: bool = option(False)

@@ -59,7 +59,7 @@ def test_options_override_the_config_file_and_that_the_recommended_defaults():
 @pytest.mark.parametrize(("given", "expected"), [([], (16.0, "rising")), (["--lambd", "2"], (2.0, "rising"))])
 def test_weight_and_schedule_of_a_file_are_not_another_surrogates(given, expected):
     TrainConfig(surrogate="centroid", lambd=0.3, lambd_schedule="constant").to_yaml(Path("config.yaml"))
-    config = command.parse(["--config", "config.yaml", "--surrogate", "attention", *given])[0].resolved()
+    config = command.parse(["--config", "config.yaml", "--surrogate", "mixture", *given])[0].resolved()
     assert (config.lambd, config.lambd_schedule) == expected
 
 

@@ -47,7 +47,7 @@ def test_build_without_options_is_the_original():
     module.load_state_dict(original.state_dict(), strict=True)
     features, labels = batch(width=32)
     assert module.eval()(features, labels) == original.eval()(features, labels)
-    assert (module.schedule, Options.weight) == ("rising", 16.0)
+    assert (module.schedule, Options.weight) == ("constant", 0.05)
 
 
 @pytest.mark.parametrize(
