@@ -229,6 +229,15 @@ class Term(nn.Module):
         return None
 
 
+def attached_zero(features: Tensor) -> Tensor:
+    """A zero that belongs to the graph of ``features``: the sum of an empty slice.
+
+    Its gradient is exactly zero even where ``features`` holds NaN or infinity, which ``0 * sum`` is not.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return features.flatten()[:0].sum(dtype=dtype)
+
+
 def check_samples(features: Tensor, labels: Tensor) -> None:
     """Raise where features are not ``[B, D]`` or ``[B, C, H, W]`` with labels ``[B]`` on the same device.
 

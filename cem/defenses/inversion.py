@@ -13,8 +13,7 @@ from torch import Tensor
 from cem.defenses.base import Defense
 from cem.options import Options as BaseOptions
 from cem.options import option
-from cem.surrogates.base import attached_zero
-from cem.terms import Batch, Context, Measured, Term
+from cem.terms import Batch, Context, Measured, Term, attached_zero
 from cem_kernels import IGNORED
 from cem_kernels.validation import check_not_negative, check_sample_shape, check_sizes
 

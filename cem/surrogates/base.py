@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from cem.options import Options as BaseOptions
-from cem.terms import Batch, Context, Measured, Term, check_samples
+from cem.terms import Batch, Context, Measured, Term, attached_zero, check_samples
 from cem_kernels.validation import check_labels
 
 ASSESSED = 128  # samples at a time, as a step has them by default
-
-
-def attached_zero(features: Tensor) -> Tensor:
-    """A zero that belongs to the graph of ``features``: the sum of an empty slice.
-
-    Its gradient is exactly zero even where ``features`` holds NaN or infinity, which ``0 * sum`` is not.
-    """
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return features.flatten()[:0].sum(dtype=dtype)
 
 
 class Surrogate(Term):
