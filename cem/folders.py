@@ -130,6 +130,13 @@ def appear(names: Iterable[Path], fill: Callable[[Path], None]) -> tuple[Path, L
                 lock.release()
 
 
+def remove_left_lock(folder: Path) -> None:
+    """Remove the lock that a process which is no more has left in a folder where nothing is to be done any more."""
+    if (folder / LOCK).exists():
+        with suppress(UsageError, MachineError):
+            Lock(folder).release()
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what processes that are no more were about to write in ``folder``; the living have locked what is theirs.
 

@@ -22,7 +22,7 @@ from cem.attacks.splits import varied
 from cem.attacks.target import Target
 from cem.errors import CemError, UsageError
 from cem.files import is_unfinished, read_json, write_json, writing
-from cem.folders import LOCK, Lock, remove_unfinished
+from cem.folders import LOCK, Lock, remove_left_lock, remove_unfinished
 from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
@@ -82,7 +82,8 @@ class AttackRun:
         """Run and score all attacks, draw the pictures, write ``attack.json``.
 
         Returns:
-            Its content. An attack that was finished already is left as it is.
+            Its content. An attack that was finished already is left as it is, but for the lock of a process that was
+            killed after its last file.
 
         Whatever ends it early goes to the log and is handed on.
 
@@ -93,6 +94,7 @@ class AttackRun:
             MachineError: a file cannot be written, or memory ran out.
         """
         if self.finished is not None:
+            remove_left_lock(self.out)
             return self.finished
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from cem.errors import CemError, MachineError
 from cem.files import write_json, writing
-from cem.folders import Lock, remove_unfinished
+from cem.folders import Lock, remove_left_lock, remove_unfinished
 from cem.machine import enough
 from cem.models import CLIENT_COSTS, client_budget
 from cem.progress import about, bar, busy, over
@@ -100,7 +100,8 @@ class Trainer:
         Afterwards ``state.model`` has the weights of the best epoch.
 
         Returns:
-            The content of ``summary.json``. A run that was finished already is left as it is.
+            The content of ``summary.json``. A run that was finished already is left as it is, but for the lock of a
+            process that was killed after its last file.
 
         Whatever ends training early goes to the log and is handed on.
 
@@ -113,6 +114,7 @@ class Trainer:
             UsageError: ``config.out`` was taken meanwhile.
         """
         if self.finished is not None:
+            remove_left_lock(self.run_dir)
             return self.finished
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads or threads)

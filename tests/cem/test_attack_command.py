@@ -38,6 +38,7 @@ def test_attack_says_what_it_does_what_was_found_and_what_comes_next(trained, at
 
 def test_the_same_command_again_changes_nothing(trained, attacked, run):
     before = {path: path.stat().st_mtime_ns for path in attacked.path.iterdir()}
+    (attacked.path / ".lock").touch()  # as whoever is killed after the last file leaves it
     again = run(command, [str(trained.path), *FAST], attacked.path)
     assert again.out == f"The attack in {attacked.path} was finished already; nothing was changed.\n{attacked.out}"
     assert {path: path.stat().st_mtime_ns for path in attacked.path.iterdir()} == before

@@ -35,6 +35,7 @@ def test_run_that_is_there_is_not_replaced_but_may_be_looked_at_again(trained, r
     again = run(command, [], trained.path)
     assert again.code == 2
     assert f"run directory {trained.path} exists and is not empty: a finished run lies there" in again.err
+    (trained.path / ".lock").touch()  # as whoever is killed after the last file leaves it
     assert "was finished already; nothing was changed" in run(command, [f"--resume={trained.path}"], trained.path).out
     assert {path: path.read_bytes() for path in trained.path.iterdir() if path.is_file()} == before
 
