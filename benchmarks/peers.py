@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cem_kernels import CrossAttentionWeights, LogHinge, Nats, RunningMoments, RunningSlots, SlotAttentionWeights
 from cem_kernels.slot_variance import running as rates
-from cem_kernels.variance.running import Spread, judged
+from cem_kernels.variance.running import VARIANCES_MOVE, Spread, judged
 
 
 @dataclass(eq=False)
@@ -140,16 +140,16 @@ def variance_losses(squares: Tensor, classes: Classes, hinge: LogHinge) -> tuple
 
 
 def running_loss(
-    mean: Tensor, squares: Tensor, classes: Classes, running: RunningMoments, shares: tuple[float, float],
+    mean: Tensor, squares: Tensor, classes: Classes, running: RunningMoments, momentum: float,
     hinge: LogHinge,
 ) -> tuple[Tensor, RunningMoments]:  # fmt: skip
-    """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, and these moved, by ``shares`` at least."""
+    """``mean, squares [K, C]`` to ``rob_loss`` around running centroids, and these moved."""
     counts = classes.counts[:, None].to(squares.dtype)
-    centroids = torch.where(running.batches[:, None] > 0, running.centroids, mean.detach())
+    begun = running.batches[:, None] > 0
+    centroids = torch.where(begun, running.centroids, mean.detach())
     around = squares / counts.clamp(min=1) + (mean - centroids).square()
-    first = 1 / (running.batches[:, None] + 1)
-    moved = torch.lerp(centroids, mean.detach(), first.clamp(min=shares[0]))
-    variance = torch.lerp(running.variances, around.detach(), first.clamp(min=shares[1]))
+    moved = torch.lerp(centroids, mean.detach(), 1 - momentum)
+    variance = torch.where(begun, torch.lerp(running.variances, around.detach(), VARIANCES_MOVE), around.detach())
     batch = Spread(around.detach().mean(dim=1), (mean.square() + squares / counts.clamp(min=1)).detach().mean(dim=1))
     before = Spread(running.variances.mean(dim=1), (running.centroids.square() + running.variances).mean(dim=1))
     storable = (moved.isfinite() & variance.isfinite()).all(dim=1)
@@ -183,7 +183,7 @@ def padded_slots_loss(
     part = (weight * num_slots)[..., None]
     steps = torch.einsum("kls,klsc->ksc", of_slot, seen)
     moved = centroids + rates.CENTROIDS_MOVE * part * steps
-    variance = torch.lerp(variances, around.detach(), (rates.VARIANCES_MOVE * part).clamp(max=rates.MOST))
+    variance = torch.lerp(variances, around.detach(), (VARIANCES_MOVE * part).clamp(max=rates.MOST))
     share = torch.lerp(shares, weight, rates.CENTROIDS_MOVE)
     penalties = (weight * penalty.cost(variance + (around - around.detach())).mean(dim=2)).sum(dim=1)
     # A slot that has died.

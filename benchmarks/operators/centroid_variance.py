@@ -12,9 +12,7 @@ from benchmarks.operators.base import Call, Cost, Spec
 from benchmarks.operators.class_variance import PENALTIES, RELU, ClassVarianceCase
 from cem_kernels import RunningMoments
 from cem_kernels.variance import centroid_variance
-from cem_kernels.variance.running import least_shares
-
-MOMENTUM = 0.99
+from cem_kernels.variance.running import MOMENTUM
 
 
 class CentroidVarianceCase(ClassVarianceCase):
@@ -50,7 +48,7 @@ class CentroidVarianceCase(ClassVarianceCase):
     def public(self, backend: str) -> Call:
         def call(features: Tensor) -> tuple[Tensor, ...]:
             penalty = PENALTIES[self.spec.penalty]
-            result = centroid_variance(features, self.groups, self.running, penalty, momentum=MOMENTUM, backend=backend)
+            result = centroid_variance(features, self.groups, self.running, penalty, backend=backend)
             return (result.rob_loss,)
 
         return call
@@ -65,10 +63,10 @@ class CentroidVarianceCase(ClassVarianceCase):
         return self.replacing(torch.compile(self.loss_and_moved(base), fullgraph=True, dynamic=False))
 
     def loss_and_moved(self, variant: str) -> Callable[..., tuple[Tensor, RunningMoments]]:
-        classes, moments, shares = self.classes, peers.MOMENTS[variant], least_shares(MOMENTUM)
+        classes, moments = self.classes, peers.MOMENTS[variant]
 
         def peer(features: Tensor, running: RunningMoments) -> tuple[Tensor, RunningMoments]:
-            return peers.running_loss(*moments(features.flatten(1), classes), classes, running, shares, RELU)
+            return peers.running_loss(*moments(features.flatten(1), classes), classes, running, MOMENTUM, RELU)
 
         return peer
 

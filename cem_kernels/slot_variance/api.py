@@ -56,7 +56,7 @@ def slot_variance(
     ``.05 / S`` later is put on the sample that the slots explain worst, as wide as the heaviest, with half of its
     share. A batch that is far off is measured and not remembered, as in
     :func:`cem_kernels.variance.centroid_variance`, of which this is the several-slot form: with one slot it differs in
-    the rates of the first batches and in ``mse``, which is around the slot.
+    ``mse`` alone, which is around the slot.
 
     Args:
         features: ``[B, ...]``, fp16, bf16, fp32 or fp64; any strides. Every axis after the first is a column axis.

@@ -10,8 +10,8 @@ from torch import Tensor
 from cem_kernels import validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Nats
-from cem_kernels.slot_variance.running import CENTROIDS_MOVE, DEAD, MOST, VARIANCES_MOVE, RunningSlots
-from cem_kernels.variance.running import Spread, judged
+from cem_kernels.slot_variance.running import CENTROIDS_MOVE, DEAD, MOST, RunningSlots
+from cem_kernels.variance.running import VARIANCES_MOVE, Spread, judged
 
 State = tuple[Tensor, Tensor, Tensor]  # centroids and variances [K, S, C], shares [K, S]
 

@@ -32,10 +32,17 @@ import triton.language as tl
 
 from cem_kernels.slot_variance import running
 from cem_kernels.triton_utils import last_to_arrive
-from cem_kernels.variance.kernels import cost_and_slope, is_finite, judged, lerp, losses, rows_of_part
+from cem_kernels.variance.kernels import (
+    VARIANCES_MOVE,
+    cost_and_slope,
+    is_finite,
+    judged,
+    lerp,
+    losses,
+    rows_of_part,
+)
 
-CENTROIDS_MOVE, VARIANCES_MOVE = tl.constexpr(running.CENTROIDS_MOVE), tl.constexpr(running.VARIANCES_MOVE)
-MOST, DEAD = tl.constexpr(running.MOST), tl.constexpr(running.DEAD)
+CENTROIDS_MOVE, MOST, DEAD = (tl.constexpr(each) for each in (running.CENTROIDS_MOVE, running.MOST, running.DEAD))
 TINY = tl.constexpr(2.0**-126)  # the least of what fp32 holds with all digits: of a slot without any, zeros
 
 

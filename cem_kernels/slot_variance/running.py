@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-CENTROIDS_MOVE, VARIANCES_MOVE, MOST = 0.03, 0.1, 0.5
-"""How far a batch moves a slot with its part of the class's samples, and the most that it moves variances.
+from cem_kernels.variance.running import MOMENTUM
 
-Centroids are to stand still, so that shrinking shows; variances are only to be less noisy than a batch's.
-"""
+CENTROIDS_MOVE, MOST = 1 - MOMENTUM, 0.5
+"""How far a batch moves a slot with its part of the class's samples, and the most that it moves variances, which it
+moves by ``VARIANCES_MOVE``; see :mod:`cem_kernels.variance.running`."""
 
 DEAD = 0.05
 """A slot whose share is below this fraction of ``1 / S`` is dead: it goes where the class is explained worst."""

@@ -12,7 +12,7 @@ from cem_kernels import backends, validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import LogHinge, Penalty, placed
 from cem_kernels.variance import eager, reference
-from cem_kernels.variance.running import ClassVariance, RunningMoments
+from cem_kernels.variance.running import MOMENTUM, ClassVariance, RunningMoments
 
 
 def class_variance(
@@ -58,7 +58,7 @@ def centroid_variance(
     running: RunningMoments,
     penalty: Penalty,
     *,
-    momentum: float = 0.99,
+    momentum: float = MOMENTUM,
     backend: str = "auto",
 ) -> ClassVariance:
     """What the variance of the features around their class's running centroid costs.
@@ -68,8 +68,8 @@ def centroid_variance(
     class ``c`` of ``M_c ≥ 1`` samples and ``b_c`` batches before this one, per column::
 
         mean over its samples              μ = centroids_c, or mean where b_c = 0         around = mean of (x − μ)²
-        centroids_c ← centroids_c + s (mean − centroids_c)         s  = max(1 / (b_c + 1), 1 − momentum)
-        variances_c ← variances_c + s' (around − variances_c)      s' = max(1 / (b_c + 1), min(10 (1 − momentum), 1))
+        centroids_c ← μ + (1 − momentum) (mean − μ)
+        variances_c ← variances_c + .1 (around − variances_c)      around where b_c = 0
         penalty_c = mean over columns of penalty(variances_c)      mse_c = mean of (x − mean)²
         rob_loss = Σ_c w_c penalty_c / Σ_c w_c       intra_mse likewise       w_c = M_c / B
 
@@ -88,7 +88,7 @@ def centroid_variance(
             and does not count the batch. What a call measures depends on it, gradients included: it must not be called
             twice for one step, as activation checkpointing would.
         penalty: :class:`cem_kernels.Nats` or :class:`cem_kernels.LogHinge`; a threshold takes no gradient.
-        momentum: in (0, 1). ``1 / (1 − momentum)`` batches is how far centroids look back; variances, a tenth of that.
+        momentum: in (0, 1). ``1 / (1 − momentum)`` batches is how far centroids look back; variances, ten.
         backend: see :mod:`cem_kernels.backends`. ``triton`` takes fp32, bf16 and fp16, with ``running`` in fp32 and
             contiguous, and at most 65,535 classes; it is differentiable once. ``eager`` waits for no device.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Penalty
-from cem_kernels.variance.running import RunningMoments, Spread, judged, least_shares
+from cem_kernels.variance.running import VARIANCES_MOVE, RunningMoments, Spread, judged
 
 
 def variance(
@@ -80,13 +80,12 @@ def _around_centroids(
         mean = groups.means(x)
         mse = groups.means(_deviations(x, mean, groups).square()).mean(dim=1)
         old_centroids, old_variances = running.centroids.to(x.dtype), running.variances.to(x.dtype)
-        centroids = torch.where(running.batches[:, None] > 0, old_centroids, mean)
+        begun = running.batches[:, None] > 0
+        centroids = torch.where(begun, old_centroids, mean)
     around = _MeanSquares.apply(x, centroids, groups)
     with torch.no_grad():
-        first = 1 / (running.batches[:, None] + 1).to(x.dtype)
-        of_centroid, of_variance = (first.clamp(min=least) for least in least_shares(momentum))
-        variance = torch.lerp(old_variances, around, of_variance)
-        centroids = torch.lerp(centroids, mean, of_centroid).to(running.centroids.dtype)
+        variance = torch.where(begun, torch.lerp(old_variances, around, VARIANCES_MOVE), around)
+        centroids = torch.lerp(centroids, mean, 1 - momentum).to(running.centroids.dtype)
         variances = variance.to(running.variances.dtype)
         shown = Spread(around.mean(dim=1), mean.square().mean(dim=1) + mse)
         known = Spread(old_variances.mean(dim=1), (old_centroids.square() + old_variances).mean(dim=1))

@@ -34,6 +34,7 @@ from cem_kernels.variance import running
 
 OUTLIER, OF_A_SAMPLE = tl.constexpr(running.OUTLIER), tl.constexpr(running.OF_A_SAMPLE)
 OUTGROWN, EARLY, PATIENCE = (tl.constexpr(each) for each in (running.OUTGROWN, running.EARLY, running.PATIENCE))
+VARIANCES_MOVE = tl.constexpr(running.VARIANCES_MOVE)
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def _add_up(
 @triton.jit
 def _finish_columns(
     mean, low, squares, count, cols, c, block, num_blocks, num_classes, C, min_samples, threshold_at, threshold, floor,
-    gamma, centroids, variances, batches, least_of_centroid, least_of_variance,
+    gamma, centroids, variances, batches, of_centroid,
     center_out, low_out, slope_out, old_variance_out, penalty_out, mse_out, spread_out, PENALTY: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of a class: its running moments moved, its share of penalty and mse, and the slope.
@@ -294,14 +295,13 @@ def _finish_columns(
         value, slope = cost_and_slope(squares / one_less, threshold_at, threshold, floor, gamma, PENALTY)
     else:
         before = tl.load(batches + c)
-        first = 1.0 / (before.to(tl.float32) + 1.0)
         center = tl.where(before > 0, tl.load(centroids + at, mask=live, other=0.0), mean)
         remainder = tl.where(before > 0, 0.0, low)  # of a centroid that is the batch's own mean
         away = tl.where(before > 0, (mean - center) + low, 0.0)
-        moved = lerp(center, mean, tl.maximum(first, least_of_centroid))
+        moved = lerp(center, mean, of_centroid)
         old = tl.load(variances + at, mask=live, other=0.0)
         around = mse + away * away
-        variance = lerp(old, around, tl.maximum(first, least_of_variance))
+        variance = tl.where(before > 0, lerp(old, around, VARIANCES_MOVE), around)
         value, slope = cost_and_slope(variance, threshold_at, threshold, floor, gamma, PENALTY)
         slope *= one_less / n  # the backward divides by n − 1
         moves = counts & is_finite(moved) & is_finite(variance)
@@ -326,8 +326,8 @@ def variance_forward_kernel(
     x, order, offsets, centroids, variances, batches, ignored, threshold_at, arrived,
     part_mean, part_low, part_squares, block_penalty, block_mse, block_spread, old_variance,
     center_out, low_out, slope_out, penalty_out, mse_out, rob_out, intra_out, weight_out,
-    stride_row, stride_col, C, num_parts, min_samples, threshold, floor, gamma, unit, least_of_centroid,
-    least_of_variance, PENALTY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    stride_row, stride_col, C, num_parts, min_samples, threshold, floor, gamma, unit, of_centroid,
+    PENALTY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """From features to losses; ``arrived [K·blocks + K + 1]``, zeros, counts who has come to a block, a class, the end.
@@ -347,7 +347,7 @@ def variance_forward_kernel(
     if last:
         _finish_columns(
             mean, low, squares, count, cols, c, block, num_blocks, tl.num_programs(2), C, min_samples, threshold_at,
-            threshold, floor, gamma, centroids, variances, batches, least_of_centroid, least_of_variance,
+            threshold, floor, gamma, centroids, variances, batches, of_centroid,
             center_out, low_out, slope_out, old_variance, block_penalty, block_mse, block_spread, PENALTY,
         )  # fmt: skip
         _add_up(

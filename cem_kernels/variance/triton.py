@@ -16,7 +16,7 @@ from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Nats, Penalty
 from cem_kernels.triton_utils import ALL_REGISTERS, backward_once, launch, operator, processors, splits_per_class, tuned
 from cem_kernels.variance.kernels import variance_backward_kernel, variance_forward_kernel
-from cem_kernels.variance.running import RunningMoments, least_shares
+from cem_kernels.variance.running import RunningMoments
 
 # --------------------------------------------------------------------------------------------------------- launchers
 
@@ -88,7 +88,7 @@ def variance_forward(
         variance_forward_kernel, (column_blocks, parts, num_classes), x.device,
         x, order, offsets, centroids, variances, batches, ignored, threshold_at, arrived, *part_moments, *of_blocks,
         center, low, slope, penalties, mse, rob, intra, weight,
-        *x.stride(), columns, parts, min_samples, threshold, floor, gamma, unit, *least_shares(momentum),
+        *x.stride(), columns, parts, min_samples, threshold, floor, gamma, unit, 1 - momentum,
         PENALTY=penalty, BLOCK_P=4, BLOCK_K=64, **sizes._asdict(), **ALL_REGISTERS,
     )  # fmt: skip
     for moved in (centroids, variances, batches, ignored):

@@ -90,7 +90,7 @@ def test_what_cannot_be_a_member_is_refused(other, message, mine):
 def test_build_makes_what_the_run_and_the_options_say_or_names_the_member_that_refuses():
     module = cem.SURROGATES.build("centroid", CONTEXT, cem.CentroidCEM.Options(momentum=0.9))
     assert (module.feature_dim, module.num_classes, module.penalty, module.momentum) == (16, 5, Nats(0.5), 0.9)
-    assert cem.SURROGATES.build("centroid", CONTEXT).momentum == cem.CentroidCEM.Options().momentum == 0.99
+    assert cem.SURROGATES.build("centroid", CONTEXT).momentum == cem.CentroidCEM.Options().momentum == 0.97
     quiet = cem.Context(feature_shape=(8,), image_shape=(3, 8, 8), num_classes=5, noise_std=0.0)
     with pytest.raises(UsageError, match=r"--surrogate centroid: noise_std must be finite and positive, got 0\.0"):
         cem.SURROGATES.build("centroid", quiet)

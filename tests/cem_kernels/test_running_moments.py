@@ -42,8 +42,8 @@ def copied(running):
 @every_backend
 @pytest.mark.parametrize(
     ("batches", "momentum", "share", "of_variances"),
-    [(0, 0.95, 1.0, 1.0), (1, 0.95, 1 / 2, 1 / 2), (25, 0.95, 0.05, 0.5), (25, 0.8, 0.2, 1.0)],
-    ids=["the first sets them", "early ones are means over batches", "later ones move by momentum", "quick centroids"],
+    [(0, 0.95, 1.0, 1.0), (1, 0.95, 0.05, 0.1), (25, 0.8, 0.2, 0.1)],
+    ids=["the first sets them", "the second moves them", "quick centroids"],
 )
 def test_batches_move_centroids_and_variances(backend, batches, momentum, share, of_variances):
     """A class that has no sample moves nothing."""
@@ -96,7 +96,7 @@ def test_an_outlier_is_measured_and_not_remembered(backend):
     tenfold[(labels == 1).nonzero()[0]] *= 10
     result = measured(backend, running, tenfold, labels)
     around = (tenfold[labels == 1] - before.centroids[1]).square().mean(dim=0)
-    cost = LOG.cost(torch.lerp(before.variances[1], around, 0.5)).mean()
+    cost = LOG.cost(torch.lerp(before.variances[1], around, 0.1)).mean()
     torch.testing.assert_close(result.class_penalty[1], cost)
     for moved, old in zip(running, before, strict=True):
         assert torch.equal(moved[1], old[1]) is (moved is not running.ignored)

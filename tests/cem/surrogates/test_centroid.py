@@ -46,12 +46,12 @@ def test_evaluation_measures_the_nats_of_the_batch_alone_that_cross_the_noise():
 
 def test_training_measures_around_the_running_centroids():
     x, labels = off_center()
-    module = centroid(momentum=0.9)
+    module = centroid()
     module(*off_center(seed=1))
-    centroids = module.centroids.clone()
-    # Of the second batch, and at this momentum of each later one, the variance is taken whole.
-    around = [nats((x[labels == c] - centroids[c]).square().mean(dim=0)) for c in range(CLASSES)]
-    want = sum(labels.bincount() / 50 * torch.stack(around))
+    centroids, variances = module.centroids.clone(), module.variances.clone()
+    around = torch.stack([(x[labels == c] - centroids[c]).square().mean(dim=0) for c in range(CLASSES)])
+    moved = torch.lerp(variances.to(x.dtype), around, 0.1)
+    want = sum(labels.bincount() / 50 * torch.stack([nats(each) for each in moved]))
     assert module(x, labels)[0].item() == pytest.approx(want.item())
 
 
@@ -152,22 +152,22 @@ def test_ten_batches_after_an_outlier_gradients_are_as_if_there_had_been_none(af
 @pytest.mark.parametrize("nth", [1, 2, 5, 9, 12])
 @pytest.mark.parametrize("factor", [10.0, 1e8])
 @pytest.mark.parametrize("samples", [1, SAMPLES], ids=["a sample", "all"])
-def test_fifty_batches_after_an_outlier_among_its_first_a_class_has_forgotten_it(samples, factor, nth):
-    module = trained(new(), range(1, nth + 50), nth, samples, factor)
-    assert_gradients_close(module, trained(new(), range(1, nth + 50)), drawn(nth + 50))
+def test_a_hundred_batches_after_an_outlier_among_its_first_a_class_has_forgotten_it(samples, factor, nth):
+    module = trained(new(), range(1, nth + 100), nth, samples, factor)
+    assert_gradients_close(module, trained(new(), range(1, nth + 100)), drawn(nth + 100))
 
 
 @pytest.mark.parametrize("of", ["features", "deviations"])
-def test_a_lasting_change_of_scale_is_followed_within_fifty_batches(after_150, of):
+def test_a_lasting_change_of_scale_is_followed_within_a_hundred_batches(after_150, of):
     def larger(step):
         x, labels = drawn(step)
         means = torch.zeros_like(x) if of == "features" else after_150.centroids[labels]
         return means + 4 * (x - means), labels
 
     module, fresh = copy.deepcopy(after_150), new()
-    for step in range(200, 249):
+    for step in range(200, 299):
         module(*larger(step)), fresh(*larger(step))
-    assert_gradients_close(module, fresh, larger(249))
+    assert_gradients_close(module, fresh, larger(299))
 
 
 def test_it_says_how_many_classes_ignored_the_batch(after_150):
