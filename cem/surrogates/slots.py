@@ -125,7 +125,7 @@ class SlotCEM(VarianceSurrogate):
         """See :class:`~cem.Surrogate`."""
         features = batch.features.to(torch.promote_types(batch.features.dtype, torch.float32))
         tokens = (spatial if self.spatial else flat)(features, self.feature_dim)  # [B, T, D]
-        labels = batch.labels.repeat_interleave(tokens.shape[1])
+        labels = batch.labels.repeat_interleave(tokens.shape[1]) if self.spatial else batch.labels
         groups = ClassGroups.from_labels(labels, self.centroids.shape[0])
         samples = tokens.flatten(0, 1)
         ignored = self.ignored.clone()

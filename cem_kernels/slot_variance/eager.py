@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cem_kernels import validation
@@ -23,23 +24,23 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
     old = running.centroids.to(x.dtype, copy=True), running.variances.to(x.dtype), running.shares.to(x.dtype)
     seen = x.detach()
     centroids, variances, shares = state = _begun(seen, groups, running.batches, old)
-    away = _away(x, centroids, groups)
-    squares = away.detach().square()
+    away = _away(seen, centroids, groups)
+    squares = away.square()
     logits = _logits(squares, groups, state, penalty.unit)
     attention = torch.softmax(logits / x.shape[1] ** 0.5, dim=1)
     weights = groups.means(attention)
     masses = weights * groups.counts[:, None].to(x.dtype)
     of_slot = attention / groups.of_samples(masses).clamp(min=torch.finfo(x.dtype).tiny)
-    pulls = of_slot[..., None] * away
-    around = _Around.apply(x, of_slot[..., None] * squares, pulls, groups)
+    bags = _bags(of_slot, groups)
+    around = _sums(squares, bags)
 
     part = (weights * shares.shape[1])[..., None]  # 1 where every slot has as many samples
-    moved_variances = torch.lerp(variances, around.detach(), (VARIANCES_MOVE * part).clamp(max=MOST))
-    cost = penalty.cost(moved_variances + (around - around.detach())).mean(dim=2)
-    mse = (weights * around.detach().mean(dim=2)).sum(dim=1)
+    moved_variances = torch.lerp(variances, around, (VARIANCES_MOVE * part).clamp(max=MOST))
+    cost = penalty.cost(_WithSlopes.apply(moved_variances, x, of_slot, centroids, groups)).mean(dim=2)
+    mse = (weights * around.mean(dim=2)).sum(dim=1)
     with torch.no_grad():
-        steps = CENTROIDS_MOVE * part * _sums(pulls, groups)
-        moved = centroids + steps, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)
+        moved_centroids = torch.addcmul(centroids, part, _sums(away, bags), value=CENTROIDS_MOVE)
+        moved = moved_centroids, moved_variances, torch.lerp(shares, weights, CENTROIDS_MOVE)
         moved = _revived(moved, seen, logits, groups, running.batches)
         zero = groups.means(seen.square().mean(dim=1, keepdim=True))[:, 0]
         _remember(running, moved, old, mse, zero, groups.counts, penalty.unit)
@@ -47,43 +48,68 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
     return *groups.weighted_means(1, penalties, mse), penalties, mse
 
 
-class _Around(torch.autograd.Function):
-    """Sums ``[K, S, C]`` of a class's ``squares [B, S, C]``, whose slopes in ``x [B, C]`` are twice the ``pulls``.
+class _WithSlopes(torch.autograd.Function):
+    """``variances [K, S, C]``, whose slopes are those of samples' squared distances from ``centroids [K, S, C]``.
 
-    That ``pulls`` follow ``x`` only a derivative of the slopes asks.
+    Distances of ``x [B, C]`` are weighted by ``of_slot [B, S]``; nothing but ``x`` takes a gradient.
     """
 
     @staticmethod
-    def forward(x: Tensor, squares: Tensor, pulls: Tensor, groups: ClassGroups) -> Tensor:
-        return _sums(squares, groups)
+    def forward(variances: Tensor, x: Tensor, of_slot: Tensor, centroids: Tensor, groups: ClassGroups) -> Tensor:
+        return variances.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, pulls, ctx.groups = inputs
-        ctx.save_for_backward(pulls)
+        _, *tensors, ctx.groups = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (pulls,) = ctx.saved_tensors
-        return (ctx.groups.of_samples(2 * upstream) * pulls).sum(dim=1), None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None, None]:
+        x, of_slot, centroids = ctx.saved_tensors
+        slopes = _away(x, centroids, ctx.groups).mul_(ctx.groups.of_samples(2 * upstream)).mul_(of_slot[..., None])
+        return None, slopes.sum(dim=1), None, None, None
 
 
 def _away(x: Tensor, centroids: Tensor, groups: ClassGroups) -> Tensor:
     """``x [B, C]`` seen from each slot ``[K, S, C]`` of its class, ``[B, S, C]``."""
-    return x[:, None] - groups.of_samples(centroids)
+    return groups.of_samples(-centroids).add_(x[:, None])
 
 
-def _sums(rows: Tensor, groups: ClassGroups) -> Tensor:
-    """``[K, S, C]``: sums over each class of ``rows [B, S, C]``."""
-    means = groups.means(rows.flatten(1)) * groups.counts[:, None].to(rows.dtype)
-    return means.unflatten(1, rows.shape[1:])
+class _Bags(NamedTuple):
+    """Rows of ``[B · S]`` that belong to a slot of a class, as an embedding bag wants them."""
+
+    rows: Tensor  # [S · B], by slot, then by class
+    begin: Tensor  # [S · (K + 1)], where each bag begins in ``rows``; one more than classes, of the samples of no class
+    weights: Tensor  # [S · B], of rows
+
+
+def _bags(weights: Tensor, groups: ClassGroups) -> _Bags:
+    """Of samples that have ``weights [B, S]``."""
+    num_samples, num_slots = weights.shape
+    slots = torch.arange(num_slots, device=weights.device)[:, None]
+    rows = torch.add(slots, groups.order, alpha=num_slots).flatten()
+    begin = torch.add(groups.offsets, slots, alpha=num_samples).flatten()
+    return _Bags(rows, begin, weights.flatten().index_select(0, rows))
+
+
+def _sums(x: Tensor, bags: _Bags) -> Tensor:
+    """``[K, S, C]``: weighted sums of ``x [B, S, C]`` over the samples of each class.
+
+    Without a product of ``x`` and weights: such tensors cost more to allocate than to compute.
+    """
+    num_slots = x.shape[1]
+    if not len(x):  # an embedding bag wants at least one row
+        return x.new_zeros(len(bags.begin) // num_slots - 1, *x.shape[1:])
+    sums = F.embedding_bag(bags.rows, x.flatten(0, 1), bags.begin, mode="sum", per_sample_weights=bags.weights)
+    return sums.unflatten(0, (num_slots, -1))[:, :-1].transpose(0, 1)
 
 
 def _logits(squares: Tensor, groups: ClassGroups, state: State, unit: float) -> Tensor:
     """How likely each sample is of each slot of its class, ``[B, S]``, but for a constant; of ``squares [B, S, C]``."""
     _, variances, shares = state
-    distances = (squares / (groups.of_samples(variances) + unit)).sum(dim=2)
-    return groups.of_samples(shares.log() - (variances + unit).log().sum(dim=2) / 2) - distances / 2
+    wide = variances + unit
+    distances = groups.of_samples(wide.reciprocal()).mul_(squares).sum(dim=2)
+    return groups.of_samples(shares.log() - wide.log().sum(dim=2) / 2) - distances / 2
 
 
 def _begun(x: Tensor, groups: ClassGroups, batches: Tensor, old: State) -> State:
@@ -112,7 +138,7 @@ def _first_slots(x: Tensor, groups: ClassGroups, num_slots: int) -> tuple[Tensor
     nearest = squares.argmin(dim=1, keepdim=True)
     members = torch.zeros_like(squares).scatter_(1, nearest, 1)
     counts = groups.means(members) * groups.counts[:, None].to(x.dtype)
-    means = _sums(members[..., None] * x[:, None], groups) / counts.clamp(min=1)[..., None]
+    means = _sums(x[:, None].expand(-1, num_slots, -1), _bags(members, groups)) / counts.clamp(min=1)[..., None]
     centroids = torch.where(counts[..., None] > 0, means, chosen)
     around = (x - groups.of_samples(centroids).take_along_dim(nearest[..., None], dim=1)[:, 0]).square()
     return centroids, groups.means(around)[:, None].expand_as(centroids)
@@ -139,10 +165,10 @@ def _revived(moved: State, x: Tensor, logits: Tensor, groups: ClassGroups, batch
     """See :func:`cem_kernels.slot_variance.reference.revive`."""
     centroids, variances, shares = moved
     num_slots = shares.shape[1]
-    lightest, heaviest = shares.argmin(dim=1, keepdim=True), shares.argmax(dim=1, keepdim=True)
-    dead = (shares.gather(1, lightest) < DEAD / num_slots) & (batches > 0)[:, None]
+    dead = (shares.amin(dim=1, keepdim=True) < DEAD / num_slots) & (batches > 0)[:, None]
     if validation.values_are_checked(x) and not bool(dead.any()):
         return moved
+    lightest, heaviest = shares.argmin(dim=1, keepdim=True), shares.argmax(dim=1, keepdim=True)
     worst = _worst(x, logits, groups)
     slots = torch.arange(num_slots, device=shares.device)
     replaced = dead & (slots == lightest)
@@ -163,10 +189,12 @@ def _remember(
     centroids, variances, shares = old
     known = Spread(
         (shares * variances.mean(dim=2)).sum(dim=1),
-        (shares * (centroids.square() + variances).mean(dim=2)).sum(dim=1),
+        (shares * torch.addcmul(variances, centroids, centroids).mean(dim=2)).sum(dim=1),
     )
-    finite = [each.isfinite().flatten(1).all(dim=1) for each in kept]
-    storable = mse.isfinite() & torch.stack(finite).all(dim=0)
+    storable = mse.isfinite()
+    for each, state in zip(kept, running[:3], strict=True):
+        if mse.dtype != state.dtype:  # else what mse is made of is finite, and so is all that comes of it
+            storable &= each.isfinite().flatten(1).all(dim=1)
     verdict = judged(Spread(mse, zero), known, counts, unit, running.batches, running.ignored, storable)
     for state, each in zip(running[:3], kept, strict=True):
         state.copy_(torch.where(verdict.moves.view(-1, *(1,) * (each.dim() - 1)), each, state))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from cem_kernels import validation
 
 MOMENTUM, VARIANCES_MOVE = 0.97, 0.1
 """``1 − MOMENTUM`` of the way a batch moves centroids, and how far it moves variances, a class's first batch aside.
@@ -92,12 +93,16 @@ def judged(
         batches, ignored: of :class:`RunningMoments`.
         storable: whether all that would be kept is finite; else the batch is neither counted nor an outlier.
     """
-    limit = OUTLIER + OF_A_SAMPLE / samples.clamp(min=1).to(batch.around.dtype).sqrt()
+    limit = OF_A_SAMPLE * samples.clamp(min=1).to(batch.around.dtype).rsqrt() + OUTLIER
+    shown, known = batch.around + unit, running.around + unit
     counts = storable & (samples > 0)
-    outlier = counts & (batches >= EARLY) & (batch.around + unit > limit * (running.around + unit))
-    moves = counts & ~outlier
-    ignored = torch.where(moves, 0, ignored + outlier)
+    outlier = counts & (batches >= EARLY) & (shown > limit * known)
+    moves = counts ^ outlier  # those that count and are none
+    ignored = (ignored + outlier).masked_fill(moves, 0)
+    after = batches + moves
+    if validation.values_are_checked(batches) and not bool((outlier | (batches < 2 * EARLY)).any()):
+        return Verdict(moves, after, ignored)  # as nearly always, and what follows would change nothing
     far = OUTGROWN * limit
-    outgrown = (far * (batch.around + unit) < running.around + unit) | (far * (batch.zero + unit) < running.zero + unit)
+    outgrown = (far * shown < known) | (far * (batch.zero + unit) < running.zero + unit)
     anew = (moves & (batches > 0) & (batches < 2 * EARLY) & outgrown) | (outlier & (ignored >= PATIENCE))
-    return Verdict(moves, torch.where(anew, 0, batches + moves), ignored)
+    return Verdict(moves, after.masked_fill(anew, 0), ignored)
