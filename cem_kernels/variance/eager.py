@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cem_kernels import validation
 from cem_kernels.groups import ClassGroups
 from cem_kernels.penalty import Penalty
 from cem_kernels.variance.running import VARIANCES_MOVE, RunningMoments, Spread, judged
@@ -37,8 +38,10 @@ def _around_means(x: Tensor, groups: ClassGroups, min_samples: int) -> tuple[Ten
     where this penalty drives it.
     """
     counts = groups.counts[:, None].to(x.dtype)
-    # Chosen, not multiplied by zero: what does not count may be infinite.
-    x = torch.where(groups.of_samples(counts >= min_samples), x, 0)
+    alive = groups.counts >= min_samples
+    if groups.ignores or not (validation.values_are_checked(x) and bool(alive.all())):
+        # Chosen, not multiplied by zero: what does not count may be infinite.
+        x = torch.where(groups.of_samples(alive[:, None]), x, 0)
     squares: Tensor = _MeanSquares.apply(x, None, groups)
     return squares * (counts / (counts - 1).clamp(min=1)), squares.mean(dim=1)
 
