@@ -67,11 +67,14 @@ class ClassGroups:
                 label out of range is one that does not count, and a class that is too large trips a device assertion
                 in eager: no class takes another's rows. Kernels know no bound on the class size.
         """
+        given = labels
         labels, ignores = validation.as_labels(labels, num_classes)
         if max_class_size is not None and max_class_size < 1:
             raise ValueError(f"max_class_size must be positive, got {max_class_size}")
         if ignores:
             labels = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+        elif labels is given:
+            labels = labels.clone()  # a backward looks classes up, and the caller may have other labels there by then
         sorted_labels, order = torch.sort(labels, stable=True)
         offsets = torch.searchsorted(sorted_labels, torch.arange(num_classes + 1, device=labels.device))
         groups = cls(order, offsets, offsets.diff(), labels, ignores, max_class_size)

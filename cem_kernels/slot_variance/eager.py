@@ -44,7 +44,7 @@ def slot_variance(features: Tensor, groups: ClassGroups, running: RunningSlots, 
         moved = _revived(moved, seen, logits, groups, running.batches)
         zero = groups.means(seen.square().mean(dim=1, keepdim=True))[:, 0]
         _remember(running, moved, old, mse, zero, groups.counts, penalty.unit)
-    penalties = (weights * cost).sum(dim=1)
+    penalties = torch.where(groups.counts > 0, (weights * cost).sum(dim=1), 0)  # whatever an absent class's slots hold
     return *groups.weighted_means(1, penalties, mse), penalties, mse
 
 
@@ -66,7 +66,7 @@ class _WithSlopes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None, None]:
         x, of_slot, centroids = ctx.saved_tensors
-        slopes = _away(x, centroids, ctx.groups).mul_(ctx.groups.of_samples(2 * upstream)).mul_(of_slot[..., None])
+        slopes = _away(x, centroids, ctx.groups).mul_(of_slot[..., None]).mul_(ctx.groups.of_samples(2 * upstream))
         return None, slopes.sum(dim=1), None, None, None
 
 

@@ -3,7 +3,7 @@
 Per class ``c`` and column, with ``n`` samples, ``μ`` the batch's mean or a running centroid, and ``v`` the unbiased or
 the running variance,
 
-    v = Σ (x − mean)² / (n − 1)        or        v ← v + s' (Σ (x − mean)² / n + (mean − μ)² − v)
+    v = Σ (x − mean)² / (n − 1)        or        v ← v + .1 (Σ (x − mean)² / n + (mean − μ)² − v)
     penalty_c = mean over columns of cost(v)          rob = Σ_c n_c penalty_c / Σ_c n_c
     ∂x = (x − μ) · (2 / C) (cost'(v) ∂penalty_c / (n − 1) + ∂mse_c / n)
 

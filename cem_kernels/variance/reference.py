@@ -47,7 +47,7 @@ def _around_centroid(x: Tensor, c: int, running: RunningMoments, momentum: float
     centroid = old_centroid if batches else mean
     around = (x - centroid).square().mean(dim=0)
 
-    variance = torch.lerp(old_variance, around.detach(), VARIANCES_MOVE if batches else 1.0)
+    variance = torch.lerp(old_variance, around.detach(), VARIANCES_MOVE) if batches else around.detach()
     moved = torch.lerp(centroid, mean, 1 - momentum).to(running.centroids.dtype)
     spread = variance.to(running.variances.dtype)
     shown = Spread(around.detach().mean(), x.detach().square().mean())

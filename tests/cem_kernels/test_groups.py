@@ -25,6 +25,13 @@ def test_labels_of_any_integer_dtype_are_cast_at_the_door(dtype):
     assert groups.labels.dtype == torch.int64
 
 
+def test_labels_that_are_overwritten_later_are_still_known():
+    labels = torch.tensor([2, 0, 1])
+    groups = ClassGroups.from_labels(labels, 3)
+    labels.zero_()
+    assert groups.labels.tolist() == [2, 0, 1]
+
+
 def test_empty_batch_has_only_empty_classes():
     groups = ClassGroups.from_labels(torch.zeros(0, dtype=torch.long), 3)
     assert groups.counts.tolist() == [0, 0, 0]

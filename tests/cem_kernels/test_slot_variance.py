@@ -199,6 +199,17 @@ def test_a_class_that_is_not_finite_does_not_move_and_is_not_hidden(backend, bad
 
 
 @every_backend
+@pytest.mark.parametrize("held", [math.nan, 1e38])
+def test_what_an_absent_class_holds_is_not_looked_at(backend, held):
+    running, (x, labels) = begun(), batch(seed=1, num_classes=3)
+    for each in running[:2]:
+        each[3] = held
+    result = measured(backend, running, x, labels, Nats(1e-3))
+    assert result.rob_loss.isfinite()
+    assert result.class_penalty[3] == result.class_mse[3] == 0
+
+
+@every_backend
 def test_an_outlier_is_measured_and_not_remembered(backend):
     running, (x, labels) = begun(), batch(seed=1)
     before, usual = copy.deepcopy(running), measured("reference", begun(), x, labels)

@@ -40,28 +40,16 @@ def finished():
 def test_options_go_to_grid_training_attack_and_the_trainings_of_their_surrogate():
     variants = ["slow: {surrogate: centroid, centroid: {momentum: 0.999}}", "wide: {surrogate: attention}"]
     argv = ["--surrogates", "none", "centroid", "slow", "wide", "--variants", *variants, "--seeds", "0"]
-    argv += [
-        "--lambds",
-        "4",
-        "--noise-stds",
-        "0.3",
-        "--lr",
-        "0.2",
-        "--attack.decoder.lr",
-        "0.003",
-        "--jobs",
-        "2",
-        "--adapter",
-        "2",
-    ]
-    comparison = command.parse([*argv, "--centroid.momentum", "0.97", "--attention.num-slots", "3"])[0].checked()
+    argv += ["--lambds", "4", "--noise-stds", "0.3", "--lr", "0.2", "--attack.decoder.lr", "0.003", "--jobs", "2"]
+    argv += ["--adapter", "2"]
+    comparison = command.parse([*argv, "--centroid.momentum", "0.9", "--attention.num-slots", "3"])[0].checked()
     assert (comparison.grid.lambds, comparison.grid.noise_stds, comparison.grid.jobs) == ((4.0,), (0.3,), 2)
     assert comparison.attack_config().options_of("decoder").lr == 0.003
     assert {comparison.train_config(run).adapter for run in comparison.grid.runs()} == {2}
     none, centroid, slow, wide = map(comparison.train_config, comparison.grid.runs())
     assert (none.surrogate, none.lambd, none.lr, none.seed) == ("none", 0.0, 0.2, 0)
     assert (centroid.surrogate, centroid.lambd, centroid.noise_std) == ("centroid", 4.0, 0.3)
-    assert (centroid.options_of("centroid").momentum, slow.options_of("centroid").momentum) == (0.97, 0.999)
+    assert (centroid.options_of("centroid").momentum, slow.options_of("centroid").momentum) == (0.9, 0.999)
     assert wide.options_of("attention").num_slots == 3
 
 

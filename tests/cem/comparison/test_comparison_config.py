@@ -48,7 +48,7 @@ def test_attack_computes_where_the_trainings_do_unless_it_says_otherwise():
 def test_file_gives_back_the_options_and_the_command(tmp_path):
     variants = ("s: {surrogate: mixture, mixture: {clusters: 3}}",)
     grid = GridOptions(("none", "s", "centroid"), variants, seeds=(3,), lambds=(1.0, 2.0), adapter=(0, 2), jobs=2)
-    grid = GridOptions.from_dict(grid.to_dict() | {"centroid": CentroidCEM.Options(momentum=0.97).to_dict()})
+    grid = GridOptions.from_dict(grid.to_dict() | {"centroid": CentroidCEM.Options(momentum=0.9).to_dict()})
     train = TrainConfig(data="mnist", data_root=Path("x"), epochs=4)
     before = Comparison(grid, train, AttackConfig(aux_size=5, members={"decoder": Decoder.Options(max_cycles=3)}))
     before.to_yaml(tmp_path / "compare.yaml", "python -m cem.compare --out 'a b'")

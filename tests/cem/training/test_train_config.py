@@ -98,7 +98,7 @@ def test_weight_and_schedule_are_the_surrogates_own_where_nobody_says(name):
 NAMES = {
     "digits-resnet20-mixture-lambd8-noise0.025-seed3": TrainConfig(surrogate="gmm", lambd=8, noise_std=0.025, seed=3),
     "digits-resnet20-slots-lambd0.5-noise0.3-seed0": TrainConfig(),
-    "digits-resnet20-centroid-momentum0.97-lambd0.5-noise0.3-seed0": under("centroid", momentum=0.97),
+    "digits-resnet20-centroid-momentum0.9-lambd0.5-noise0.3-seed0": under("centroid", momentum=0.9),
     "digits-resnet20-scale-lambd1-gain-factor3.0-noise0.3-seed0": TrainConfig(
         surrogate=surrogate(Scale), defenses=(GAIN,), members=gained(factor=3.0)
     ),
