@@ -59,7 +59,8 @@ class Target:
         self.run_dir = run_dir
         summary = runs.read_summary(run_dir)
         if summary is None:
-            raise UsageError(f"{run_dir} holds no finished run: there is no summary.json")
+            hint = f"; to finish it: {runs.resume_command(run_dir)}" if (run_dir / "last.pt").exists() else ""
+            raise UsageError(f"{run_dir} holds no finished run: there is no summary.json{hint}")
         self._summary = {name: summary.get(name) for name in ("test_accuracy", *CLIENT_COSTS)}
         self.config, self.model = runs.load_run(run_dir, config.device)
         self._facts = checkpoint.load(run_dir / "best.pt")["data_facts"]

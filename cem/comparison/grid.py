@@ -262,7 +262,8 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
     known = {each.name for each in fields(TrainConfig)} - set(NOT_OF_A_VARIANT)
     for key, value in options.items():
         if key not in known and not isinstance(value, Mapping):
-            raise UsageError(f"--variants: {name} cannot set {key!r}{nearest(str(key), known)}")
+            why = ": it is set for the whole comparison" if key in NOT_OF_A_VARIANT else nearest(str(key), known)
+            raise UsageError(f"--variants: {name} cannot set {key!r}{why}")
     if not isinstance(options.get("surrogate", RECOMMENDED), str):
         raise UsageError(f"--variants: surrogate of {name} must be a name, got {options['surrogate']!r}")
     return name, {"surrogate": RECOMMENDED, **options}

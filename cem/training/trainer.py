@@ -354,7 +354,7 @@ class Trainer:
         if outliers and not any(row.get(column) for row in self.state.history):
             self._log.warning(
                 f"{name} found outliers in epoch {epoch + 1}: batches that it measured and will not remember; {column} "
-                "in metrics.csv says how many a step (this is said once)"
+                "in metrics.csv says how many a step; nothing is to be done unless they stay (this is said once)"
             )
 
     def _finish(self) -> dict[str, Any]:
