@@ -22,8 +22,8 @@ OUTLIER, OF_A_SAMPLE = 2.0, 3.0
 
 Few samples fluctuate, the more the fewer columns are alive. What the largest batch that is none adds to the running
 variance has fallen to ``0.1 · 0.9¹⁰ = 3.5 %`` of the excess ten batches later: 5 % of it for 64 samples, 14 % for a
-single one. Features that grow by 1 % a batch are followed without an outlier,
-those that grow by 5 % only where their means are no larger than their spread.
+single one. Features that grow by 1 % a batch are followed without an outlier, those that grow by 5 % only where their
+means are no larger than their spread.
 """
 
 OUTGROWN = 1.5
