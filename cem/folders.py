@@ -8,12 +8,14 @@ import platform
 import shutil
 import stat
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 from weakref import WeakSet
 
 from cem.errors import MachineError, UsageError
@@ -49,7 +51,7 @@ class Lock:
                 free = try_lock(self._file.fileno())
                 if free is False:
                     with self._file:
-                        holder = self._file.read() or "one that has just come"
+                        holder = _holder(self._file)
                     raise UsageError(f"another process is at work in {folder}: {holder}, or one that it started")
                 # Who had it may have removed it between our opening and our locking.
                 if sys.platform == "win32" or is_there(self._file.fileno(), self._path):
@@ -89,6 +91,16 @@ class Lock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
+
+
+def _holder(file: TextIO) -> str:
+    """Who has locked a file: he writes his name right after, where that of one who is no more may stand."""
+    for _ in range(20):
+        time.sleep(0.1)
+        file.seek(0)
+        if name := file.read():
+            return name
+    return "one that has just come"
 
 
 def appear(names: Iterable[Path], fill: Callable[[Path], None]) -> tuple[Path, Lock] | None:

@@ -13,6 +13,7 @@ from cem import files, folders
 from cem.errors import CheckpointError, MachineError, UsageError
 from cem.files import read_json, replacing, write_json, write_text
 from cem.folders import Lock, appear, remove_unfinished
+from cem.locks import try_lock
 
 posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX systems")
 DEAD = f".a.{'0' * 16}.tmp"
@@ -105,6 +106,17 @@ def test_folder_is_locked_for_one_until_it_is_released_and_says_by_whom(tmp_path
         Lock(tmp_path)
     assert list(tmp_path.iterdir()) == []
     Lock(tmp_path).release()
+
+
+def test_who_has_just_locked_a_folder_is_waited_for_until_his_name_stands_where_a_dead_one_stood(tmp_path, monkeypatch):
+    path = tmp_path / folders.LOCK
+    path.write_text("process 1 of the past")
+    with open(path, "r+") as file:
+        assert try_lock(file.fileno())
+        names = iter(["", "process 2"])
+        monkeypatch.setattr(folders.time, "sleep", lambda _: path.write_text(next(names)))
+        with pytest.raises(UsageError, match=r"at work in .*: process 2, or one that it started"):
+            Lock(tmp_path)
 
 
 HOLD = """
