@@ -161,7 +161,10 @@ def parse_options(parser: Parser, argv: Sequence[str], *configs: Options, **othe
         hint = nearest(name, known).replace("mean ", "mean --").replace("_", "-")
         raise UsageError(f"there is no option {unknown.partition('=')[0]}{hint}")
     if rest:
-        raise UsageError(f"{rest[0]!r} belongs to no option")
+        pairs = zip(argv, argv[2:], strict=False)
+        full = [each for each, other in pairs if other == rest[0] and each.startswith("--") and "=" not in each]
+        hint = f"; {full[0]} takes one value" if full else ""
+        raise UsageError(f"{rest[0]!r} belongs to no option{hint}")
     return {name: parser.value(name, given) for name, given in vars(found).items()}
 
 

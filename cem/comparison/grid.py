@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
@@ -15,7 +15,7 @@ import yaml
 
 from cem.errors import UsageError
 from cem.models import parse_bottleneck
-from cem.options import Composed, flag, nearest, option
+from cem.options import Composed, flag, hints, nearest, option
 from cem.surrogates import COMPARED, CONTROL, RECOMMENDED, SURROGATES
 from cem.terms import Family
 from cem.training.config import TrainConfig
@@ -145,10 +145,7 @@ class GridOptions(Composed):
     def methods(self) -> dict[str, dict[str, Any]]:
         """What every method sets in a training, by its name: a variant's, or that of a surrogate."""
         variants = self.defined()
-        return {
-            name if name in variants else SURROGATES[name].name: variants.get(name, {"surrogate": name})
-            for name in self.surrogates
-        }
+        return {_own_name(name, variants): variants.get(name, {"surrogate": name}) for name in self.surrogates}
 
     def defined(self) -> dict[str, dict[str, Any]]:
         """What every variant sets, by its name.
@@ -160,7 +157,7 @@ class GridOptions(Composed):
 
     def _own_names(self, place: str) -> Any:
         variants = self.defined()
-        return tuple(name if name in variants or ":" in name else SURROGATES[name].name for name in self.surrogates)
+        return tuple(name if ":" in name else _own_name(name, variants) for name in self.surrogates)
 
     def check(self) -> None:
         """What no option can say alone."""
@@ -240,6 +237,20 @@ class GridOptions(Composed):
         return [Run(setting, seed) for seed in self.seeds for setting in self.settings()]
 
 
+def _own_name(method: str, variants: Iterable[str]) -> str:
+    """What a method is called: a variant, or a surrogate that may have been given by another name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if method in variants:
+        return method
+    try:
+        return SURROGATES[method].name
+    except UsageError as error:
+        raise UsageError(f"{error}{nearest(method, variants)}") from None
+
+
 def _variant(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of a variant.
 
@@ -258,12 +269,15 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
             f"--variants: a name has letters, digits, _ and ., begins with a letter, and is none of "
             f"{', '.join(SURROGATES)}; got {name!r}"
         )
+    surrogate = options.get("surrogate", RECOMMENDED)
+    if not isinstance(surrogate, str):
+        raise UsageError(f"--variants: surrogate of {name} must be a name, got {surrogate!r}")
     # Options of members are judged where the training's are.
     known = {each.name for each in fields(TrainConfig)} - set(NOT_OF_A_VARIANT)
     for key, value in options.items():
         if key not in known and not isinstance(value, Mapping):
             why = ": it is set for the whole comparison" if key in NOT_OF_A_VARIANT else nearest(str(key), known)
+            if surrogate in SURROGATES and key in hints(SURROGATES[surrogate].Options):
+                why = f": it is an option of its surrogate, so write {surrogate}: {{{key}: {value}}}"
             raise UsageError(f"--variants: {name} cannot set {key!r}{why}")
-    if not isinstance(options.get("surrogate", RECOMMENDED), str):
-        raise UsageError(f"--variants: surrogate of {name} must be a name, got {options['surrogate']!r}")
-    return name, {"surrogate": RECOMMENDED, **options}
+    return name, {"surrogate": surrogate, **options}

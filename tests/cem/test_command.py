@@ -95,6 +95,7 @@ def test_options_that_a_member_has_already_stay_where_it_is_chosen_again_and_go_
         (bake, "--recipes=x", "there is no option --recipes; did you mean --recipe?"),
         (bake, "--temperature 3", "there is no option --temperature"),
         (bake, "stray --minutes 3", "'stray' belongs to no option"),
+        (bake, "--minutes 3 4", "'4' belongs to no option; --minutes takes one value"),
         (order, "--cream.fat 1", "--cream.fat is an option of cream, which is not chosen; give --sauce cream with it"),
         (order, "--olives.salt=1", "--olives.salt is an option of olives, which is not chosen; give --toppings olives"),
         (order, "--tomato.sal 1", "there is no option --tomato.sal; did you mean --tomato.salt?"),

@@ -29,6 +29,8 @@ def test_the_control_is_run_once_whatever_the_weights_and_every_setting_before_t
         ({"surrogates": ("s",), "variants": ("s: {surrogate: 5}",)}, "surrogate of s must be a name, got 5"),
         ({"surrogates": ("s",), "variants": ("s: {seed: 3}",)}, "--variants: s cannot set 'seed'"),
         ({"surrogates": ("s",), "variants": ("s: {adapter: 3}",)}, "--variants: s cannot set 'adapter'"),
+        ({"surrogates": ("w",), "variants": ("w: {num_slots: 8}",)}, "so write slots: {num_slots: 8}"),
+        ({"surrogates": ("wdie",), "variants": ("wide: {}",)}, "got 'wdie'; did you mean wide?"),
         ({"bottleneck": ("none", "C0S1")}, "bottleneck 'C0S1': "),
         ({"adapter": ()}, "--adapter needs at least one value"),
         ({"variants": ("s: {epochs: 3}",)}, "--variants: no run has s; give it to --surrogates"),
