@@ -91,7 +91,8 @@ class TrainConfig(Composed):
         seed: Seed of initial weights, order of samples, noise, and everything else that is random.
         device: Where to train: auto (CUDA if there is one), cpu, cuda, cuda:1, ...
         threads: Threads that PyTorch computes with on the CPU; with another number of them, last digits differ. Without
-            it: as many as PyTorch takes by itself, see OMP_NUM_THREADS.
+            it: as many as PyTorch takes by itself, see OMP_NUM_THREADS. Where other programs keep the cores busy, 1 can
+            be ten times as fast, as threads wait for each other.
         out: Run directory; one that is not empty is refused. Without it: runs/ and a name made of what tells runs
             apart, or, where that is taken, the first free one of NAME-2, NAME-3, ...
         profile_steps: Trace this many steps, after a short warm-up in the first epoch with the penalty (with --resume,
