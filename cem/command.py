@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from cem.errors import CemError, DivergedError, MachineError, UsageError
+from cem.interrupts import heeded
 from cem.options import Composed, Options, converted, flag, helps, hints, kinds, nearest
 
 C = TypeVar("C", bound=Options)
@@ -201,24 +201,18 @@ def run_command(work: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is another, and takes everything
             stream.reconfigure(errors="cem.plain")
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        # What nohup ignores stays ignored; what other programs than Python handle is None, and stays so.
-        handlers = {each: signal.signal(each, _interrupt) for each in numbers if _is_ours(each)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     try:
-        if os.environ.pop(ENDS_WITH_STDIN, ""):  # not for what this one may start
-            threading.Thread(target=_end_with_stdin, daemon=True).start()
-        return _read_to_the_end(work)
+        with heeded(*numbers):
+            if os.environ.pop(ENDS_WITH_STDIN, ""):  # not for what this one may start
+                threading.Thread(target=_end_with_stdin, daemon=True).start()
+            return _read_to_the_end(work)
     except CemError as error:
         if not error.logged:
             print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, DivergedError) else 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _read_to_the_end(work: Callable[[], int]) -> int:
@@ -236,14 +230,6 @@ def _read_to_the_end(work: Callable[[], int]) -> int:
         if full:
             raise MachineError("what goes to stdout cannot be written: the disk is full") from error
         return 128 + 13
-
-
-def _is_ours(number: int) -> bool:
-    return signal.getsignal(number) not in (signal.SIG_IGN, None)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _end_with_stdin() -> None:

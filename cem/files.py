@@ -31,8 +31,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # what PyTorch says of a file tells nobody
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
         if not isinstance(cause, OSError) or cause.errno is None or isinstance(cause, ConnectionError):
             raise
         named = isinstance(cause.filename, str) and not _UNFINISHED.fullmatch(Path(cause.filename).name)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cem import interrupts
 from cem.attacks.base import TRAINED, UNSEEN, VAL, Exposed, Guesses, Own, Progress, Record
 from cem.attacks.config import AttackConfig
 from cem.attacks.control_run import find_control, read_control
@@ -23,6 +24,7 @@ from cem.attacks.target import Target
 from cem.errors import CemError, UsageError
 from cem.files import is_unfinished, read_json, write_json, writing
 from cem.folders import LOCK, Lock, remove_left_lock, remove_unfinished
+from cem.interrupts import heeded
 from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
@@ -103,7 +105,7 @@ class AttackRun:
             if self.finished is not None:
                 return self.finished
             try:
-                with writing(self.out), enough("the attack", BIG):
+                with heeded(), writing(self.out), enough("the attack", BIG):
                     remove_unfinished(self.out)
                     self.config.to_yaml(self.out / "config.yaml")
                     return self._run()
@@ -187,6 +189,7 @@ class AttackRun:
                 before = sum(forecasts[each] for each in records)
 
                 def show(done: float, what: str, name: str = name, before: float = before) -> None:
+                    interrupts.check()
                     shown.set_description_str(f"{name}: {what}", refresh=False)
                     shown.update((before + done * forecasts[name]) / max(whole, 1e-9) - shown.n)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cem.errors import CheckpointError
 from cem.files import replacing
+from cem.interrupts import held
 
 NUMBER = 3
 FORMAT = f"cem-checkpoint-{NUMBER}"
@@ -67,7 +68,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         summed = _Summed(file)
-        torch.save({"format": FORMAT, **content}, summed)  # type: ignore[arg-type]
+        with held():
+            torch.save({"format": FORMAT, **content}, summed)  # type: ignore[arg-type]
         file.write(_seal(summed.checksum))
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from cem import interrupts
 from cem.errors import CemError, MachineError
 from cem.files import write_json, writing
 from cem.folders import Lock, remove_left_lock, remove_unfinished
+from cem.interrupts import heeded, held
 from cem.machine import enough
 from cem.models import CLIENT_COSTS, client_budget
 from cem.progress import about, bar, busy, over
@@ -135,7 +137,7 @@ class Trainer:
     def _logged(self) -> dict[str, Any]:
         """The training, with whatever ends it early in the log."""
         try:
-            with writing(self.run_dir), enough("training", BIG):
+            with heeded(), writing(self.run_dir), enough("training", BIG):
                 self._start()
                 self._train()
                 return self._finish()
@@ -211,7 +213,8 @@ class Trainer:
 
         state, run_dir = self.state, self.run_dir
         done = len(state.history)
-        board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
+        with held():
+            board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
         epochs, steps = self.config.epochs, len(state.train)
         # The first epoch that tells how long the others take: before the penalty is on, they take less.
         telling = max(done, self.config.first_penalized - 1 if state.terms else 0)
@@ -238,8 +241,9 @@ class Trainer:
                     state.save(run_dir / "last.pt")
                     self._saved = epoch + 1
                 write_metrics(run_dir / "metrics.csv", state.history)
-                for name in row.keys() - {"epoch"}:
-                    board.add_scalar(name, row[name], epoch + 1)
+                with held():
+                    for name in row.keys() - {"epoch"}:
+                        board.add_scalar(name, row[name], epoch + 1)
                 self._log.info("%s%s", epoch_line(row, epochs), "  best" if best else "")
                 if epoch == telling and epoch + 1 < epochs:
                     left = (epochs - epoch - 1) * (time.perf_counter() - began)
@@ -314,6 +318,7 @@ class Trainer:
                     optimizer.step()
                 state.scheduler.step()
             meter.add(step, len(labels))
+            interrupts.check()
             self._end_of_step()
             if self._bar.update():  # true only when the bar is redrawn: reading the meter waits for the device
                 now, measured = meter.read()

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from cem.errors import CheckpointError, MachineError
+from cem.interrupts import heeded
 from cem.training import checkpoint
 from cem.training.checkpoint import load, load_state, save, seed_everything
 
@@ -30,17 +32,18 @@ def test_failure_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_an_interrupt_in_the_middle_of_a_file_stays_one(tmp_path, monkeypatch):
-    whole, writes = checkpoint._Summed.write, iter(range(9))
+def test_an_interrupt_in_the_middle_of_a_file_waits_for_its_end(tmp_path, monkeypatch):
+    whole, writes = checkpoint._Summed.write, []
 
-    def third(file, data):
-        if next(writes) == 2:
-            raise KeyboardInterrupt
+    def interrupted(file, data):
+        signal.raise_signal(signal.SIGINT)
+        writes.append(data)
         return whole(file, data)
 
-    monkeypatch.setattr(checkpoint._Summed, "write", third)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(checkpoint._Summed, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt), heeded():
         save(tmp_path / "a.pt", {"weights": torch.zeros(1000)})
+    assert len(writes) > 3
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import count
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small_runs import STEPS, attention, board, content, interrupt, log, resume, rows, small
 from small_terms import GAIN, OwnScale, surrogate
+from torch.utils.tensorboard import SummaryWriter
 
 from cem.data.synthetic import write_test_images
 from cem.errors import CheckpointError, MachineError, UsageError
@@ -88,6 +90,22 @@ def test_run_interrupted_after_its_last_epoch_is_only_finished(make, monkeypatch
     resume(config.run_dir)
     assert (config.run_dir / "last.pt").read_bytes() == before
     assert read_summary(config.run_dir) is not None
+
+
+def test_interrupt_while_events_are_written_waits_for_them(make, monkeypatch):
+    write, names = SummaryWriter.add_scalar, []
+
+    def interrupted(board, name, *values):
+        signal.raise_signal(signal.SIGINT)
+        names.append(name)
+        write(board, name, *values)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", interrupted)
+    config = make(surrogate="none")
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert {"epoch", *names} == {*rows(config.run_dir)[0]}
+    assert "1 of 3 epochs are saved" in (config.run_dir / "train.log").read_text()
 
 
 @pytest.mark.parametrize("written", [0, 6, 9, 14], ids=["first", "middle", "end of an epoch", "last"])
