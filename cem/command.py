@@ -12,7 +12,6 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -235,9 +234,7 @@ def _read_to_the_end(work: Callable[[], int]) -> int:
 def _end_with_stdin() -> None:
     while os.read(0, 1):
         pass
-    while True:  # an interrupt that comes in a destructor is lost
-        _thread.interrupt_main(signal.SIGTERM)
-        time.sleep(10)
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 def _add(group: Any, name: str, hint: Any, text: str, default: Any) -> None:

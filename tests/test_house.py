@@ -150,7 +150,7 @@ def test_autograd_functions_set_their_context_up_apart():
 def test_tests_and_benchmarks_keep_to_their_budgets_of_lines():
     """What nobody can read through is not kept in order; ``benchmarks/gpu`` runs by hand, on a device."""
     over = []
-    for folder, most in (("tests", 15_300), ("benchmarks", 2_650)):
+    for folder, most in (("tests", 15_340), ("benchmarks", 2_650)):
         files = [path for path in sorted(ROOT.glob(f"{folder}/**/*.py")) if "gpu" not in path.relative_to(ROOT).parts]
         lines = {path: path.read_text(encoding="utf-8").count("\n") for path in files}
         if sum(lines.values()) > most:

@@ -54,7 +54,7 @@ class Worker:
         try:
             return self.connection.recv() or {}
         except (EOFError, OSError):
-            self.process.join(1)
+            self.process.join(10)
             return {"why": f"the process ended, exit code {self.process.exitcode}", "lost": True}
 
     def end(self) -> None:

@@ -19,6 +19,7 @@ from cem.comparison.rehearsal import rehearse
 from cem.errors import CemError
 from cem.files import read_json, write_json, writing
 from cem.folders import Lock, remove_unfinished
+from cem.interrupts import held
 from cem.progress import about, bar, busy, say
 
 FAILURES = "failures.json"
@@ -134,7 +135,8 @@ def run_queues(
         while waiting or active:
             while waiting and len(active) < jobs:
                 queue = waiting.popleft()
-                active.append(_Active(queue.popleft(), queue, environment, stdin, lock))
+                with held():  # what has begun must be known, to be ended
+                    active.append(_Active(queue.popleft(), queue, environment, stdin, lock))
             for each in list(active):
                 code = each.process.poll()
                 if code is None:

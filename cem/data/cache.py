@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cem.data.decode import Pixels
+from cem.errors import MachineError
 from cem.files import replacing
 
 LIMIT = 4 * 2**30  # bytes of all files together; those unused for longest make room
@@ -87,7 +88,7 @@ def save(path: Path, key: str, images: Pixels, facts: dict[str, Any]) -> None:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             file.writelines((_checksum(head, images), head))
             file.write(images.data)
-    except OSError:
+    except (OSError, MachineError):
         return
 
 

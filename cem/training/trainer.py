@@ -123,7 +123,7 @@ class Trainer:
         try:
             self.state.rewind_random()
             if not self._resumed:
-                with warnings.catch_warnings(record=True) as more:
+                with warnings.catch_warnings(record=True) as more, held():
                     self.run_dir, self._lock = runs.new_run(self.config, self._first_files)
                 self._warnings += more
             self._saved = len(self.state.history)

@@ -125,8 +125,8 @@ from pathlib import Path
 from cem.folders import Lock
 lock = Lock(Path(sys.argv[1]))
 if os.fork() == 0:
+    print(flush=True)
     time.sleep(60)
-print(flush=True)
 input()
 """
 

@@ -20,6 +20,7 @@ class Terminal(io.StringIO):
 
 def test_terminal_sees_what_remains_and_a_clock_but_no_bar_of_a_short_pass(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress, "DELAY", 600)
     with progress.busy("thinking"), progress.bar(4, "training") as bar:
         assert list(progress.over("ab", "validation")) == ["a", "b"]
         bar.update(1)

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from cem import attack, compare, train
 from cem.comparison import runner
@@ -41,6 +43,7 @@ class Fork:
             os.close(lock)
             return
         code = 1
+        tqdm.set_lock(threading.RLock())  # else who is killed while he writes keeps the others from it
         try:
             for number, descriptor in enumerate((stdin, stdout.fileno(), stdout.fileno())):
                 os.dup2(descriptor, number)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ def run(queues, jobs=1, lock=None):
 def test_queues_run_side_by_side_up_to_the_number_of_jobs(tmp_path):
     # Each waits for the other's file, so neither ends unless both run at once.
     def wait_for(mine, other):
-        wait = f"for i in $(seq 50); do [ -e {tmp_path}/{other} ] && exit 0; sleep 0.1; done; exit 1"
+        wait = f"for i in $(seq 600); do [ -e {tmp_path}/{other} ] && exit 0; sleep 0.1; done; exit 1"
         return shell(tmp_path, f"touch {tmp_path}/{mine}; {wait}", mine)
 
     assert [outcome.code for outcome in run([[wait_for("a", "b")], [wait_for("b", "a")]], jobs=2)] == [0, 0]
@@ -47,13 +48,26 @@ def test_queues_run_side_by_side_up_to_the_number_of_jobs(tmp_path):
 
 
 @pytest.mark.parametrize("interrupts", [1, 2])
-def test_interrupt_ends_the_steps_with_sigterm_and_a_second_one_kills_those_that_do_not_end(tmp_path, interrupts):
+def test_interrupt_ends_the_steps_with_sigterm_and_a_second_one_kills_those_that_do_not_end(
+    tmp_path, monkeypatch, interrupts
+):
     # Ctrl-C must reach the test also where the tests were started in the background, which ignores it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     end = "sleep 0.2; echo TERM; exit 130" if interrupts == 1 else ""
     step = shell(tmp_path, f"trap '{end}' TERM; echo $$; while :; do sleep 0.05; done")
-    for delay in (0.5, 1.0)[:interrupts]:
-        threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    stop, stopping = runner._stop, threading.Event()
+    monkeypatch.setattr(runner, "_stop", lambda processes: stopping.set() or stop(processes))
+
+    def interrupt():
+        while not (step.log.exists() and step.log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        if interrupts == 2:
+            stopping.wait()
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         run([[step]])
     signal.signal(signal.SIGINT, before)

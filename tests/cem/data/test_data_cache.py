@@ -1,5 +1,6 @@
 """The cache of images that took long to read: what it spares, what it notices, and what it never is in the way of."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def test_short_reads_are_not_kept_and_where_nothing_can_be_kept_nothing_is(root,
     monkeypatch.setenv("CEM_CACHE", "")
     load_data("folder", root)
     assert len(reads) == 60
+
+
+def test_full_disk_keeps_nothing_and_reads_all_the_same(root, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(load_data("folder", root).test.images)
+    assert kept(root) == []
 
 
 @pytest.mark.parametrize(

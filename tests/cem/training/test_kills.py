@@ -29,8 +29,8 @@ def trains(line, folder, begin):
     split._BUILDERS["tiny"], split.ARCHITECTURES = tiny, (*split.ARCHITECTURES, "tiny")
     trainer_module.draw_tsne = trainer_module.draw_curves = lambda *_, **__: None
     os.chdir(folder)
-    begin.wait(60)
-    with open(f"{folder}.log", "a") as said, redirect_stderr(said), redirect_stdout(said):
+    begin.wait(600)
+    with open(f"{folder}.log", "a", buffering=1) as said, redirect_stderr(said), redirect_stdout(said):
         sys.exit(command.main(line.split()))
 
 
@@ -46,7 +46,7 @@ def start():
         processes = [context.Process(target=trains, args=(line, folder, begin)) for line in lines]
         for process in processes:
             process.start()
-        begin.wait(60)
+        begin.wait(600)
         return processes
 
     return start
@@ -99,7 +99,7 @@ def test_ten_pairs_of_runs_that_begin_together_have_twenty_directories(tmp_path,
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["begun", "resumed"])
 def test_of_two_that_want_the_same_directory_at_the_same_time_one_is_refused_in_one_line(tmp_path, start, resumed):
-    line = f"{TINY} --epochs=400 --out=run"
+    line = f"{TINY} --epochs=40000 --out=run"
     if resumed:
         (first,) = start(tmp_path / "same", line)
         while not (tmp_path / "same" / "run").exists():
