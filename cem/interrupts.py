@@ -2,7 +2,7 @@
 
 Python raises ``KeyboardInterrupt`` wherever the main thread happens to be. While TensorBoard holds its lock, that
 leaves everyone waiting who needs the lock later; inside a C++ destructor, which writes the end of a file, it ends the
-process; in a destructor, or where C code asks whether there is an attribute, it is dropped.
+process; in a destructor, or where a library passes over every error, as ``copyreg`` does in pickling, it is dropped.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from cem.attacks.target import Target
 from cem.errors import CemError, UsageError
 from cem.files import is_unfinished, read_json, write_json, writing
 from cem.folders import LOCK, Lock, remove_left_lock, remove_unfinished
-from cem.interrupts import heeded
 from cem.machine import enough
 from cem.progress import about, bar
 from cem.report.attack_curves import draw_attack_curves
@@ -105,7 +104,7 @@ class AttackRun:
             if self.finished is not None:
                 return self.finished
             try:
-                with heeded(), writing(self.out), enough("the attack", BIG):
+                with interrupts.heeded(), writing(self.out), enough("the attack", BIG):
                     remove_unfinished(self.out)
                     self.config.to_yaml(self.out / "config.yaml")
                     return self._run()

@@ -20,7 +20,6 @@ from cem import interrupts
 from cem.errors import CemError, MachineError
 from cem.files import write_json, writing
 from cem.folders import Lock, remove_left_lock, remove_unfinished
-from cem.interrupts import heeded, held
 from cem.machine import enough
 from cem.models import CLIENT_COSTS, client_budget
 from cem.progress import about, bar, busy, over
@@ -123,7 +122,7 @@ class Trainer:
         try:
             self.state.rewind_random()
             if not self._resumed:
-                with warnings.catch_warnings(record=True) as more, held():
+                with warnings.catch_warnings(record=True) as more, interrupts.held():
                     self.run_dir, self._lock = runs.new_run(self.config, self._first_files)
                 self._warnings += more
             self._saved = len(self.state.history)
@@ -137,7 +136,7 @@ class Trainer:
     def _logged(self) -> dict[str, Any]:
         """The training, with whatever ends it early in the log."""
         try:
-            with heeded(), writing(self.run_dir), enough("training", BIG):
+            with interrupts.heeded(), writing(self.run_dir), enough("training", BIG):
                 self._start()
                 self._train()
                 return self._finish()
@@ -213,7 +212,7 @@ class Trainer:
 
         state, run_dir = self.state, self.run_dir
         done = len(state.history)
-        with held():
+        with interrupts.held():
             board = SummaryWriter(str(run_dir), purge_step=done + 1 if done else None)
         epochs, steps = self.config.epochs, len(state.train)
         # The first epoch that tells how long the others take: before the penalty is on, they take less.
@@ -241,7 +240,7 @@ class Trainer:
                     state.save(run_dir / "last.pt")
                     self._saved = epoch + 1
                 write_metrics(run_dir / "metrics.csv", state.history)
-                with held():
+                with interrupts.held():
                     for name in row.keys() - {"epoch"}:
                         board.add_scalar(name, row[name], epoch + 1)
                 self._log.info("%s%s", epoch_line(row, epochs), "  best" if best else "")
